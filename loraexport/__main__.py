@@ -1,0 +1,5 @@
+"""`python -m loraexport`."""
+
+from .cli import main
+
+main()

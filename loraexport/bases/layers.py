@@ -1,0 +1,192 @@
+"""`kind: layers`: the planned layers' weights, from a checkpoint or a seed, and their modules."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from loraexport_runtime.adapters import LoraWeights, check_base_copies, read_lora_weights
+from loraexport_runtime.devices import NUMPY_DTYPES
+from loraexport_runtime.manifest import Layer
+from loraexport_runtime.stacks import assemble, pack
+from loraexport_runtime.weights import digest_array, read_tensors
+
+from ..errors import BaseModelError
+from ..lora import STRATEGIES
+from ..lora.embedding import MultiLoraEmbedding
+from ..lora.linear import MultiLoraLinear
+from ..lora.segmented import SegmentedLayer, SegmentedLoop
+from ..lora.strategy import EmbeddingBase, LinearBase
+from ..plan import LayerPlan, Plan, SiteSource
+from ..tensors import to_torch
+
+
+@dataclass(frozen=True)
+class SiteWeights:
+    """The frozen weights of one site, in their stored dtype."""
+
+    weight: np.ndarray = field(repr=False)
+    """Linear: [out, in]. Embedding: [vocabulary, dim]."""
+    bias: np.ndarray | None = field(repr=False)
+    """[out]"""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weights of every site, and the digests by which another machine knows them."""
+
+    sites: dict[str, SiteWeights]
+    digests: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the sites' digests, as hexadecimal text."""
+        return hashlib.sha256(repr(sorted(self.digests.items())).encode()).hexdigest()
+
+
+def load_base(plan: Plan) -> Base:
+    """Read the weights of a plan's layers.
+
+    Raises:
+        WeightsError: a tensor holds NaN or Inf.
+        BaseModelError: a value does not fit into the export's dtype.
+    """
+    sites: dict[str, SiteWeights] = {}
+    for index, layer_plan in enumerate(plan.layers):
+        for part, source in zip(layer_plan.layer.slices, layer_plan.sources, strict=True):
+            if source.weight is None:
+                assert plan.spec.base.init is not None, "a plan without tensors has a seed"
+                generator = np.random.default_rng([plan.spec.base.init.seed, index, part.offset])
+                weights = _draw(generator, layer_plan, part.width, source.has_bias)
+            else:
+                weights = _read(source, layer_plan.fan_in_fan_out)
+            _check_fits(weights, part.site, plan.spec.export.dtype)
+            sites[part.site] = weights
+    return Base(sites, {site: digest_array(one.weight) for site, one in sites.items()})
+
+
+def _read(source: SiteSource, fan_in_fan_out: bool) -> SiteWeights:
+    assert source.weight is not None, "only sources with tensors are read"
+    infos = [source.weight] + ([source.bias] if source.bias else [])
+    arrays = read_tensors(infos)
+    weight = arrays[source.weight[0]]
+    bias = arrays[source.bias[0]] if source.bias else None
+    return SiteWeights(np.ascontiguousarray(weight.T) if fan_in_fan_out else weight, bias)
+
+
+def _draw(
+    generator: np.random.Generator, plan: LayerPlan, width: int, has_bias: bool
+) -> SiteWeights:
+    """Normal with variance 1 / in_features; for an embedding with variance 1."""
+    size = plan.layer.in_features
+    is_embedding = plan.layer.kind == "embedding"
+    shape = (size, width) if is_embedding else (width, size)
+    weight = generator.standard_normal(shape, np.float32)
+    if not is_embedding:
+        weight /= np.float32(np.sqrt(size))
+    bias = generator.standard_normal(width, np.float32) if has_bias else None
+    return SiteWeights(weight, bias)
+
+
+def _check_fits(weights: SiteWeights, site: str, dtype: str) -> None:
+    for name, array in (("weight", weights.weight), ("bias", weights.bias)):
+        if array is None:
+            continue
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(array.astype(NUMPY_DTYPES[dtype])).all()
+        if not fits:
+            raise BaseModelError(
+                f"site {site!r}: its {name} overflows {dtype}; export in bfloat16 or float32"
+            )
+
+
+@dataclass(frozen=True)
+class LayerModules:
+    """One layer in its two eager forms, which the exporters trace."""
+
+    layer: Layer
+    segmented: SegmentedLayer
+    """The seed's loop, for TorchScript."""
+    stacked: MultiLoraLinear | MultiLoraEmbedding
+    """The plan's strategy over stacks, for ONNX."""
+    stacks: dict[str, np.ndarray]
+    """The initial value of every stack, by name."""
+    base_rows: dict[str, np.ndarray]
+    """The base's part of each stack that has one, by stack name."""
+
+
+AdapterWeights = Mapping[str, LoraWeights]
+"""One adapter's weights by site."""
+
+
+def load_adapters(plan: Plan, base: Base) -> dict[str, AdapterWeights]:
+    """Read the weights of a plan's adapters, by adapter name.
+
+    Raises:
+        WeightsError: a tensor holds NaN or Inf.
+        AdapterWeightsError: an adapter carries another base's embedding.
+    """
+    loaded: dict[str, AdapterWeights] = {}
+    for adapter in plan.adapters:
+        check_base_copies(adapter.header, adapter.modules, base.digests)
+        tensors = read_lora_weights(adapter.header)
+        loaded[adapter.name] = {site: tensors[module] for site, module in adapter.modules.items()}
+    return loaded
+
+
+def build_modules(
+    plan: Plan, base: Base, adapters: Mapping[str, AdapterWeights]
+) -> tuple[LayerModules, ...]:
+    """The eager modules of every planned layer, in evaluation mode and the export's dtype."""
+    slots = {
+        adapter.slot: (adapters[adapter.name], adapter.scale)
+        for adapter in plan.adapters
+        if adapter.slot is not None
+    }
+    return tuple(_build(one.layer, base, slots, plan) for one in plan.layers)
+
+
+def _build(
+    layer: Layer, base: Base, slots: Mapping[int, tuple[AdapterWeights, float]], plan: Plan
+) -> LayerModules:
+    dtype = NUMPY_DTYPES[plan.spec.export.dtype]
+    weight, bias = _fuse([base.sites[part.site] for part in layer.slices], layer, dtype)
+    blocks = {slot: pack(layer, weights, scale, dtype) for slot, (weights, scale) in slots.items()}
+    base_rows = {
+        stack.name: np.ascontiguousarray(weight.T) for stack in layer.stacks if stack.row_offset
+    }
+    stacks = {
+        stack.name: assemble(stack, dtype, base_rows.get(stack.name), blocks)
+        for stack in layer.stacks
+    }
+    strategy = STRATEGIES[layer.strategy](
+        plan.num_slots, len(layer.slices) * layer.max_rank, layer.in_features
+    )
+    make_base = EmbeddingBase if layer.kind == "embedding" else LinearBase
+    torch_bias = None if bias is None else to_torch(bias)
+    whole_base = make_base(to_torch(weight), torch_bias)
+    stacked_base = make_base(None, torch_bias) if base_rows else whole_base
+    make_layer = MultiLoraEmbedding if layer.kind == "embedding" else MultiLoraLinear
+    loop = SegmentedLoop(layer, slots, plan.num_slots, dtype)
+    return LayerModules(
+        layer,
+        SegmentedLayer(whole_base, loop).eval(),
+        make_layer(stacked_base, strategy).eval(),
+        stacks,
+        base_rows,
+    )
+
+
+def _fuse(
+    parts: list[SiteWeights], layer: Layer, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The slices' weights as one [out, in] (or [vocabulary, dim]), and their biases as one."""
+    weight = np.concatenate([part.weight for part in parts]).astype(dtype)
+    if all(part.bias is None for part in parts):
+        return weight, None
+    biases = [
+        np.zeros(part.width, dtype) if one.bias is None else one.bias.astype(dtype)
+        for one, part in zip(parts, layer.slices, strict=True)
+    ]
+    return weight, np.concatenate(biases)

@@ -1,0 +1,240 @@
+"""The command line: arguments -> functions; errors -> one readable block and an exit code."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loraexport_runtime.adapters import CONFIG_FILE, read_adapter
+from loraexport_runtime.errors import LoraexportError
+from loraexport_runtime.manifest import MANIFEST_FILE, Manifest
+
+from . import __version__
+from .errors import ParityError, UsageError, exit_code
+
+app = typer.Typer(
+    help="One YAML spec and one command: multi-LoRA graphs for stock onnxruntime.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out_console = Console(soft_wrap=True)
+err_console = Console(stderr=True, soft_wrap=True)
+
+SpecPath = Annotated[Path, typer.Argument(help="The YAML spec.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        out_console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    context.obj = debug
+
+
+@app.command()
+def build(
+    spec: SpecPath,
+    out: Annotated[Path, typer.Option(help="Folder that holds the artifacts.")] = Path("artifacts"),
+    as_json: AsJson = False,
+) -> None:
+    """Export, prove and publish the artifact of a spec."""
+    from .pipeline import build as run_build
+
+    with _progress(f"building {spec}", as_json) as progress:
+        folder, report = run_build(spec, out, progress)
+    for name in report.silent_adapters:
+        err_console.print(f"warning: adapter {name!r} changes nothing: all its B are zero")
+    summary = report.summary()
+    if as_json:
+        _print_json({"artifact": str(folder), "parity": _report_dict(report)})
+        return
+    out_console.print(
+        f"[green]published[/] {folder}: parity {summary.status}, largest error"
+        f" {summary.max_error:.1e} (tolerance {summary.tolerance:.0e}) over"
+        f" {', '.join(summary.checked)}"
+    )
+    if summary.status == "deferred":
+        err_console.print(
+            "The ONNX graphs are unverified: run 'loraexport verify' on a CUDA machine."
+        )
+
+
+@app.command()
+def plan(spec: SpecPath, as_json: AsJson = False) -> None:
+    """Show sites, ranks, strategy and costs, without reading weights."""
+    from .plan import make_plan
+    from .plan_view import plan_dict, print_plan
+    from .spec import read_spec
+
+    planned = make_plan(read_spec(spec), spec.parent)
+    if as_json:
+        _print_json(plan_dict(planned))
+    else:
+        print_plan(planned, out_console)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    providers: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or both with a comma; default: what runs here.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The base's directory; default: where the spec says.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Repeat an artifact's parity, perhaps on another machine."""
+    from .artifact import mark_verified
+    from .verify import verify_artifact
+
+    chosen = [name.strip() for name in providers.split(",")] if providers else None
+    with _progress(f"verifying {artifact}", as_json) as progress:
+        progress("run every implementation")
+        report = verify_artifact(artifact, base, chosen)
+    manifest = Manifest.read(artifact)
+    if manifest.parity.status == "deferred" and report.status == "passed":
+        mark_verified(artifact, manifest, report.summary())
+    if as_json:
+        _print_json(_report_dict(report))
+    else:
+        _print_report(report)
+    if report.failures:
+        raise ParityError(f"{len(report.failures)} of {len(report.rows)} comparisons failed")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An artifact, a PEFT adapter directory, or a spec.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in an artifact, an adapter directory or a spec."""
+    if (path / MANIFEST_FILE).is_file():
+        manifest = Manifest.read(path)
+        manifest.check_files(path)
+        data = json.loads(manifest.to_json())
+    elif (path / CONFIG_FILE).is_file():
+        data = _adapter_dict(path)
+    elif path.is_file():
+        from .spec import read_spec
+
+        data = read_spec(path).model_dump(mode="json")
+    else:
+        raise UsageError(
+            f"{path}: no artifact ({MANIFEST_FILE}), no adapter ({CONFIG_FILE}) and no spec here"
+        )
+    if as_json:
+        _print_json(data)
+    else:
+        _print_tree(data)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    from .spec import json_schema
+
+    _print_json(json_schema())
+
+
+def main() -> None:
+    """Entry point: run a command; an error becomes one readable block and its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except LoraexportError as error:
+        if debug:
+            raise
+        title = Text(type(error).__name__, style="bold red")
+        if err_console.is_terminal:
+            err_console.print(Panel(Text(str(error)), title=title, title_align="left"))
+        else:
+            err_console.print(Text(f"{type(error).__name__}: {error}"))
+        sys.exit(exit_code(error))
+
+
+@contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A status line on a terminal, plain lines elsewhere, nothing with --json."""
+    if quiet:
+        yield lambda stage: None
+    elif err_console.is_terminal:
+        with err_console.status(title) as status:
+            yield lambda stage: status.update(f"{title}: {stage}")
+    else:
+        yield lambda stage: err_console.print(f"{title}: {stage}")
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _report_dict(report: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(report.to_json())
+    return data
+
+
+def _print_report(report: Any) -> None:
+    table = Table(title=f"parity {report.status}, against {report.reference}")
+    for column in ("implementation", "layer", "worst site", "adapter", "error", "gain", ""):
+        table.add_column(column)
+    worst: dict[tuple[str, str], Any] = {}
+    for row in report.rows:
+        key = (row.implementation, row.layer)
+        rank = (not row.passed, row.error)
+        if key not in worst or rank > (not worst[key].passed, worst[key].error):
+            worst[key] = row
+    for row in worst.values():
+        gain = "" if row.gain is None else f"{row.gain:.5f}"
+        verdict = "ok" if row.passed else "FAILED"
+        error = f"{row.error:.1e}"
+        table.add_row(row.implementation, row.layer, row.site, row.adapter, error, gain, verdict)
+    out_console.print(table)
+    for name, why in report.skipped.items():
+        out_console.print(f"not run: {name}: {why}")
+
+
+def _adapter_dict(path: Path) -> dict[str, Any]:
+    header = read_adapter(path)
+    modules = {
+        name: {
+            "rank": module.rank,
+            "in": module.in_features,
+            "out": module.out_features,
+            "scaling": module.scaling,
+            "embedding": module.is_embedding,
+        }
+        for name, module in header.modules.items()
+    }
+    return {
+        "adapter": str(path),
+        "base_model": header.base_model,
+        "rslora": header.rslora,
+        "max_rank": header.max_rank,
+        "modules": modules,
+    }
+
+
+def _print_tree(data: Any) -> None:
+    import yaml
+
+    out_console.print(Text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip()))

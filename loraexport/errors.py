@@ -1,0 +1,84 @@
+"""The errors of the exporter, beside those of the runtime, and the exit code of each.
+
+LoraexportError                     runtime's root; exit code 1 if nothing below fits
+├── SpecError           2           the spec breaks its contract; lists every problem at once
+├── UsageError          2           a command's arguments do not fit together
+│   └── BuildBusyError  2           another build of the same artifact is running
+├── ProviderError       2           (runtime) a provider was asked for that cannot run here
+├── ParityError         3           a graph disagrees with the reference; nothing was published
+├── BaseModelError      4           the base cannot be used
+├── WeightsError        4           (runtime) a weight file is damaged, unsafe or not finite
+├── AdapterError        4           (runtime) an adapter cannot be used, with its two kinds
+├── ArtifactError       5           (runtime) an artifact is damaged
+└── ExportError         1           torch or onnx failed on a graph: a fault of our own
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraexport_runtime.errors import (
+    AdapterError,
+    ArtifactError,
+    LoraexportError,
+    ProviderError,
+    WeightsError,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a spec: `line` is 1-based, `path` like `adapters[1].name`."""
+
+    line: int
+    path: str
+    message: str
+    hint: str = ""
+
+
+class SpecError(LoraexportError):
+    """The spec breaks its contract. `problems` lists everything found, in the file's order."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
+        lines = []
+        for problem in self.problems:
+            where = f"{source}:{problem.line}: " + (f"{problem.path}: " if problem.path else "")
+            lines.append(where + problem.message + (f" ({problem.hint})" if problem.hint else ""))
+        super().__init__("\n".join(lines))
+
+
+class UsageError(LoraexportError):
+    """A command's arguments do not fit together."""
+
+
+class BuildBusyError(UsageError):
+    """Another build of the same artifact is running."""
+
+
+class ParityError(LoraexportError):
+    """A graph disagrees with the reference; the report is kept, nothing was published."""
+
+
+class BaseModelError(LoraexportError):
+    """The base cannot be used: a tensor is absent, misshapen, or the path leads nowhere."""
+
+
+class ExportError(LoraexportError):
+    """torch or onnx failed on a graph that loraexport built."""
+
+
+_EXIT_CODES: tuple[tuple[type[LoraexportError], int], ...] = (
+    (SpecError, 2),
+    (UsageError, 2),
+    (ProviderError, 2),
+    (ParityError, 3),
+    (BaseModelError, 4),
+    (WeightsError, 4),
+    (AdapterError, 4),
+    (ArtifactError, 5),
+)
+
+
+def exit_code(error: LoraexportError) -> int:
+    """The process exit code that stands for an error."""
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)

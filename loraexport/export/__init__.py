@@ -1,0 +1,1 @@
+"""Eager modules -> TorchScript and ONNX files."""

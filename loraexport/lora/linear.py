@@ -1,0 +1,21 @@
+"""The module that replaces a linear layer: base and LoRA of every slot."""
+
+from torch import Tensor, nn
+
+from .strategy import Base, Strategy
+
+
+class MultiLoraLinear(nn.Module):
+    """y[t] = W x[t] + b + scaling[s] B[s] (A[s] x[t]), by one of the strategies over stacks."""
+
+    def __init__(self, base: Base, lora: Strategy) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = lora
+
+    def forward(
+        self, x: Tensor, seg_indptr: Tensor, seg_slots: Tensor, a: Tensor, b: Tensor
+    ) -> Tensor:
+        """x [T, in], seg_indptr int64 [n + 1], seg_slots int64 [n], stacks a, b -> [T, out]."""
+        routing = self.lora.route(seg_indptr, seg_slots, x.shape[0])
+        return self.lora.linear(x, self.base, routing, a, b)

@@ -1,0 +1,59 @@
+"""`masked`: one shrink and one expand for all slots; what is not a token's own is set to 0 between.
+
+y = (x W^T + b) + where(own, x A^T, 0) B.  `own` selects and never multiplies: another slot's value
+may be inf, and inf * 0 would be NaN.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .segments import TokenSlots
+from .strategy import Base, Expand, Gather, Routing, Shrink, Strategy
+
+
+class Own(nn.Module):
+    """own[t, j] = column j of the stack belongs to token t's slot."""
+
+    def __init__(self, num_slots: int, rows_per_slot: int) -> None:
+        super().__init__()
+        owners = torch.arange(1, num_slots + 1).repeat_interleave(rows_per_slot)
+        self.register_buffer("owners", owners.unsqueeze(0))
+        self.owners: Tensor
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """slots int64 [T] -> bool [T, S * W]."""
+        return slots.unsqueeze(1) == self.owners
+
+
+class Select(nn.Module):
+    """h where own, else 0."""
+
+    def forward(self, h: Tensor, own: Tensor) -> Tensor:
+        """h [T, S * W], own bool [T, S * W] -> [T, S * W]."""
+        return torch.where(own, h, torch.zeros((), dtype=h.dtype, device=h.device))
+
+
+class Masked(Strategy):
+    """See the module's formula. Routing: (slots int64 [T], own bool [T, S * W])."""
+
+    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
+        super().__init__(num_slots, rows_per_slot, in_features)
+        self.slots = TokenSlots()
+        self.own = Own(num_slots, rows_per_slot)
+        self.shrink = Shrink()
+        self.gather = Gather(in_features)
+        self.select = Select()
+        self.expand = Expand()
+
+    def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
+        slots = self.slots(seg_indptr, seg_slots, num_tokens)
+        return slots, self.own(slots)
+
+    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+        _, own = routing
+        return self.expand(base(x), self.select(self.shrink(x, a), own), b)
+
+    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+        slots, own = routing
+        h = self.gather(ids, slots, a).repeat(1, self.num_slots)
+        return self.expand(base(ids), self.select(h, own), b)

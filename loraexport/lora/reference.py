@@ -1,0 +1,102 @@
+"""The float64 oracle: y[t] = W x[t] + b + scale * scaling * B (A x[t]), token by token.
+
+It reads adapter_config.json and the tensors itself and shares no code with the adapter parser or
+the strategies, so that a mistake in either shows. Slow, and meant to be.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+
+@dataclass(frozen=True)
+class ReferenceAdapter:
+    """One adapter in float64: site -> (A [rank, in], B [out, rank], scaling times scale)."""
+
+    sites: dict[str, tuple[np.ndarray, np.ndarray, float]]
+
+
+def read_reference_adapter(
+    folder: Path, sites: Sequence[str], scale: float = 1.0
+) -> ReferenceAdapter:
+    """Read a PEFT directory for some sites, a module's name ending in a site's or the reverse."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
+        names = set(file.keys())
+        for name in names:
+            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?A(\.weight)?", name)
+            if not match:
+                continue
+            module = match[1]
+            a = file.get_tensor(name).astype(np.float64)
+            b = file.get_tensor(name.replace("lora_A", "lora_B").replace("_A", "_B"))
+            site = _find(module, sites)
+            found[site] = (a, b.astype(np.float64), scale * reference_scaling(config, module))
+    return ReferenceAdapter(found)
+
+
+def reference_scaling(config: Mapping[str, object], module: str) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora, after the patterns for a module."""
+    rank, alpha = float(str(config.get("r", 8))), float(str(config.get("lora_alpha", 8)))
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(field) or {}
+        assert isinstance(patterns, dict), f"{field} is an object"
+        hits = [value for key, value in patterns.items() if _names(key, module)]
+        if hits and field == "rank_pattern":
+            rank = float(hits[0])
+        elif hits:
+            alpha = float(hits[0])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def reference_output(
+    x: np.ndarray,
+    slots: np.ndarray,
+    weights: Sequence[tuple[str, np.ndarray, np.ndarray | None]],
+    adapters: Mapping[int, ReferenceAdapter],
+) -> np.ndarray:
+    """y float64 [T, out], the slices side by side.
+
+    Args:
+        x: [T, in], or ids int64 [T] for an embedding.
+        slots: int64 [T], the slot of each token.
+        weights: per slice (site, weight [out, in] or [vocabulary, dim], bias [out] or None).
+        adapters: by slot; slot 0 has none.
+    """
+    is_embedding = x.ndim == 1
+    if not is_embedding:
+        weights = [(site, weight.astype(np.float64), bias) for site, weight, bias in weights]
+    rows = []
+    for token, slot in zip(x, slots.tolist(), strict=True):
+        parts = []
+        for site, weight, bias in weights:
+            vector = None if is_embedding else token.astype(np.float64)
+            part = weight[int(token)].astype(np.float64) if vector is None else weight @ vector
+            if bias is not None:
+                part = part + bias.astype(np.float64)
+            if slot != 0 and site in adapters[slot].sites:
+                a, b, scaling = adapters[slot].sites[site]
+                hidden = a[:, int(token)] if vector is None else a @ vector
+                part = part + scaling * (b @ hidden)
+            parts.append(part)
+        rows.append(np.concatenate(parts))
+    return np.stack(rows)
+
+
+def _names(pattern: str, module: str) -> bool:
+    """PEFT's rule: the pattern is the whole name, or what follows one of its dots."""
+    starts = [0] + [i + 1 for i, letter in enumerate(module) if letter == "."]
+    return any(re.fullmatch(pattern, module[start:]) for start in starts)
+
+
+def _find(module: str, sites: Sequence[str]) -> str:
+    exact = [site for site in sites if site == module]
+    close = [site for site in sites if module.endswith("." + site) or site.endswith("." + module)]
+    return (exact or close)[0]

@@ -1,0 +1,163 @@
+"""build(): the life of a spec, top to bottom."""
+
+import datetime
+import importlib.metadata
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from loraexport_runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_adapter
+from loraexport_runtime.manifest import (
+    FORMAT_VERSION,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    ParitySummary,
+)
+
+from .artifact import staging
+from .errors import ParityError
+from .plan import AdapterPlan, Plan, make_plan
+from .report import Report
+from .spec import Spec, read_spec
+
+Progress = Callable[[str], None]
+_TOOLS = ("loraexport", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+
+
+def build(
+    spec_path: Path, out: Path, progress: Progress = lambda stage: None
+) -> tuple[Path, Report]:
+    """Build the artifact of a spec; give its folder, `out/<name>`, and what parity found.
+
+    Raises:
+        SpecError, BaseModelError, AdapterError, WeightsError: the input cannot be used.
+        ParityError: a graph disagrees with the reference; nothing is published.
+        BuildBusyError: another build of this artifact is running.
+    """
+    progress("plan")
+    spec = read_spec(spec_path)
+    plan = make_plan(spec, spec_path.parent)
+
+    # torch is imported from here on: a plan does without it.
+    from . import verify
+    from .bases.layers import build_modules, load_adapters, load_base
+    from .export.onnx import export_onnx
+    from .export.torchscript import export_torchscript
+
+    _require_onnx_device(spec, verify.has_cuda)
+    with staging(out, spec.name) as stage:
+        progress("read weights")
+        base = load_base(plan)
+        adapters = load_adapters(plan, base)
+        modules = build_modules(plan, base, adapters)
+
+        (stage.folder / "graphs").mkdir()
+        for one in modules:
+            layer = one.layer
+            if layer.torchscript:
+                progress(f"export {layer.name} to TorchScript")
+                path = stage.folder / layer.torchscript
+                export_torchscript(layer, one.segmented, spec.export.dtype, path)
+            if layer.onnx:
+                progress(f"export {layer.name} to ONNX ({layer.strategy})")
+                export_onnx(one, spec.export.dtype, stage.folder / layer.onnx)
+            if layer.base_rows:
+                (stage.folder / layer.base_rows).write_bytes(save(one.base_rows))
+
+        for adapter in plan.adapters:
+            _copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
+        (stage.folder / "spec.yaml").write_text(_portable(spec).to_yaml(), encoding="utf-8")
+        manifest = _manifest(plan, base.digest, base.digests)
+
+        progress("verify")
+        reference = verify.make_reference(stage.folder, manifest, spec, base)
+        verify.save_reference(reference, stage.folder)
+        providers = verify.default_providers(spec.export.dtype)
+        report = verify.check(stage.folder, manifest, spec, reference, modules, providers)
+        (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
+        (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
+
+        manifest = replace(manifest, parity=report.summary())
+        if report.failures:
+            raise _parity_error(report, stage.keep_failed(manifest))
+        progress("publish")
+        stage.publish(manifest)
+    return stage.target, report
+
+
+def _require_onnx_device(spec: Spec, has_cuda: Callable[[], bool]) -> None:
+    needs_cuda = spec.export.dtype == "bfloat16" and "onnx" in spec.export.formats
+    if needs_cuda and spec.parity.onnx == "required" and not has_cuda():
+        raise ParityError(
+            "onnxruntime's CPU provider has no bfloat16 MatMul and there is no CUDA device here, so"
+            " the ONNX graphs cannot be proven. Build on a CUDA machine, or publish them unverified"
+            " with parity: {onnx: deferred} and run 'loraexport verify' there"
+        )
+
+
+def _portable(spec: Spec) -> Spec:
+    """The spec as the artifact carries it: its adapters are the artifact's own copies."""
+    copies = [
+        adapter.model_copy(update={"path": f"adapters/{adapter.name}"}) for adapter in spec.adapters
+    ]
+    return spec.model_copy(update={"adapters": tuple(copies)})
+
+
+def _copy_adapter(adapter: AdapterPlan, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(adapter.header.path / name, folder / name)
+
+
+def _manifest(plan: Plan, base_digest: str, base_weights: dict[str, str]) -> Manifest:
+    """Everything but files and parity, which come last."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=plan.spec.name,
+        kind=plan.spec.base.kind,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        dtype=plan.spec.export.dtype,
+        spec_digest=plan.spec.digest(),
+        num_slots=plan.num_slots,
+        layers=tuple(one.layer for one in plan.layers),
+        adapters=tuple(
+            AdapterEntry(
+                name=adapter.name,
+                path=f"adapters/{adapter.name}",
+                digest=digest_adapter(adapter.header.path),
+                scale=adapter.scale,
+                slot=adapter.slot,
+                sites=adapter.sites,
+            )
+            for adapter in plan.adapters
+        ),
+        base=BaseEntry(plan.base_source, base_digest, base_weights),
+        parity=ParitySummary("deferred", (), 0.0, 0.0),
+        tools=_tool_versions(),
+        files={},
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    found = {}
+    for tool in _TOOLS:
+        try:
+            found[tool] = importlib.metadata.version(tool)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _parity_error(report: Report, kept: Path) -> ParityError:
+    worst = max(report.failures, key=lambda row: row.error if row.error == row.error else 1e30)
+    gain = "" if worst.gain is None else f", gain {worst.gain:.4f}"
+    return ParityError(
+        f"{len(report.failures)} of {len(report.rows)} comparisons failed; nothing was published."
+        f" Worst: {worst.implementation}, layer {worst.layer!r}, site {worst.site!r}, adapter"
+        f" {worst.adapter!r}: error {worst.error:.2e} (tolerance {report.tolerance:.0e}){gain}."
+        f" Report and inputs: {kept / 'parity'}. Repeat: loraexport verify {kept}"
+    )

@@ -1,0 +1,107 @@
+"""A Plan as a table for people and as a dictionary for programs."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .plan import LayerPlan, Plan
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Everything that `print_plan` shows, as JSON types."""
+    return {
+        "name": plan.spec.name,
+        "base": plan.base_source,
+        "dtype": plan.spec.export.dtype,
+        "slots": plan.num_slots,
+        "max_rank": plan.max_rank,
+        "tokens": plan.spec.export.tune.tokens,
+        "adapters": [
+            {
+                "name": adapter.name,
+                "slot": adapter.slot,
+                "sites": {
+                    site: {"rank": one.rank, "scaling": one.scaling}
+                    for site, one in adapter.sites.items()
+                },
+            }
+            for adapter in plan.adapters
+        ],
+        "layers": [_layer_dict(one, plan.spec.export.tune.tokens) for one in plan.layers],
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Adapters and layers, one line each, and why each strategy."""
+    data = plan_dict(plan)
+    console.print(
+        f"{data['name']}: {data['dtype']}, {data['slots']} slots of rank {data['max_rank']},"
+        f" base {data['base']}"
+    )
+    adapters = Table("adapter", "slot", "sites", "ranks", "scalings")
+    for adapter in data["adapters"]:
+        sites = adapter["sites"].values()
+        ranks = sorted({site["rank"] for site in sites})
+        scalings = sorted({round(site["scaling"], 6) for site in sites})
+        slot = "not loaded" if adapter["slot"] is None else str(adapter["slot"])
+        adapters.add_row(adapter["name"], slot, str(len(sites)), _join(ranks), _join(scalings))
+    console.print(adapters)
+    layers = Table(
+        "layer",
+        "in",
+        "out",
+        "sites",
+        "stack",
+        "strategy",
+        "base MiB",
+        "LoRA MiB",
+        "base GFLOP",
+        "LoRA GFLOP",
+    )
+    for layer in data["layers"]:
+        layers.add_row(
+            layer["name"],
+            str(layer["in_features"]),
+            str(layer["out_features"]),
+            "\n".join(layer["sites"]),
+            str(layer["stack_width"]),
+            layer["strategy"],
+            f"{layer['base_bytes'] / 2**20:.2f}",
+            f"{layer['lora_bytes'] / 2**20:.2f}",
+            f"{layer['base_flops'] / 1e9:.3f}",
+            f"{layer['lora_flops'] / 1e9:.3f}",
+        )
+    console.print(layers)
+    console.print(f"FLOPs for {data['tokens']} tokens.")
+    for reason, names in _reasons(data["layers"]).items():
+        console.print(f"{reason} ({', '.join(names)})")
+
+
+def _layer_dict(one: LayerPlan, tokens: int) -> dict[str, Any]:
+    layer = one.layer
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "sites": [part.site for part in layer.slices],
+        "stack_width": layer.max_rank * len(layer.slices) * one.num_slots,
+        "strategy": layer.strategy,
+        "reason": one.strategy_reason,
+        "base_bytes": one.base_bytes,
+        "lora_bytes": one.lora_bytes,
+        "base_flops": one.base_flops_per_token * tokens,
+        "lora_flops": one.lora_flops_per_token * tokens,
+    }
+
+
+def _reasons(layers: list[dict[str, Any]]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for layer in layers:
+        grouped.setdefault(f"{layer['strategy']}: {layer['reason']}", []).append(layer["name"])
+    return grouped
+
+
+def _join(values: list[Any]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

@@ -1,0 +1,72 @@
+"""What a spec calls a path -> a local directory: relative path, hub id, or package folder."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from loraexport_runtime.errors import LoraexportError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?$")
+_PACKAGE = "package:"
+
+
+def resolve_directory(source: str, folder: Path, error: type[LoraexportError]) -> Path:
+    """Find the directory that `source` names.
+
+    Args:
+        source: a directory relative to `folder` (or absolute), `package:<module>/<folder>`, or a
+            hub id `owner/name`, `owner/name@revision`, which huggingface_hub fetches or finds in
+            its cache (HF_HUB_OFFLINE=1 keeps it to the cache).
+        folder: where relative paths start: the folder of the spec.
+        error: what to raise if there is no such directory.
+    """
+    if source.startswith(_PACKAGE):
+        return _package_directory(source, error)
+    if "://" in source:
+        raise error(f"{source!r} is an address; give a directory, a hub id or package:<module>/…")
+    local = folder / source
+    if local.is_dir():
+        return local
+    if local.exists():
+        raise error(f"{local} is a file; give the directory that holds it")
+    if _HUB_ID.match(source) and not source.startswith("."):
+        return _hub_directory(source, local, error)
+    raise error(f"{local}: no such directory; paths are relative to the spec's folder")
+
+
+def _package_directory(source: str, error: type[LoraexportError]) -> Path:
+    module, _, inner = source.removeprefix(_PACKAGE).partition("/")
+    parts = PurePosixPath(inner).parts
+    if ".." in parts or PurePosixPath(inner).is_absolute():
+        raise error(f"{source!r} leaves the package's folder; name a folder inside {module!r}")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise error(f"{source!r}: no Python package {module!r} is installed; pip install it first")
+    for location in found.submodule_search_locations:
+        root = Path(location).resolve()
+        candidate = (root / inner).resolve()
+        if not candidate.is_relative_to(root):
+            raise error(f"{source!r} leaves the package's folder through a link")
+        if candidate.is_dir():
+            return candidate
+    raise error(f"{source!r}: package {module!r} has no folder {inner!r}")
+
+
+def _hub_directory(source: str, local: Path, error: type[LoraexportError]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as cause:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise error(
+            f"{source!r}: no directory {local}, and no such model in the hub's cache or on the hub"
+            f"{offline}: {str(cause).splitlines()[0]}"
+        ) from cause

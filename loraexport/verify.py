@@ -1,0 +1,342 @@
+"""Graphs of an artifact folder -> Report: every implementation against the float64 oracle.
+
+`check` does the work, for a build (on its staging folder) and for `loraexport verify` alike. The
+ONNX graphs run through loraexport_runtime, the code that services use.
+"""
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from safetensors.numpy import save
+
+from loraexport_runtime import AdapterError, ArtifactError, ProviderError, Session, WeightsError
+from loraexport_runtime.devices import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime.manifest import Layer, Manifest, resolve
+from loraexport_runtime.weights import read_header, read_tensors
+
+from .bases.layers import Base, LayerModules, build_modules, load_adapters, load_base
+from .cases import Case, make_cases, make_input
+from .errors import BaseModelError
+from .lora.reference import read_reference_adapter, reference_output
+from .plan import make_plan
+from .report import TOLERANCES, Report, Row, Tolerance, compare
+from .spec import Spec, read_spec
+from .tensors import to_numpy, to_torch
+
+CASES_FILE = "parity/cases.safetensors"
+
+Run = Callable[[Layer, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""(layer, x, seg_indptr, seg_slots) -> y."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Inputs and expected outputs of every layer."""
+
+    source: str
+    inputs: dict[str, np.ndarray]
+    """By layer: x [T, in] or ids [T]."""
+    expected: dict[tuple[str, str], np.ndarray]
+    """By (layer, case): y [tokens of the case, out]; by (layer, ""): y [T, out] of slot 0."""
+
+
+def slot_names(manifest: Manifest) -> dict[int, str]:
+    """Adapter name by slot, for the adapters that start loaded."""
+    return {entry.slot: entry.name for entry in manifest.adapters if entry.slot is not None}
+
+
+def make_reference(folder: Path, manifest: Manifest, spec: Spec, base: Base) -> Reference:
+    """Compute inputs and expected outputs with the oracle, from the artifact's own adapters."""
+    cases = make_cases(slot_names(manifest), spec.parity.tokens)
+    sites = [part.site for layer in manifest.layers for part in layer.slices]
+    adapters = {
+        entry.slot: read_reference_adapter(resolve(folder, entry.path), sites, entry.scale)
+        for entry in manifest.adapters
+        if entry.slot is not None
+    }
+    inputs, expected = {}, {}
+    for layer in manifest.layers:
+        x = make_input(layer, cases, spec.export.dtype, spec.parity.seed)
+        weights = [
+            (part.site, base.sites[part.site].weight, base.sites[part.site].bias)
+            for part in layer.slices
+        ]
+        inputs[layer.name] = x
+        expected[layer.name, ""] = reference_output(x, np.zeros(len(x), np.int64), weights, {})
+        for case in cases:
+            x_case = x[: case.num_tokens]
+            y = reference_output(x_case, case.token_slots, weights, adapters)
+            expected[layer.name, case.name] = y
+    return Reference("the float64 oracle", inputs, expected)
+
+
+def save_reference(reference: Reference, folder: Path) -> None:
+    """Keep inputs and expected outputs (as float32) in the artifact."""
+    arrays = {f"{layer}/x": x for layer, x in reference.inputs.items()}
+    for (layer, case), y in reference.expected.items():
+        arrays[f"{layer}/y/{case}"] = y.astype(np.float32)
+    (folder / CASES_FILE).parent.mkdir(exist_ok=True)
+    (folder / CASES_FILE).write_bytes(save(arrays))  # save_file would make it mode 600
+
+
+def load_reference(folder: Path) -> Reference:
+    """The reference that a build kept: float32, so good to about 1e-7."""
+    file = resolve(folder, CASES_FILE)
+    inputs, expected = {}, {}
+    for name, info in read_header(file).items():
+        layer, kind, *case = name.split("/", 2)
+        if kind == "x":
+            inputs[layer] = _read_input(file, name, info.dtype)
+        else:
+            expected[layer, case[0]] = read_tensors([(name, info)])[name]
+    return Reference("the stored cases", inputs, expected)
+
+
+def check(
+    folder: Path,
+    manifest: Manifest,
+    spec: Spec,
+    reference: Reference,
+    modules: Sequence[LayerModules],
+    providers: Sequence[str],
+) -> Report:
+    """Run every implementation on every case and compare.
+
+    Args:
+        modules: the eager modules; empty where the base is not at hand.
+        providers: onnxruntime's names; torch's graphs follow to the same devices.
+    """
+    cases = make_cases(slot_names(manifest), spec.parity.tokens)
+    tolerance = TOLERANCES[manifest.dtype]
+    if spec.parity.tolerance is not None:
+        tolerance = replace(tolerance, error=spec.parity.tolerance)
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    for name, run in _implementations(folder, manifest, modules, providers, skipped):
+        for layer in manifest.layers:
+            rows += _check_layer(
+                name, run, layer, cases, reference, slot_names(manifest), tolerance
+            )
+    has_onnx = any(layer.onnx for layer in manifest.layers)
+    ran_onnx = any(row.implementation.startswith("onnx") for row in rows)
+    return Report(
+        reference.source,
+        manifest.dtype,
+        tolerance.error,
+        tuple(rows),
+        skipped,
+        environment(),
+        deferred=has_onnx and not ran_onnx,
+    )
+
+
+def verify_artifact(
+    folder: Path, base_directory: Path | None = None, providers: Sequence[str] | None = None
+) -> Report:
+    """Repeat an artifact's parity, perhaps on another machine.
+
+    The base is taken from `base_directory` or where the spec says, if its digest is the
+    artifact's; else the stored cases are the reference, and the report says so.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or holds no spec.
+        BaseModelError: `base_directory` was given and is not the artifact's base.
+        ProviderError: a provider cannot run here.
+    """
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    spec_file = folder / "spec.yaml"
+    if not spec_file.is_file():
+        raise ArtifactError(f"{spec_file}: missing; copy the whole artifact")
+    spec = read_spec(spec_file)
+    if base_directory is not None:
+        path = str(base_directory.absolute())
+        spec = spec.model_copy(update={"base": spec.base.model_copy(update={"path": path})})
+    try:
+        plan = make_plan(spec, folder)
+        base = load_base(plan)
+        if base.digest != manifest.base.digest:
+            raise BaseModelError(
+                f"{spec.base.path}: its weights differ from those that the artifact was built from"
+            )
+        modules = build_modules(plan, base, load_adapters(plan, base))
+        reference = make_reference(folder, manifest, spec, base)
+    except (BaseModelError, WeightsError, AdapterError) as error:
+        if base_directory is not None:
+            raise
+        modules, reference = (), load_reference(folder)
+        source = f"the stored cases (no base here: {error}; give it with --base)"
+        reference = replace(reference, source=source)
+    chosen = providers or default_providers(manifest.dtype)
+    return check(folder, manifest, spec, reference, modules, chosen)
+
+
+def has_cuda() -> bool:
+    """Whether onnxruntime's CUDA provider can run here."""
+    try:
+        normalise_providers([CUDA])
+        require_device(("cuda", 0))
+    except ProviderError:
+        return False
+    return True
+
+
+def default_providers(dtype: str) -> list[str]:
+    """Every provider that can run an artifact of this dtype here, the CPU first."""
+    cpu = [] if dtype == "bfloat16" else [CPU]  # its CPU provider has no bfloat16 MatMul
+    return cpu + ([CUDA] if has_cuda() else [])
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+    return found
+
+
+def _implementations(
+    folder: Path,
+    manifest: Manifest,
+    modules: Sequence[LayerModules],
+    providers: Sequence[str],
+    skipped: dict[str, str],
+) -> Iterator[tuple[str, Run]]:
+    by_name = {one.layer.name: one for one in modules}
+    names = [name for name, _ in normalise_providers(providers)]
+    if modules:
+        yield "eager", lambda layer, *inputs: _run_stacked(by_name[layer.name], *inputs)
+        yield (
+            "eager-segmented",
+            lambda layer, *inputs: _run_torch(by_name[layer.name].segmented, "cpu", *inputs),
+        )
+    else:
+        skipped["eager"] = "the base is not here"
+    if all(layer.torchscript for layer in manifest.layers):
+        for device in ("cpu", "cuda"):
+            if device == "cpu" or (CUDA in names and torch.cuda.is_available()):
+                yield f"torchscript-{device}", _torchscript_runner(folder, manifest, device)
+    else:
+        skipped["torchscript"] = "the spec does not ask for it"
+    if not all(layer.onnx for layer in manifest.layers):
+        skipped["onnx"] = "the spec does not ask for it"
+        return
+    if not names:
+        skipped["onnx"] = "onnxruntime's CPU provider has no bfloat16 MatMul, and no CUDA is here"
+    for name in names:
+        short = name.removesuffix("ExecutionProvider").lower()
+        session = Session(folder, manifest, normalise_providers([name]), None)
+        yield f"onnx-{short}", _session_runner(session)
+        if name == CPU:
+            yield "onnx-cpu-plain", _plain_runner(folder, manifest)
+
+
+def _check_layer(
+    implementation: str,
+    run: Run,
+    layer: Layer,
+    cases: Sequence[Case],
+    reference: Reference,
+    names: Mapping[int, str],
+    tolerance: Tolerance,
+) -> list[Row]:
+    x = reference.inputs[layer.name]
+    base_output = run(layer, x, np.array([0, len(x)]), np.array([0]))
+    base_expected = reference.expected[layer.name, ""]
+    outputs = [run(layer, x[: case.num_tokens], case.seg_indptr, case.seg_slots) for case in cases]
+    rows = []
+    for slot in (0, *sorted(names)):
+        tokens = [np.flatnonzero(case.token_slots == slot) for case in cases]
+        for part in layer.slices:
+            columns = slice(part.offset, part.offset + part.width)
+
+            def pick(
+                arrays: Sequence[np.ndarray],
+                tokens: list[np.ndarray] = tokens,
+                columns: slice = columns,
+            ) -> np.ndarray:
+                picked = [one[rows][:, columns] for one, rows in zip(arrays, tokens, strict=True)]
+                return np.concatenate(picked)
+
+            rows.append(
+                compare(
+                    (implementation, layer.name, part.site, names.get(slot, "base")),
+                    pick(outputs),
+                    pick([reference.expected[layer.name, case.name] for case in cases]),
+                    pick([base_output] * len(cases)),
+                    pick([base_expected] * len(cases)),
+                    tolerance,
+                )
+            )
+    return rows
+
+
+def _run_torch(module: torch.nn.Module, device: str, *inputs: np.ndarray) -> np.ndarray:
+    """x goes to the device, the segments stay on the CPU."""
+    x, seg_indptr, seg_slots = map(to_torch, inputs)
+    with torch.no_grad():
+        return to_numpy(module(x.to(device), seg_indptr, seg_slots))
+
+
+def _run_stacked(modules: LayerModules, *inputs: np.ndarray) -> np.ndarray:
+    stacks = [to_torch(modules.stacks[stack.name]) for stack in modules.layer.stacks]
+    with torch.no_grad():
+        return to_numpy(modules.stacked(*map(to_torch, inputs), *stacks))
+
+
+def _torchscript_runner(folder: Path, manifest: Manifest, device: str) -> Run:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
+        graphs = {
+            layer.name: torch.jit.load(  # type: ignore[no-untyped-call]
+                str(resolve(folder, str(layer.torchscript)))
+            ).to(device)
+            for layer in manifest.layers
+        }
+    return lambda layer, *inputs: _run_torch(graphs[layer.name], device, *inputs)
+
+
+def _session_runner(session: Session) -> Run:
+    return lambda layer, x, seg_indptr, seg_slots: session[layer.name].run(
+        x, seg_indptr=seg_indptr, seg_slots=seg_slots
+    )
+
+
+def _plain_runner(folder: Path, manifest: Manifest) -> Run:
+    """The graphs without the runtime: their own stacks, as any onnxruntime session has them."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    graphs = {
+        layer.name: ort.InferenceSession(resolve(folder, str(layer.onnx)), options, providers=[CPU])
+        for layer in manifest.layers
+    }
+
+    def run(
+        layer: Layer, x: np.ndarray, seg_indptr: np.ndarray, seg_slots: np.ndarray
+    ) -> np.ndarray:
+        feeds = {layer.input_name: x, "seg_indptr": seg_indptr, "seg_slots": seg_slots}
+        y: np.ndarray = graphs[layer.name].run(None, feeds)[0]
+        return y
+
+    return run
+
+
+def _read_input(file: Path, name: str, dtype: str) -> np.ndarray:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as tensors:
+        array: np.ndarray = tensors.get_tensor(name)
+    assert dtype in ("I64", "F32", "F16", "BF16"), "cases hold ids or float inputs"
+    return array

@@ -1,0 +1,40 @@
+"""Run loraexport artifacts on onnxruntime: every row of a batch with its own LoRA adapter.
+
+Needs numpy, onnxruntime and safetensors; no torch.
+"""
+
+from .errors import (
+    AdapterConfigError,
+    AdapterError,
+    AdapterWeightsError,
+    ArtifactError,
+    BatchError,
+    InputError,
+    LoraexportError,
+    ProviderError,
+    SegmentsError,
+    SlotsExceededError,
+    UnknownAdapterError,
+    WeightsError,
+)
+from .session import LayerSession, Session, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterConfigError",
+    "AdapterError",
+    "AdapterWeightsError",
+    "ArtifactError",
+    "BatchError",
+    "InputError",
+    "LayerSession",
+    "LoraexportError",
+    "ProviderError",
+    "SegmentsError",
+    "Session",
+    "SlotsExceededError",
+    "UnknownAdapterError",
+    "WeightsError",
+    "load",
+]

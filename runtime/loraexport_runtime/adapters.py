@@ -1,0 +1,388 @@
+"""A PEFT LoRA directory -> its sites, ranks and scalings (header only), then its tensors.
+
+The one parser of PEFT adapters in this project: the exporter imports it from here. Names and
+meaning of the fields follow peft.LoraConfig; `_FIELDS` says of each what becomes of it.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .errors import AdapterConfigError, AdapterWeightsError, WeightsError
+from .weights import TensorInfo, digest_array, read_header, read_tensors
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_T = TypeVar("_T", int, float)
+
+_READ = "read"
+_NO_EFFECT = "no effect"
+_SELECTS = "no effect: it selects modules, and the tensors name those"
+_TRAINING = "no effect: it matters in training only"
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A field that changes the mathematics in a way that is not supported, unless neutral."""
+
+    reason: str
+    neutral: tuple[Any, ...] = (None, False)
+
+
+_FIELDS: dict[str, str | _Refused] = {
+    "peft_type": _READ,
+    "r": _READ,
+    "lora_alpha": _READ,
+    "use_rslora": _READ,
+    "rank_pattern": _READ,
+    "alpha_pattern": _READ,
+    "init_lora_weights": _READ,
+    "task_type": _NO_EFFECT,
+    "auto_mapping": _NO_EFFECT,
+    "peft_version": _NO_EFFECT,
+    "base_model_name_or_path": _NO_EFFECT,
+    "revision": _NO_EFFECT,
+    "inference_mode": _NO_EFFECT,
+    "megatron_core": _NO_EFFECT,
+    "qalora_group_size": "no effect without use_qalora",
+    "fan_in_fan_out": "no effect: A and B are stored alike for Linear and Conv1D",
+    "runtime_config": "no effect: it places tensors on devices",
+    "target_modules": _SELECTS,
+    "exclude_modules": _SELECTS,
+    "layers_to_transform": _SELECTS,
+    "layers_pattern": _SELECTS,
+    "lora_dropout": _TRAINING,
+    "velora_config": _TRAINING,
+    "loftq_config": "no effect: init_lora_weights says whether LoftQ was used",
+    "eva_config": _TRAINING,
+    "corda_config": "no effect: init_lora_weights says whether CorDA was used",
+    "lora_ga_config": "no effect: init_lora_weights says whether LoRA-GA was used",
+    "bias": _Refused("the adapter brings biases of its own", ("none",)),
+    "use_dora": _Refused("DoRA rescales every output by a learned magnitude"),
+    "lora_bias": _Refused("B has a bias of its own"),
+    "modules_to_save": _Refused("whole modules were trained beside the LoRA", (None, [])),
+    "trainable_token_indices": _Refused("single token embeddings were trained", (None, [], {})),
+    "target_parameters": _Refused("LoRA sits on bare parameters, not on modules", (None, [])),
+    "layer_replication": _Refused("the base's layers are repeated", (None, [])),
+    "alora_invocation_tokens": _Refused("the adapter acts after given tokens only", (None, [])),
+    "megatron_config": _Refused("LoRA sits on Megatron's parallel layers"),
+    "use_qalora": _Refused("QALoRA pools the inputs of A"),
+    "use_bdlora": _Refused("BD-LoRA stores block-diagonal factors"),
+    "arrow_config": _Refused("Arrow routes between experts at run time"),
+    "kasa_config": _Refused("KaSA truncates the base weight and scales between A and B"),
+    "monteclora_config": _Refused("MonteCLoRA samples its weights"),
+    "ensure_weight_tying": _Refused("one adapter serves two tied modules"),
+}
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One module's pair: `scaling * B A`, A [rank, in], B [out, rank]."""
+
+    rank: int
+    in_features: int
+    """For an embedding: the vocabulary's size."""
+    out_features: int
+    scaling: float
+    """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA; patterns applied."""
+    is_embedding: bool
+    a: tuple[str, TensorInfo] = field(repr=False)
+    b: tuple[str, TensorInfo] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What an adapter directory says before its tensors are read."""
+
+    path: Path
+    base_model: str | None
+    rslora: bool
+    modules: dict[str, AdapterModule]
+    """By module name as PEFT saved it, without `base_model.model.`."""
+    base_copies: dict[str, tuple[str, TensorInfo]] = field(repr=False)
+    """Embedding weights that PEFT saves beside an embedding LoRA, by module name."""
+
+    @property
+    def max_rank(self) -> int:
+        return max(module.rank for module in self.modules.values())
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The tensors of one module: A [rank, in], B [out, rank], as stored."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scaling: float
+
+
+def read_adapter(path: Path) -> AdapterHeader:
+    """Read an adapter's config and the header of its safetensors file.
+
+    The scaling of a module is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`; `alpha_pattern`
+    and `rank_pattern` replace lora_alpha and r for the modules they match, first match in the
+    file's order, by `(.*\\.)?(key)$`. Source: peft.tuners.lora.
+
+    Raises:
+        AdapterConfigError: a field is unknown, unsupported or malformed.
+        AdapterWeightsError: a tensor is unpaired, of an unknown role, or disagrees with the config.
+        WeightsError: the weights file is missing, pickled or damaged.
+    """
+    config = _read_config(path)
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        if (path / "adapter_model.bin").is_file():
+            raise WeightsError(
+                f"{path / 'adapter_model.bin'}: a .bin adapter is unpickled on load and can run"
+                " code, so it is refused. Convert it once with peft:"
+                f" PeftModel.from_pretrained(base, {str(path)!r}).save_pretrained(folder)"
+            )
+        raise WeightsError(f"{weights}: no such file; a PEFT directory has {WEIGHTS_FILE}")
+    factors: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
+    base_copies: dict[str, tuple[str, TensorInfo]] = {}
+    for name, info in read_header(weights).items():
+        module, role = _split_name(name, weights)
+        if role == "base":
+            base_copies[module] = (name, info)
+        else:
+            factors.setdefault(module, {})[role] = (name, info)
+    if not factors:
+        raise AdapterWeightsError(f"{weights}: holds no LoRA tensor at all")
+    modules = {
+        module: _pair(module, parts, config, weights) for module, parts in sorted(factors.items())
+    }
+    return AdapterHeader(
+        path,
+        config.get("base_model_name_or_path"),
+        bool(config["use_rslora"]),
+        modules,
+        base_copies,
+    )
+
+
+def read_lora_weights(
+    header: AdapterHeader, modules: Iterable[str] | None = None
+) -> dict[str, LoraWeights]:
+    """Read the tensors of some modules (default: all). Raises WeightsError on NaN or Inf."""
+    chosen = {name: header.modules[name] for name in (modules or header.modules)}
+    arrays = read_tensors(pair for module in chosen.values() for pair in (module.a, module.b))
+    return {
+        name: LoraWeights(arrays[module.a[0]], arrays[module.b[0]], module.scaling)
+        for name, module in chosen.items()
+    }
+
+
+def match_sites(header: AdapterHeader, sites: Collection[str]) -> dict[str, str]:
+    """Site -> module of the adapter that applies there.
+
+    A module trained on `…ForCausalLM` carries one more leading name than the bare model, and the
+    other way round: names are equal as they are, or after one leading name is dropped on one side,
+    the same side for every module.
+
+    Raises:
+        AdapterWeightsError: a module has no site in this base.
+    """
+    best: dict[str, str] = {}
+    for drop_module, drop_site in ((0, 0), (1, 0), (0, 1)):
+        known = {_drop(site, drop_site): site for site in sites}
+        found = {
+            known[_drop(module, drop_module)]: module
+            for module in header.modules
+            if _drop(module, drop_module) in known
+        }
+        if len(found) > len(best):
+            best = found
+    missing = sorted(set(header.modules) - set(best.values()))
+    if missing:
+        raise AdapterWeightsError(
+            f"{header.path}: {len(missing)} of {len(header.modules)} modules have no site in this"
+            f" base, first {missing[0]!r}. Sites here: {_some(sorted(sites))}."
+            " Add the missing sites to the spec, or check that the adapter belongs to this base"
+        )
+    return best
+
+
+def check_base_copies(
+    header: AdapterHeader, matched: Mapping[str, str], base_weights: Mapping[str, str]
+) -> None:
+    """PEFT saves an embedding's own weight beside its LoRA: hold it to the base's digest.
+
+    Raises:
+        AdapterWeightsError: it differs, so the adapter was trained on another embedding.
+    """
+    site_of = {module: site for site, module in matched.items()}
+    for module, (name, info) in header.base_copies.items():
+        site = site_of.get(module)
+        if site is None or digest_array(read_tensors([(name, info)])[name]) != base_weights[site]:
+            raise AdapterWeightsError(
+                f"{header.path}: it carries the base weight {name!r}, which differs from the weight"
+                " of this base: the adapter was trained on another embedding"
+            )
+
+
+def digest_adapter(path: Path) -> str:
+    """sha256 over the two files that define an adapter, as hexadecimal text."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update(hashlib.sha256((path / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterConfigError(
+            f"{file}: no such file; a PEFT adapter is a directory with {CONFIG_FILE}"
+            f" and {WEIGHTS_FILE}"
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterConfigError(f"{file}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise AdapterConfigError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    if config.get("peft_type") != "LORA":
+        raise AdapterConfigError(
+            f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported"
+        )
+    for key, value in config.items():
+        rule = _FIELDS.get(key)
+        if rule is None:
+            raise AdapterConfigError(
+                f"{file}: unknown field {key!r} = {value!r}. It may change the mathematics, so it"
+                " is not ignored: remove it if it has no effect, or ask for its support"
+            )
+        if isinstance(rule, _Refused) and not any(
+            value is neutral or value == neutral for neutral in rule.neutral
+        ):
+            raise AdapterConfigError(
+                f"{file}: {key} = {value!r} is not supported: {rule.reason}. Retrain without it, or"
+                " merge this adapter into a base of its own"
+            )
+    init = config.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise AdapterConfigError(
+            f"{file}: init_lora_weights = {init!r} changes the base weights themselves, so"
+            " W + s B A on the original base is wrong. Save it converted:"
+            " model.save_pretrained(..., path_initial_model_for_weight_conversion=...) with peft"
+        )
+    defaults: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 8,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    for key, default in defaults.items():
+        if config.get(key) is None:
+            config[key] = default
+    _check_types(config, file)
+    return config
+
+
+def _check_types(config: dict[str, Any], file: Path) -> None:
+    def is_number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    def is_rank(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+    checks = {
+        "r": (is_rank(config["r"]), "a positive integer"),
+        "lora_alpha": (
+            is_number(config["lora_alpha"]) and math.isfinite(config["lora_alpha"]),
+            "a finite number",
+        ),
+        "use_rslora": (isinstance(config["use_rslora"], bool), "true or false"),
+        "rank_pattern": (
+            isinstance(config["rank_pattern"], dict)
+            and all(map(is_rank, config["rank_pattern"].values())),
+            "an object of positive integers",
+        ),
+        "alpha_pattern": (
+            isinstance(config["alpha_pattern"], dict)
+            and all(map(is_number, config["alpha_pattern"].values())),
+            "an object of numbers",
+        ),
+    }
+    for key, (ok, expected) in checks.items():
+        if not ok:
+            raise AdapterConfigError(f"{file}: {key}: expected {expected}, got {config[key]!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config[key]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterConfigError(
+                    f"{file}: {key}: {pattern!r} is no regular expression: {error}"
+                ) from error
+
+
+def _split_name(name: str, file: Path) -> tuple[str, str]:
+    """`base_model.model.X.lora_A.weight` -> (`X`, `A`)."""
+    roles = {
+        ".lora_A.weight": "A",
+        ".lora_B.weight": "B",
+        ".lora_embedding_A": "embedding_A",
+        ".lora_embedding_B": "embedding_B",
+        ".base_layer.weight": "base",
+    }
+    for suffix, role in roles.items():
+        if name.startswith(_PREFIX) and name.endswith(suffix):
+            return name[len(_PREFIX) : -len(suffix)], role
+    raise AdapterWeightsError(
+        f"{file}: tensor {name!r} is no LoRA factor of a linear or embedding layer, as"
+        f" {_PREFIX}<module>.lora_A.weight would be"
+    )
+
+
+def _pair(
+    module: str, parts: dict[str, tuple[str, TensorInfo]], config: dict[str, Any], file: Path
+) -> AdapterModule:
+    is_embedding = "embedding_A" in parts or "embedding_B" in parts
+    names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+    if set(parts) != set(names):
+        missing = next((part for part in names if part not in parts), None)
+        problem = f"lora_{missing} is missing" if missing else f"mixes {', '.join(sorted(parts))}"
+        raise AdapterWeightsError(f"{file}: module {module!r}: {problem}; a site needs its pair")
+    a, b = parts[names[0]], parts[names[1]]
+    shape_a, shape_b = a[1].shape, b[1].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
+        raise AdapterWeightsError(
+            f"{file}: module {module!r}: A has shape {list(shape_a)} and B {list(shape_b)};"
+            " expected [rank, in] and [out, rank]"
+        )
+    rank = _pattern_value(config["rank_pattern"], module, config["r"])
+    if shape_a[0] != rank:
+        raise AdapterWeightsError(
+            f"{file}: module {module!r}: A has rank {shape_a[0]}, but the config gives r = {rank};"
+            " config and weights are not of one training"
+        )
+    alpha = _pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
+    scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    return AdapterModule(rank, shape_a[1], shape_b[0], scaling, is_embedding, a, b)
+
+
+def _pattern_value(patterns: dict[str, _T], module: str, default: _T) -> _T:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _drop(name: str, count: int) -> str:
+    return name.split(".", count)[-1] if count else name
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

@@ -1,0 +1,65 @@
+"""The errors that the runtime raises on purpose.
+
+LoraexportError
+├── WeightsError                a weight file is missing, damaged, unsafe, or not finite
+├── AdapterError                a PEFT adapter cannot be used
+│   ├── AdapterConfigError      a field of adapter_config.json is unknown, unsupported or malformed
+│   └── AdapterWeightsError     its tensors are unpaired, misshapen, too large, or fit no site
+├── ArtifactError               an artifact is damaged, incomplete, or of another format version
+├── ProviderError               an execution provider that was asked for cannot run here
+└── BatchError                  a batch cannot be served as asked
+    ├── UnknownAdapterError     it names an adapter that is not loaded
+    ├── SlotsExceededError      it needs more slots than there are, or none is free
+    ├── SegmentsError           its segments do not describe its tokens
+    └── InputError              an array has the wrong dtype, width or device
+
+Every message says what is wrong, where, and what to do about it.
+"""
+
+
+class LoraexportError(Exception):
+    """Anything that loraexport or its runtime raises on purpose."""
+
+
+class WeightsError(LoraexportError):
+    """A weight file is missing, damaged, unsafe to read, or holds NaN or Inf."""
+
+
+class AdapterError(LoraexportError):
+    """A PEFT adapter cannot be used."""
+
+
+class AdapterConfigError(AdapterError):
+    """A field of adapter_config.json is unknown, unsupported or malformed."""
+
+
+class AdapterWeightsError(AdapterError):
+    """An adapter's tensors are unpaired, misshapen, too large, or fit no site."""
+
+
+class ArtifactError(LoraexportError):
+    """An artifact is damaged, incomplete, or of another format version."""
+
+
+class ProviderError(LoraexportError):
+    """An execution provider that was asked for cannot run here."""
+
+
+class BatchError(LoraexportError):
+    """A batch cannot be served as asked."""
+
+
+class UnknownAdapterError(BatchError):
+    """A batch names an adapter that is not loaded."""
+
+
+class SlotsExceededError(BatchError):
+    """A batch needs more slots than the artifact has, or no slot is free for a load."""
+
+
+class SegmentsError(BatchError):
+    """The segments of a batch do not describe its tokens."""
+
+
+class InputError(BatchError):
+    """An input array has the wrong dtype, width or device."""

@@ -1,0 +1,244 @@
+"""manifest.json: the one definition of what an artifact holds. Written by the exporter, read here.
+
+Everything is a frozen dataclass; `Manifest.read` is strict: a missing or unknown key, a wrong type
+or a path that leaves the artifact is an ArtifactError.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args, get_origin
+
+from .errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+
+Strategy = Literal["segmented", "masked", "augmented", "chunked"]
+DType = Literal["float32", "float16", "bfloat16"]
+ParityStatus = Literal["passed", "deferred", "failed"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One output part of a layer: columns [offset, offset + width) of y, with its own A and B."""
+
+    name: str
+    site: str
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One overridable initializer that holds a factor of every slot.
+
+    Slot s (1-based; slot 0 is the base and has no rows) owns the `rows_per_slot` rows from
+    `row_offset + (s - 1) * rows_per_slot` on.
+    """
+
+    name: str
+    role: Literal["lora_A", "lora_B"]
+    shape: tuple[int, int]
+    rows_per_slot: int
+    row_offset: int
+
+    def rows(self, slot: int) -> slice:
+        start = self.row_offset + (slot - 1) * self.rows_per_slot
+        return slice(start, start + self.rows_per_slot)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One graph: x [num_tokens, in_features] (or ids [num_tokens]) -> y [num_tokens, out_features].
+
+    For an embedding `in_features` is the vocabulary's size.
+    """
+
+    name: str
+    kind: Literal["linear", "embedding"]
+    in_features: int
+    out_features: int
+    slices: tuple[Slice, ...]
+    max_rank: int
+    strategy: Strategy
+    stacks: tuple[Stack, ...]
+    base_rows: str | None
+    """Safetensors file with the base rows ahead of a stack's slots (augmented: W^T), by stack."""
+    onnx: str | None
+    """Path of the ONNX graph inside the artifact; None if the spec asks for none."""
+    torchscript: str | None
+
+    @property
+    def input_name(self) -> str:
+        return "ids" if self.kind == "embedding" else "x"
+
+    def files(self) -> list[str]:
+        """The paths of this layer's files inside the artifact."""
+        return [path for path in (self.onnx, self.torchscript, self.base_rows) if path]
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    rank: int
+    scaling: float
+    """As PEFT computes it, times the spec's `scale`."""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that the artifact carries in `path`; `slot` None: it does not start loaded."""
+
+    name: str
+    path: str
+    digest: str
+    scale: float
+    slot: int | None
+    sites: dict[str, AdapterSite]
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    source: str
+    """The base as the spec names it: a path, a hub id, a package, or a seed."""
+    digest: str
+    weights: dict[str, str]
+    """sha256 of each site's base weight, by site."""
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    status: ParityStatus
+    """`deferred`: the ONNX graphs have not been run yet; `loraexport verify` settles it."""
+    checked: tuple[str, ...]
+    """What was compared with the float64 oracle: eager, torchscript, onnx-cpu, onnx-cuda."""
+    max_error: float
+    """Largest relative error over all of them."""
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format_version: int
+    name: str
+    kind: Literal["layers"]
+    created: str
+    dtype: DType
+    spec_digest: str
+    num_slots: int
+    layers: tuple[Layer, ...]
+    adapters: tuple[AdapterEntry, ...]
+    base: BaseEntry
+    parity: ParitySummary
+    tools: dict[str, str]
+    files: dict[str, FileEntry]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read and check manifest.json; does not look at the other files (see `check_files`)."""
+        file = folder / MANIFEST_FILE
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"
+                " 'loraexport build' has published"
+            ) from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ArtifactError(f"{file}: not readable as JSON ({error}); build again") from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{file}: format_version is {version!r}, this runtime reads {FORMAT_VERSION}; build"
+                " the artifact again, or install the runtime that matches it"
+            )
+        try:
+            manifest: Manifest = _parse(cls, data, "manifest")
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{file}: {error}; build the artifact again") from error
+        for path in manifest.paths():
+            resolve(folder, path)
+        return manifest
+
+    def paths(self) -> list[str]:
+        """Every path that the manifest names."""
+        graphs = [path for layer in self.layers for path in layer.files()]
+        return [*self.files, *graphs, *(adapter.path for adapter in self.adapters)]
+
+    def check_files(self, folder: Path) -> None:
+        """Compare size and sha256 of every listed file. Raises ArtifactError if one differs."""
+        for path, entry in self.files.items():
+            file = resolve(folder, path)
+            if not file.is_file():
+                raise ArtifactError(f"{file}: listed in {MANIFEST_FILE} but missing; copy it again")
+            size = file.stat().st_size
+            if size != entry.size:
+                raise ArtifactError(
+                    f"{file}: {size} bytes, but the manifest says {entry.size}; copy it again"
+                )
+            if digest_file(file) != entry.sha256:
+                raise ArtifactError(
+                    f"{file}: its sha256 differs from the manifest's: the file was changed or"
+                    " damaged; copy the artifact again"
+                )
+
+
+def resolve(folder: Path, path: str) -> Path:
+    """A manifest path as a file below `folder`; raises ArtifactError if it leaves the folder."""
+    pure = PurePosixPath(path)
+    escapes = not path or "\\" in path or pure.is_absolute() or ".." in pure.parts
+    file = folder / path
+    if escapes or not file.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{folder}: the manifest's path {path!r} leaves the artifact's folder")
+    return file
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """JSON value -> the annotated type; TypeError or ValueError says where it does not fit."""
+    origin, args = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: expected an object")
+        hints = typing.get_type_hints(kind)
+        if set(value) != set(hints):
+            raise ValueError(f"{where}: keys differ in {sorted(set(value) ^ set(hints))}")
+        values = {key: _parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
+        return kind(**values)  # type: ignore[operator]
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where}: expected one of {args}, got {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _parse(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
+            raise TypeError(f"{where}: expected a list, got {value!r}")
+        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: expected an object")
+        return {key: _parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,288 @@
+"""An artifact -> a session that runs mixed batches on onnxruntime, and swaps adapters in place."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from . import adapters as peft
+from . import devices
+from .batch import Segments, check_segments, segment_arrays
+from .errors import AdapterError, ArtifactError, InputError, SegmentsError
+from .manifest import Layer, Manifest, resolve
+from .slots import Slots
+from .stacks import assemble, check_fit, pack
+from .weights import read_header, read_tensors
+
+
+def load(
+    path: str | Path,
+    providers: Sequence[devices.Provider] = (devices.CPU,),
+    *,
+    threads: int | None = None,
+    allow_unverified: bool = False,
+) -> "Session":
+    """Open an artifact.
+
+    Args:
+        path: the folder that `loraexport build` published.
+        providers: onnxruntime's names, or `"cpu"` and `"cuda"`, in order of preference, each with
+            options if need be: `[("CUDAExecutionProvider", {"device_id": 1})]`.
+        threads: onnxruntime's intra-op threads per layer; default: its own choice.
+        allow_unverified: open an artifact whose parity failed or is still deferred.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or parity has not passed.
+        ProviderError: a provider cannot run here; onnxruntime alone would fall back silently.
+    """
+    folder = Path(path)
+    manifest = Manifest.read(folder)
+    if manifest.parity.status != "passed" and not allow_unverified:
+        raise ArtifactError(
+            f"{folder}: parity is {manifest.parity.status!r}, so its numbers are not proven. Run"
+            f" 'loraexport verify {folder}', or pass allow_unverified=True"
+        )
+    manifest.check_files(folder)
+    return Session(folder, manifest, devices.normalise_providers(providers), threads)
+
+
+class Session(Mapping[str, "LayerSession"]):
+    """The layers of an artifact by name, and the slots that they share. Safe to use from threads.
+
+    session = load("artifacts/quickstart")
+    y = session["qkv"].run(x, segments=[("pydoc", 5), (None, 3)])
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        providers: list[tuple[str, dict[str, Any]]],
+        threads: int | None,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._dtype = devices.NUMPY_DTYPES[manifest.dtype]
+        loaded = {entry.name: entry.slot for entry in manifest.adapters if entry.slot is not None}
+        self.slots = Slots(manifest.num_slots, loaded)
+        device = devices.session_device(providers[0])
+        devices.require_device(device)
+        stacks = self._initial_stacks()
+        self._layers = {
+            layer.name: LayerSession(
+                layer,
+                manifest.dtype,
+                self.slots,
+                _graph_path(folder, layer),
+                {
+                    stack.name: devices.StackBuffer(
+                        stack, stacks[stack.name], manifest.dtype, device
+                    )
+                    for stack in layer.stacks
+                },
+                device,
+                providers,
+                threads,
+            )
+            for layer in manifest.layers
+        }
+
+    def __getitem__(self, name: str) -> "LayerSession":
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def adapters(self) -> dict[str, int]:
+        """The loaded adapters, name -> slot."""
+        return self.slots.loaded
+
+    def load_adapter(self, name: str, path: str | Path | None = None, *, scale: float = 1.0) -> int:
+        """Put an adapter into a free slot, in place; other rows are undisturbed. Returns the slot.
+
+        The name of a loaded adapter replaces it: a run sees the old weights or the new ones.
+
+        Args:
+            path: a PEFT directory; default: the adapter of this name that the artifact carries,
+                with the scale of its spec.
+            scale: multiplies the adapter's own scaling.
+
+        Raises:
+            AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
+            SlotsExceededError: no slot is free.
+        """
+        if path is None:
+            carried = {entry.name: entry for entry in self.manifest.adapters}
+            if name not in carried:
+                raise AdapterError(
+                    f"the artifact carries no adapter {name!r} (it has {', '.join(carried)});"
+                    " give the path of a PEFT directory"
+                )
+            path, scale = resolve(self.folder, carried[name].path), carried[name].scale
+        blocks = self._read_blocks(Path(path), scale)
+
+        def write(slot: int) -> None:
+            for layer in self._layers.values():
+                layer.write_slot(slot, blocks)
+
+        return self.slots.fill(name, write)
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter's slot; runs that use it finish. Raises UnknownAdapterError."""
+        self.slots.remove(name)
+
+    def _read_blocks(self, path: Path, scale: float) -> dict[str, np.ndarray]:
+        """One slot's rows of every stack, for a PEFT directory."""
+        header = peft.read_adapter(path)
+        layers = self.manifest.layers
+        matched = peft.match_sites(header, [part.site for one in layers for part in one.slices])
+        check_fit(header, matched, layers)
+        peft.check_base_copies(header, matched, self.manifest.base.weights)
+        tensors = peft.read_lora_weights(header)
+        weights = {site: tensors[module] for site, module in matched.items()}
+        blocks: dict[str, np.ndarray] = {}
+        for layer in layers:
+            blocks |= pack(layer, weights, scale, self._dtype)
+        return blocks
+
+    def _initial_stacks(self) -> dict[str, np.ndarray]:
+        """Every stack with the adapters that start loaded, as the graphs' own initializers."""
+        blocks = {
+            entry.slot: self._read_blocks(resolve(self.folder, entry.path), entry.scale)
+            for entry in self.manifest.adapters
+            if entry.slot is not None
+        }
+        stacks: dict[str, np.ndarray] = {}
+        for layer in self.manifest.layers:
+            base_rows: dict[str, np.ndarray] = {}
+            if layer.base_rows is not None:
+                header = read_header(resolve(self.folder, layer.base_rows))
+                base_rows = read_tensors(header.items())
+            for stack in layer.stacks:
+                stacks[stack.name] = assemble(stack, self._dtype, base_rows.get(stack.name), blocks)
+        return stacks
+
+
+class LayerSession:
+    """One layer's graph: y = W x + b + scaling B (A x), with A and B of each token's slot."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        dtype: str,
+        slots: Slots,
+        graph: Path,
+        stacks: dict[str, devices.StackBuffer],
+        device: tuple[str, int],
+        providers: list[tuple[str, dict[str, Any]]],
+        threads: int | None,
+    ) -> None:
+        self.layer = layer
+        self.dtype = dtype
+        self._slots = slots
+        self._stacks = stacks
+        self._device = device
+        values = {name: buffer.value for name, buffer in stacks.items()}
+        self._session = devices.open_session(graph, providers, values, threads)
+
+    def run(
+        self,
+        x: Any,
+        segments: Segments | None = None,
+        *,
+        seg_indptr: np.ndarray | None = None,
+        seg_slots: np.ndarray | None = None,
+    ) -> Any:
+        """y [num_tokens, out_features] for x [num_tokens, in_features], or ids [num_tokens].
+
+        Args:
+            x: a numpy array of the artifact's dtype (bfloat16 as `ml_dtypes.bfloat16`; int64 ids
+                for an embedding), or any DLPack tensor on the session's device, used without a
+                copy.
+            segments: (adapter name, number of tokens) in order; None names the base.
+            seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers.
+
+        Returns:
+            A numpy array for numpy input, else an `onnxruntime.OrtValue` on the device, which
+            `torch.from_dlpack` or `cupy.from_dlpack` takes without a copy.
+
+        Raises:
+            BatchError: one of UnknownAdapterError, SlotsExceededError, SegmentsError, InputError.
+        """
+        num_tokens = self._check_input(x)
+        if segments is not None and seg_indptr is None and seg_slots is None:
+            with self._slots.lease(name for name, _ in segments) as slots:
+                return self._run_graph(x, *segment_arrays(segments, slots, num_tokens))
+        if segments is not None or seg_indptr is None or seg_slots is None:
+            raise SegmentsError("give either segments, or seg_indptr and seg_slots together")
+        check_segments(seg_indptr, seg_slots, num_tokens)
+        with self._slots.lease_slots(seg_slots.tolist()):
+            return self._run_graph(x, seg_indptr, seg_slots)
+
+    def write_slot(self, slot: int, blocks: Mapping[str, np.ndarray]) -> None:
+        """Overwrite one slot's rows in every stack; the caller owns the slot (see Slots.fill)."""
+        for name, buffer in self._stacks.items():
+            buffer.write(slot, blocks[name])
+
+    def _run_graph(self, x: Any, seg_indptr: np.ndarray, seg_slots: np.ndarray) -> Any:
+        binding = self._session.io_binding()
+        on_host = isinstance(x, np.ndarray)
+        if on_host:
+            x = np.ascontiguousarray(x)
+            dtype = "int64" if self.layer.kind == "embedding" else self.dtype
+            binding.bind_ortvalue_input(self.layer.input_name, devices.host_value(x, dtype))
+        else:
+            value = devices.device_value(x, self._device, self.layer.input_name)
+            binding.bind_ortvalue_input(self.layer.input_name, value)
+        binding.bind_cpu_input("seg_indptr", np.ascontiguousarray(seg_indptr))
+        binding.bind_cpu_input("seg_slots", np.ascontiguousarray(seg_slots))
+        shape = [int(seg_indptr[-1]), self.layer.out_features]
+        element = devices.ONNX_TYPES[self.dtype]
+        if on_host:
+            y = np.empty(shape, devices.NUMPY_DTYPES[self.dtype])
+            binding.bind_output("y", "cpu", 0, element, shape, y.ctypes.data)
+        else:
+            binding.synchronize_inputs()
+            y = ort.OrtValue.ortvalue_from_shape_and_type(shape, element, *self._device)
+            binding.bind_ortvalue_output("y", y)
+        self._session.run_with_iobinding(binding)
+        return y
+
+    def _check_input(self, x: Any) -> int:
+        """The number of tokens. Raises InputError for another shape or dtype."""
+        name, is_ids = self.layer.input_name, self.layer.kind == "embedding"
+        if not hasattr(x, "__dlpack__"):
+            raise InputError(f"{name}: expected a numpy array or a DLPack tensor, got {type(x)}")
+        shape = tuple(x.shape() if isinstance(x, ort.OrtValue) else x.shape)
+        expected = "[num_tokens]" if is_ids else f"[num_tokens, {self.layer.in_features}]"
+        if len(shape) != (1 if is_ids else 2) or (
+            not is_ids and shape[1] != self.layer.in_features
+        ):
+            raise InputError(f"{name} has shape {list(shape)}; expected {expected}")
+        wanted = "int64" if is_ids else self.dtype
+        found = x.data_type() if isinstance(x, ort.OrtValue) else str(x.dtype)
+        found = {"tensor(float)": "float32"}.get(found, found.removeprefix("torch."))
+        if found.removeprefix("tensor(").removesuffix(")") != wanted:
+            raise InputError(f"{name} is {found}; this artifact takes {wanted}")
+        if is_ids and isinstance(x, np.ndarray) and x.size:
+            low, high = int(x.min()), int(x.max())
+            if low < 0 or high >= self.layer.in_features:
+                raise InputError(
+                    f"ids range from {low} to {high}; expected 0 to {self.layer.in_features - 1}"
+                )
+        return int(shape[0])
+
+
+def _graph_path(folder: Path, layer: Layer) -> Path:
+    if layer.onnx is None:
+        raise ArtifactError(
+            f"{folder}: layer {layer.name!r} has no ONNX graph; add onnx to export.formats and"
+            " build again"
+        )
+    return resolve(folder, layer.onnx)
