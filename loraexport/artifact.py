@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from loraexport_runtime.manifest import (
     MANIFEST_FILE,
@@ -36,19 +37,19 @@ class Staging:
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest over all files, then put the folder in the target's place at once."""
         self._seal(manifest)
-        if self.target.exists():
-            _exchange(self.folder, self.target)  # the staging folder now holds the old artifact
-        else:
-            self.folder.rename(self.target)
+        self._put_at(self.target)
 
     def keep_failed(self, manifest: Manifest) -> Path:
         """Keep everything as `<target>.failed`, for `loraexport verify` to repeat the failure."""
         self._seal(manifest)
-        failed = self.target.with_name(self.target.name + ".failed")
-        if failed.exists():
-            shutil.rmtree(failed)
-        self.folder.rename(failed)
-        return failed
+        self._put_at(_failed(self.target))
+        return _failed(self.target)
+
+    def _put_at(self, place: Path) -> None:
+        if place.exists():
+            _exchange(self.folder, place)  # the staging folder now holds what was there
+        else:
+            self.folder.rename(place)
 
     def _seal(self, manifest: Manifest) -> None:
         files = {
@@ -68,24 +69,21 @@ def staging(out: Path, name: str) -> Iterator[Staging]:
 
     Raises:
         BuildBusyError: another build of this artifact is running.
-        UsageError: `out/name` exists and is no artifact.
+        UsageError: `out/name` exists and is no artifact, or `out` cannot be written.
     """
     target = out / name
-    out.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not (target / MANIFEST_FILE).is_file():
-        raise UsageError(
-            f"{target} exists and is no artifact (it has no {MANIFEST_FILE}); it is not"
-            " overwritten. Move it away, or choose another --out"
-        )
-    with (out / f".{name}.lock").open("a") as lock:
+    for path in (target, _failed(target)):
+        _require_replaceable(path)
+    with _open_lock(out, name) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise BuildBusyError(
                 f"another build of {target} is running; wait for it, or build with another --out"
             ) from error
         for left in out.glob(f".{name}.staging-*"):  # of builds that were killed
-            shutil.rmtree(left)
+            if left.name.removeprefix(f".{name}.staging-").isdigit():
+                shutil.rmtree(left)
         folder = out / f".{name}.staging-{os.getpid()}"
         folder.mkdir()
         try:
@@ -94,8 +92,48 @@ def staging(out: Path, name: str) -> Iterator[Staging]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _failed(target: Path) -> Path:
+    return target.with_name(target.name + ".failed")
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raise UsageError unless the path is free or an artifact, which a build may replace."""
+    if path.is_symlink():
+        raise UsageError(
+            f"{path} is a symbolic link; a build would replace the link and not what it leads to."
+            " Remove it, or choose as --out the folder that it leads to"
+        )
+    if path.exists() and not (path / MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"{path} exists and is no artifact (it has no {MANIFEST_FILE}); it is not"
+            " overwritten. Move it away, or choose another --out"
+        )
+
+
+def _open_lock(out: Path, name: str) -> TextIO:
+    if name.endswith(".failed"):
+        raise UsageError(
+            f"{out / name}: a folder of this name is kept for the report of a build that fails;"
+            " choose another name in the spec"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return (out / f".{name}.lock").open("a")
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error}); choose another") from error
+
+
 def mark_verified(folder: Path, manifest: Manifest, parity: ParitySummary) -> None:
-    """Replace the parity summary of a published artifact, atomically."""
+    """Replace the parity summary of a published artifact, atomically.
+
+    Args:
+        manifest: the artifact's, as it was when it was verified.
+
+    Raises:
+        UsageError: a build has replaced the artifact since.
+    """
+    if Manifest.read(folder).to_json() != manifest.to_json():  # as text: NaN is not NaN
+        raise UsageError(f"{folder}: a build replaced it while it was verified; verify it again")
     temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
     temporary.write_text(replace(manifest, parity=parity).to_json(), encoding="utf-8")
     temporary.replace(folder / MANIFEST_FILE)

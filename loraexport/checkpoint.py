@@ -33,7 +33,10 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
     pickled = sorted(folder.glob("*.bin"))
     if pickled:
         read_header(pickled[0])  # says why pickled weights are refused
-    raise BaseModelError(f"{folder}: no safetensors file here; expected {_SINGLE} or {_INDEX}")
+    raise BaseModelError(
+        f"{folder}: no safetensors file here; expected {_SINGLE} or {_INDEX}, as save_pretrained"
+        " writes them"
+    )
 
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:
@@ -45,10 +48,19 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
         raise BaseModelError(
             f"{index}: expected an object with weight_map, name -> file ({error!r})"
         ) from error
+    if not shard_of:
+        raise BaseModelError(f"{index}: weight_map is empty; save the model again")
     headers = {}
     for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard:
-            raise BaseModelError(f"{index}: shard {shard!r} is not a file of this folder")
+        if Path(shard).name != shard or shard == "..":
+            raise BaseModelError(
+                f"{index}: shard {shard!r} is not a file of this folder; a shard lies beside its"
+                " index and is named without a path"
+            )
+        if not (folder / shard).is_file():
+            raise BaseModelError(
+                f"{index}: shard {shard} is not there; the download is not complete, fetch it again"
+            )
         headers[shard] = read_header(folder / shard)
     missing = [name for name, shard in shard_of.items() if name not in headers[shard]]
     if missing:

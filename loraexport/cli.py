@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out_console = Console(soft_wrap=True)
-err_console = Console(stderr=True, soft_wrap=True)
+# No markup and no emoji codes: a path may be named [a] or :b:.
+out_console = Console(soft_wrap=True, markup=False, emoji=False)
+err_console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 SpecPath = Annotated[Path, typer.Argument(help="The YAML spec.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
@@ -68,9 +70,10 @@ def build(
         _print_json({"artifact": str(folder), "parity": _report_dict(report)})
         return
     out_console.print(
-        f"[green]published[/] {folder}: parity {summary.status}, largest error"
+        Text("published", style="green"),
+        f"{folder}: parity {summary.status}, largest error"
         f" {summary.max_error:.1e} (tolerance {summary.tolerance:.0e}) over"
-        f" {', '.join(summary.checked)}"
+        f" {', '.join(summary.checked)}",
     )
     if summary.status == "deferred":
         err_console.print(
@@ -138,10 +141,13 @@ def inspect(
         from .spec import read_spec
 
         data = read_spec(path).model_dump(mode="json")
-    else:
+    elif path.exists():
         raise UsageError(
-            f"{path}: no artifact ({MANIFEST_FILE}), no adapter ({CONFIG_FILE}) and no spec here"
+            f"{path}: neither an artifact (it has no {MANIFEST_FILE}) nor an adapter (it has no"
+            f" {CONFIG_FILE}); give the folder of one, or a spec"
         )
+    else:
+        raise UsageError(f"{path}: no such file or folder; give an artifact, an adapter or a spec")
     if as_json:
         _print_json(data)
     else:
@@ -163,13 +169,26 @@ def main() -> None:
         app()
     except LoraexportError as error:
         if debug:
-            raise
-        title = Text(type(error).__name__, style="bold red")
-        if err_console.is_terminal:
-            err_console.print(Panel(Text(str(error)), title=title, title_align="left"))
+            traceback.print_exc()
         else:
-            err_console.print(Text(f"{type(error).__name__}: {error}"))
+            _print_error(type(error).__name__, str(error))
         sys.exit(exit_code(error))
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            hint = "'loraexport --debug …' shows where"
+            _print_error(type(error).__name__, f"{error or 'no message'} ({hint})")
+        sys.exit(1)
+
+
+def _print_error(title: str, message: str) -> None:
+    """One block on stderr: a panel on a terminal, plain lines elsewhere."""
+    if err_console.is_terminal:
+        bold = Text(title, style="bold red")
+        err_console.print(Panel(Text(message), title=bold, title_align="left"))
+    else:
+        err_console.print(Text(f"{title}: {message}"))
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 No torch and no tensor data, so it takes well under two seconds.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -243,12 +244,18 @@ def _tensor(tensors: Mapping[str, TensorInfo], name: str, where: str) -> TensorI
                 f"{where}: tensor {name!r} is {tensors[name].dtype}; dequantize the base first"
             )
         return tensors[name]
-    tail = name.split(".", 1)[-1]
-    near = [known for known in tensors if known.endswith(tail)][:3] or list(tensors)[:3]
     raise BaseModelError(
-        f"{where}: the base has no tensor {name!r}; it has {len(tensors)}, such as"
-        f" {', '.join(near)}"
+        f"{where}: the base has no tensor {name!r}; of its {len(tensors)} the closest are"
+        f" {', '.join(_closest(name, tensors))}. Correct site or weight"
     )
+
+
+def _closest(name: str, tensors: Iterable[str]) -> list[str]:
+    """Three names that a user may have meant: the same with another prefix, or alike."""
+    known = list(tensors)
+    tail = name.split(".", 1)[-1]
+    same_tail = [one for one in known if one.endswith(tail) or one.endswith("." + name)]
+    return (same_tail or difflib.get_close_matches(name, known, 3, 0.6) or known)[:3]
 
 
 def _sizes(
@@ -285,6 +292,11 @@ def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:
     seen: dict[str, str] = {}
     for plan in layers:
         for part in plan.layer.slices:
+            if seen.get(part.site) == plan.layer.name:
+                raise BaseModelError(
+                    f"site {part.site!r} is twice in layer {plan.layer.name!r}; give each slice its"
+                    " own site"
+                )
             if part.site in seen:
                 raise BaseModelError(
                     f"site {part.site!r} is in layer {seen[part.site]!r} and in"

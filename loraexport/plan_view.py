@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .plan import LayerPlan, Plan
 
@@ -33,49 +35,61 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Adapters and layers, one line each, and why each strategy."""
+    """Adapters, layers and their sites, one line each, and why each strategy."""
     data = plan_dict(plan)
-    console.print(
+    _print_line(
+        console,
         f"{data['name']}: {data['dtype']}, {data['slots']} slots of rank {data['max_rank']},"
-        f" base {data['base']}"
+        f" base {data['base']}",
     )
-    adapters = Table("adapter", "slot", "sites", "ranks", "scalings")
-    for adapter in data["adapters"]:
+    console.print(_adapter_table(data["adapters"]))
+    console.print(_layer_table(data["layers"], data["tokens"]))
+    _print_line(console, "Sites:")
+    for layer in data["layers"]:
+        _print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
+    _print_line(console, "Strategies:")
+    for reason, names in _reasons(data["layers"]).items():
+        _print_line(console, f"  {reason} ({', '.join(names)})")
+
+
+def _print_line(console: Console, line: str) -> None:
+    """A line as it is: a path may hold what rich takes for markup."""
+    console.print(Text(line), soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    """Cells fold where a terminal is narrow: nothing is cut off."""
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _adapter_table(adapters: list[dict[str, Any]]) -> Table:
+    table = _table("adapter", "slot", "sites", "ranks", "scalings")
+    for adapter in adapters:
         sites = adapter["sites"].values()
         ranks = sorted({site["rank"] for site in sites})
         scalings = sorted({round(site["scaling"], 6) for site in sites})
         slot = "not loaded" if adapter["slot"] is None else str(adapter["slot"])
-        adapters.add_row(adapter["name"], slot, str(len(sites)), _join(ranks), _join(scalings))
-    console.print(adapters)
-    layers = Table(
-        "layer",
-        "in",
-        "out",
-        "sites",
-        "stack",
-        "strategy",
-        "base MiB",
-        "LoRA MiB",
-        "base GFLOP",
-        "LoRA GFLOP",
-    )
-    for layer in data["layers"]:
-        layers.add_row(
+        table.add_row(adapter["name"], slot, str(len(sites)), _join(ranks), _join(scalings))
+    return table
+
+
+def _layer_table(layers: list[dict[str, Any]], tokens: int) -> Table:
+    costs = ("MiB\nbase + LoRA", f"GFLOP, {tokens} tokens\nbase + LoRA")
+    table = _table("layer", "in", "out", "stack", "strategy", *costs)
+    for layer in layers:
+        table.add_row(
             layer["name"],
             str(layer["in_features"]),
             str(layer["out_features"]),
-            "\n".join(layer["sites"]),
             str(layer["stack_width"]),
             layer["strategy"],
-            f"{layer['base_bytes'] / 2**20:.2f}",
-            f"{layer['lora_bytes'] / 2**20:.2f}",
-            f"{layer['base_flops'] / 1e9:.3f}",
-            f"{layer['lora_flops'] / 1e9:.3f}",
+            f"{layer['base_bytes'] / 2**20:.2f} + {layer['lora_bytes'] / 2**20:.2f}",
+            f"{layer['base_flops'] / 1e9:.3f} + {layer['lora_flops'] / 1e9:.3f}",
         )
-    console.print(layers)
-    console.print(f"FLOPs for {data['tokens']} tokens.")
-    for reason, names in _reasons(data["layers"]).items():
-        console.print(f"{reason} ({', '.join(names)})")
+    return table
 
 
 def _layer_dict(one: LayerPlan, tokens: int) -> dict[str, Any]:

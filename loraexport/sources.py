@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath
 
 from loraexport_runtime.errors import LoraexportError
@@ -40,9 +41,11 @@ def _package_directory(source: str, error: type[LoraexportError]) -> Path:
     parts = PurePosixPath(inner).parts
     if ".." in parts or PurePosixPath(inner).is_absolute():
         raise error(f"{source!r} leaves the package's folder; name a folder inside {module!r}")
-    found = importlib.util.find_spec(module) if module.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
+    found = _find_package(module)
+    if found is None:
         raise error(f"{source!r}: no Python package {module!r} is installed; pip install it first")
+    if not found.submodule_search_locations:
+        raise error(f"{source!r}: {module!r} is a single file, so it ships no folder")
     for location in found.submodule_search_locations:
         root = Path(location).resolve()
         candidate = (root / inner).resolve()
@@ -51,6 +54,14 @@ def _package_directory(source: str, error: type[LoraexportError]) -> Path:
         if candidate.is_dir():
             return candidate
     raise error(f"{source!r}: package {module!r} has no folder {inner!r}")
+
+
+def _find_package(module: str) -> ModuleSpec | None:
+    """Where a top-level package is, without running its code."""
+    try:
+        return importlib.util.find_spec(module) if module.isidentifier() else None
+    except ValueError:  # __main__ has no spec
+        return None
 
 
 def _hub_directory(source: str, local: Path, error: type[LoraexportError]) -> Path:

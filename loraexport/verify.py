@@ -215,7 +215,7 @@ def _implementations(
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Run]]:
     by_name = {one.layer.name: one for one in modules}
-    names = [name for name, _ in normalise_providers(providers)]
+    names = [name for name, _ in normalise_providers(providers)] if providers else []
     if modules:
         yield "eager", lambda layer, *inputs: _run_stacked(by_name[layer.name], *inputs)
         yield (

@@ -93,7 +93,8 @@ def reference_output(
 def _names(pattern: str, module: str) -> bool:
     """PEFT's rule: the pattern is the whole name, or what follows one of its dots."""
     starts = [0] + [i + 1 for i, letter in enumerate(module) if letter == "."]
-    return any(re.fullmatch(pattern, module[start:]) for start in starts)
+    # By position, not by slicing: `^` stands for the start of the whole name only.
+    return any(re.compile(pattern).fullmatch(module, start) for start in starts)
 
 
 def _find(module: str, sites: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ def add_segmented_lora(
     seg_slots: Tensor,
     a: Tensor,
     b: List[Tensor],  # noqa: UP006
-    a_starts: List[int],  # noqa: UP006
+    a_indptr: List[int],  # noqa: UP006
     b_starts: List[int],  # noqa: UP006
     ranks: List[int],  # noqa: UP006
     columns: List[int],  # noqa: UP006
@@ -42,7 +42,7 @@ def add_segmented_lora(
 ) -> Tensor:
     """y[t, slice] += scaling[s] * B[s, slice] (A[s, slice] x[t]), in place, segment by segment.
 
-    Plain Python that TorchScript compiles as it stands. K slices; slot s - 1 is written i.
+    Plain Python that TorchScript compiles as it stands. K slices; slot s is i = s - 1 in the lists.
 
     Args:
         y: [T, out], the base output, which is changed.
@@ -50,7 +50,7 @@ def add_segmented_lora(
         seg_indptr, seg_slots: int64 [n + 1] and [n], on the CPU.
         a: [sum of ranks, in], slot by slot and in a slot slice by slice.
         b: per slice [sum of ranks, width], slot by slot: B^T without its scaling.
-        a_starts: [S], first row of slot i in a.
+        a_indptr: [S + 1], slot i owns rows a_indptr[i] to a_indptr[i + 1] of a.
         b_starts, ranks: [S * K], for slot i and slice k at i * K + k; rank 0: not adapted.
         columns: [K + 1], where the slices begin in y.
         scalings: [S].
@@ -62,42 +62,33 @@ def add_segmented_lora(
     """
     bounds: List[int] = seg_indptr.tolist()  # noqa: UP006
     slots: List[int] = seg_slots.tolist()  # noqa: UP006
-    num_slices = len(b)
     widest = 0
     for i in range(len(scalings)):
-        total = 0
-        for k in range(num_slices):
-            total += ranks[i * num_slices + k]
-        widest = max(widest, total)
+        widest = max(widest, a_indptr[i + 1] - a_indptr[i])
     buffer = torch.empty([x.shape[0] * widest], dtype=y.dtype, device=y.device)
     for segment in range(len(slots)):
-        i = slots[segment] - 1
         start = bounds[segment]
         end = bounds[segment + 1]
-        if i < 0 or start == end:
-            continue
-        total = 0
-        for k in range(num_slices):
-            total += ranks[i * num_slices + k]
-        if total == 0:
-            continue
-        factor = a[a_starts[i] : a_starts[i] + total].t()
-        alpha = 1.0
-        if is_embedding:
-            h = factor.index_select(0, x[start:end])
-            alpha = scalings[i]
-        else:
-            h = buffer[: (end - start) * total].view(end - start, total)
-            torch.addmm(h, x[start:end], factor, beta=0.0, alpha=scalings[i], out=h)
-        at = 0
-        for k in range(num_slices):
-            rank = ranks[i * num_slices + k]
-            if rank > 0:
-                first = b_starts[i * num_slices + k]
-                y[start:end, columns[k] : columns[k + 1]].addmm_(
-                    h[:, at : at + rank], b[k][first : first + rank], beta=1.0, alpha=alpha
-                )
-            at += rank
+        i = slots[segment] - 1
+        if i >= 0 and end > start and a_indptr[i + 1] > a_indptr[i]:
+            total = a_indptr[i + 1] - a_indptr[i]
+            factor = a[a_indptr[i] : a_indptr[i + 1]].t()
+            alpha = 1.0
+            if is_embedding:
+                h = factor.index_select(0, x[start:end])
+                alpha = scalings[i]
+            else:
+                h = buffer[: (end - start) * total].view(end - start, total)
+                torch.addmm(h, x[start:end], factor, beta=0.0, alpha=scalings[i], out=h)
+            at = 0
+            for k in range(len(b)):
+                rank = ranks[i * len(b) + k]
+                if rank > 0:
+                    first = b_starts[i * len(b) + k]
+                    y[start:end, columns[k] : columns[k + 1]].addmm_(
+                        h[:, at : at + rank], b[k][first : first + rank], beta=1.0, alpha=alpha
+                    )
+                at += rank
     return y
 
 
@@ -105,7 +96,7 @@ def add_segmented_lora(
 class _Packed:
     a: np.ndarray
     b: list[np.ndarray]
-    a_starts: list[int]
+    a_indptr: list[int]
     b_starts: list[int]
     ranks: list[int]
     scalings: list[float]
@@ -132,7 +123,7 @@ class SegmentedLoop(nn.Module):
         for k, part in enumerate(packed.b):
             self.register_buffer(f"b{k}", to_torch(part))
         self.num_slices = len(packed.b)
-        self.a_starts, self.b_starts = packed.a_starts, packed.b_starts
+        self.a_indptr, self.b_starts = packed.a_indptr, packed.b_starts
         self.ranks = packed.ranks
         # A list of floats: as a tensor, `.to(half)` would round the scalings too.
         self.scalings = packed.scalings
@@ -149,7 +140,7 @@ class SegmentedLoop(nn.Module):
             seg_slots,
             self.a,
             [getattr(self, f"b{k}") for k in range(self.num_slices)],
-            self.a_starts,
+            self.a_indptr,
             self.b_starts,
             self.ranks,
             self.columns,
@@ -181,12 +172,11 @@ def _pack_true_ranks(
     """One alpha serves a slot's whole shrink: a slice that differs has the ratio in its A."""
     a: list[np.ndarray] = [np.zeros((0, layer.in_features))]
     b: list[list[np.ndarray]] = [[np.zeros((0, part.width))] for part in layer.slices]
-    a_starts, b_starts, ranks, scalings = [], [], [], []
+    a_indptr, b_starts, ranks, scalings = [0], [], [], []
     for slot in range(1, num_slots + 1):
         weights, scale = slots.get(slot, ({}, 1.0))
         used = [weights[part.site].scaling * scale for part in layer.slices if part.site in weights]
         alpha = max(used, key=abs, default=0.0)
-        a_starts.append(sum(map(len, a)))
         scalings.append(alpha)
         for part, blocks in zip(layer.slices, b, strict=True):
             b_starts.append(sum(map(len, blocks)))
@@ -197,8 +187,9 @@ def _pack_true_ranks(
             ranks.append(lora.a.shape[0])
             a.append(lora.a.astype(np.float64) * (lora.scaling * scale / alpha))
             blocks.append(lora.b.astype(np.float64).T)
+        a_indptr.append(sum(map(len, a)))
     joined = [np.concatenate(blocks).astype(dtype) for blocks in b]
-    return _Packed(np.concatenate(a).astype(dtype), joined, a_starts, b_starts, ranks, scalings)
+    return _Packed(np.concatenate(a).astype(dtype), joined, a_indptr, b_starts, ranks, scalings)
 
 
 class OwnRows(nn.Module):
@@ -207,6 +198,17 @@ class OwnRows(nn.Module):
     def forward(self, slots: Tensor, slot: int) -> Tensor:
         """slots int64 [T] -> int64 [number of tokens of that slot]."""
         return torch.nonzero(slots == slot).squeeze(1)
+
+
+class Reorder(nn.Module):
+    """Put rows that were sorted by slot back into the order of the tokens."""
+
+    def forward(self, parts: list[Tensor], rows: list[Tensor], num_tokens: int) -> Tensor:
+        """parts, one per slot, [tokens of the slot, n], rows their tokens -> [T, n]."""
+        tokens = torch.cat(rows)
+        places = torch.arange(num_tokens, device=tokens.device)
+        place_of = torch.zeros_like(places).scatter(0, tokens, places)
+        return torch.cat(parts).index_select(0, place_of)
 
 
 class Segmented(Strategy):
@@ -222,6 +224,7 @@ class Segmented(Strategy):
         self.gather = Gather(in_features)
         self.shrink = Shrink()
         self.expand = Expand()
+        self.reorder = Reorder()
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         return (self.slots(seg_indptr, seg_slots, num_tokens),)
@@ -239,9 +242,9 @@ class Segmented(Strategy):
     def _slot_by_slot(
         self, y: Tensor, slots: Tensor, b: Tensor, shrink: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        for i in range(self.num_slots):
-            rows = self.rows(slots, i + 1)
+        rows = [self.rows(slots, slot) for slot in range(self.num_slots + 1)]
+        parts = [y.index_select(0, rows[0])]
+        for i, own in enumerate(rows[1:]):
             block = slice(i * self.rows_per_slot, (i + 1) * self.rows_per_slot)
-            part = self.expand(y.index_select(0, rows), shrink(rows, block), b[block])
-            y = y.index_copy(0, rows, part)
-        return y
+            parts.append(self.expand(y.index_select(0, own), shrink(own, block), b[block]))
+        return self.reorder(parts, rows, y.shape[0])

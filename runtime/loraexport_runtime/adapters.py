@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .errors import AdapterConfigError, AdapterWeightsError, WeightsError
-from .weights import TensorInfo, digest_array, read_header, read_tensors
+from .weights import FLOAT_DTYPES, TensorInfo, digest_array, read_header, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -82,6 +83,7 @@ _FIELDS: dict[str, str | _Refused] = {
     "ensure_weight_tying": _Refused("one adapter serves two tied modules"),
 }
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,18 @@ def read_adapter(path: Path) -> AdapterHeader:
     config = _read_config(path)
     weights = path / WEIGHTS_FILE
     if not weights.is_file():
-        if (path / "adapter_model.bin").is_file():
+        pickled = path / "adapter_model.bin"
+        if pickled.is_file():
             raise WeightsError(
-                f"{path / 'adapter_model.bin'}: a .bin adapter is unpickled on load and can run"
-                " code, so it is refused. Convert it once with peft:"
-                f" PeftModel.from_pretrained(base, {str(path)!r}).save_pretrained(folder)"
+                f"{pickled}: a .bin adapter is unpickled on load and can run code, so it is"
+                ' refused. Convert it once, where torch is installed: python -c "import torch;'
+                " from safetensors.torch import save_file;"
+                f' save_file(torch.load({str(pickled)!r}, weights_only=True), {str(weights)!r})"'
             )
-        raise WeightsError(f"{weights}: no such file; a PEFT directory has {WEIGHTS_FILE}")
+        raise WeightsError(
+            f"{weights}: no such file; a PEFT adapter is a directory with {CONFIG_FILE} and"
+            f" {WEIGHTS_FILE}"
+        )
     factors: dict[str, dict[str, tuple[str, TensorInfo]]] = {}
     base_copies: dict[str, tuple[str, TensorInfo]] = {}
     for name, info in read_header(weights).items():
@@ -193,14 +200,28 @@ def match_sites(header: AdapterHeader, sites: Collection[str]) -> dict[str, str]
     """
     best: dict[str, str] = {}
     for drop_module, drop_site in ((0, 0), (1, 0), (0, 1)):
-        known = {_drop(site, drop_site): site for site in sites}
-        found = {
-            known[_drop(module, drop_module)]: module
+        known: dict[str, list[str]] = {}
+        for site in sites:
+            known.setdefault(_drop(site, drop_site), []).append(site)
+        hits = [
+            (site, module)
             for module in header.modules
-            if _drop(module, drop_module) in known
-        }
-        if len(found) > len(best):
-            best = found
+            for site in known.get(_drop(module, drop_module), ())
+        ]
+        found = dict(hits)
+        if len(found) <= len(best):
+            continue
+        of_site = Counter(site for site, _ in hits)
+        of_module = Counter(module for _, module in hits)
+        twice = [hit for hit in hits if of_site[hit[0]] > 1 or of_module[hit[1]] > 1]
+        if twice:
+            (site, module), (other_site, other_module) = twice[:2]
+            raise AdapterWeightsError(
+                f"{header.path}: module {module!r} fits site {site!r} but for the first name, and"
+                f" {other_module!r} fits {other_site!r}: it is not clear which belong together."
+                " Name the spec's sites as the adapter names its modules"
+            )
+        best = found
     missing = sorted(set(header.modules) - set(best.values()))
     if missing:
         raise AdapterWeightsError(
@@ -222,11 +243,24 @@ def check_base_copies(
     site_of = {module: site for site, module in matched.items()}
     for module, (name, info) in header.base_copies.items():
         site = site_of.get(module)
-        if site is None or digest_array(read_tensors([(name, info)])[name]) != base_weights[site]:
+        if site is None or base_weights[site] not in _digests(read_tensors([(name, info)])[name]):
             raise AdapterWeightsError(
                 f"{header.path}: it carries the base weight {name!r}, which differs from the weight"
-                " of this base: the adapter was trained on another embedding"
+                " of this base: the adapter was trained on another embedding, or in a smaller"
+                " dtype. If this is its base, save the adapter again with peft:"
+                " model.save_pretrained(folder, save_embedding_layers=False)"
             )
+
+
+def _digests(copy: np.ndarray) -> set[str]:
+    """The digests of a copy in every dtype that holds its values exactly: training may widen."""
+    digests = set()
+    for name in FLOAT_DTYPES.values():
+        with np.errstate(over="ignore"):
+            cast = copy.astype(name)
+        if np.array_equal(cast.astype(np.float64), copy.astype(np.float64)):
+            digests.add(digest_array(cast))
+    return digests
 
 
 def digest_adapter(path: Path) -> str:
@@ -246,7 +280,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{file}: no such file; a PEFT adapter is a directory with {CONFIG_FILE}"
             f" and {WEIGHTS_FILE}"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise AdapterConfigError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise AdapterConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise AdapterConfigError(f"{file}: expected a JSON object, got {type(config).__name__}")
@@ -268,13 +304,7 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{file}: {key} = {value!r} is not supported: {rule.reason}. Retrain without it, or"
                 " merge this adapter into a base of its own"
             )
-    init = config.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
-        raise AdapterConfigError(
-            f"{file}: init_lora_weights = {init!r} changes the base weights themselves, so"
-            " W + s B A on the original base is wrong. Save it converted:"
-            " model.save_pretrained(..., path_initial_model_for_weight_conversion=...) with peft"
-        )
+    _check_init(config.get("init_lora_weights", True), file)
     defaults: dict[str, Any] = {
         "r": 8,
         "lora_alpha": 8,
@@ -289,9 +319,37 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _check_init(init: object, file: Path) -> None:
+    """Refuse what does not leave the base alone: the adapter is no plain `W + s B A` then."""
+    if init in _PLAIN_INITS:
+        return
+    name = str(init).lower()
+    if name.startswith(_CONVERTIBLE_INITS):
+        raise AdapterConfigError(
+            f"{file}: init_lora_weights = {init!r} changes the base weights themselves, so this"
+            " adapter is wrong on the original base. With peft save it converted:"
+            " model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial),"
+            " where initial is the folder of the adapter as it was before training"
+        )
+    if name == "loftq":
+        raise AdapterConfigError(
+            f"{file}: init_lora_weights = 'loftq' changes the base weights themselves, so this"
+            " adapter is wrong on the original base. peft has no conversion for it: merge it into"
+            " its quantized base (model.merge_and_unload()), or retrain without it"
+        )
+    raise AdapterConfigError(
+        f"{file}: init_lora_weights = {init!r} is not supported; supported are true, false,"
+        " 'gaussian', 'orthogonal' and 'eva', which leave the base weights alone. peft's"
+        " conversion (path_initial_model_for_weight_conversion) is for PiSSA, CorDA, OLoRA and"
+        " LoRA-GA; retrain this one with init_lora_weights=True"
+    )
+
+
 def _check_types(config: dict[str, Any], file: Path) -> None:
     def is_number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int):
+            return not isinstance(value, bool) and abs(value) <= 2**53  # exact as a float
+        return isinstance(value, float) and math.isfinite(value)
 
     def is_rank(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -299,7 +357,7 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
     checks = {
         "r": (is_rank(config["r"]), "a positive integer"),
         "lora_alpha": (
-            is_number(config["lora_alpha"]) and math.isfinite(config["lora_alpha"]),
+            is_number(config["lora_alpha"]),
             "a finite number",
         ),
         "use_rslora": (isinstance(config["use_rslora"], bool), "true or false"),
@@ -311,7 +369,7 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
         "alpha_pattern": (
             isinstance(config["alpha_pattern"], dict)
             and all(map(is_number, config["alpha_pattern"].values())),
-            "an object of numbers",
+            "an object of finite numbers",
         ),
     }
     for key, (ok, expected) in checks.items():
@@ -341,7 +399,9 @@ def _split_name(name: str, file: Path) -> tuple[str, str]:
             return name[len(_PREFIX) : -len(suffix)], role
     raise AdapterWeightsError(
         f"{file}: tensor {name!r} is no LoRA factor of a linear or embedding layer, as"
-        f" {_PREFIX}<module>.lora_A.weight would be"
+        f" {_PREFIX}<module>.lora_A.weight would be. If it is a weight of the base that was not"
+        " trained, save the adapter again with peft:"
+        " model.save_pretrained(folder, save_embedding_layers=False)"
     )
 
 
@@ -355,6 +415,12 @@ def _pair(
         problem = f"lora_{missing} is missing" if missing else f"mixes {', '.join(sorted(parts))}"
         raise AdapterWeightsError(f"{file}: module {module!r}: {problem}; a site needs its pair")
     a, b = parts[names[0]], parts[names[1]]
+    for name, info in (a, b):
+        if info.dtype not in FLOAT_DTYPES:
+            raise AdapterWeightsError(
+                f"{file}: tensor {name!r} is {info.dtype}; LoRA factors are floats"
+                f" ({', '.join(FLOAT_DTYPES)}): dequantize the adapter first"
+            )
     shape_a, shape_b = a[1].shape, b[1].shape
     if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
         raise AdapterWeightsError(
@@ -363,9 +429,15 @@ def _pair(
         )
     rank = _pattern_value(config["rank_pattern"], module, config["r"])
     if shape_a[0] != rank:
+        why = "config and weights are not of one training"
+        if sum(_matches(pattern, module) for pattern in config["rank_pattern"]) > 1:
+            why = (
+                "several keys of rank_pattern match it, and peft sorts them on save: put the one"
+                " that the training used first"
+            )
         raise AdapterWeightsError(
             f"{file}: module {module!r}: A has rank {shape_a[0]}, but the config gives r = {rank};"
-            " config and weights are not of one training"
+            f" {why}"
         )
     alpha = _pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
     scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
@@ -374,9 +446,13 @@ def _pair(
 
 def _pattern_value(patterns: dict[str, _T], module: str, default: _T) -> _T:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _matches(pattern, module):
             return value
     return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _drop(name: str, count: int) -> str:

@@ -1,6 +1,7 @@
 """Adapter names per segment -> `seg_indptr` and `seg_slots`, checked."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,24 +11,39 @@ Segments = Sequence[tuple[str | None, int]]
 """(adapter name or None for the base, number of tokens) in the order of the tokens."""
 
 
-def segment_arrays(
-    segments: Segments, slots: Mapping[str | None, int], num_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`seg_indptr int64 [n + 1]` and `seg_slots int64 [n]` for named segments.
+def read_segments(segments: Any, num_tokens: int) -> list[tuple[str | None, int]]:
+    """Named segments as a list, checked.
 
     Raises:
-        SegmentsError: a length is negative or no integer, or the lengths do not sum to num_tokens.
+        SegmentsError: an entry is no pair of a name and a length, or the lengths do not sum to
+            num_tokens.
     """
-    for name, length in segments:
-        if isinstance(length, bool) or not isinstance(length, int | np.integer) or length < 0:
+    try:
+        entries = list(segments)
+    except TypeError as error:
+        raise SegmentsError(
+            f"segments: expected a list of (adapter name or None, number of tokens), got"
+            f" {segments!r}"
+        ) from error
+    pairs = []
+    for index, entry in enumerate(entries):
+        if not _is_segment(entry):
             raise SegmentsError(
-                f"segment {name!r} has length {length!r}; expected a number of tokens, 0 or more"
+                f"segments[{index}] is {entry!r}; expected a pair: an adapter's name, or None for"
+                " the base, and its number of tokens, 0 or more"
             )
+        pairs.append((entry[0], int(entry[1])))
+    _check_sum(sum(length for _, length in pairs), num_tokens)
+    return pairs
+
+
+def segment_arrays(
+    segments: Segments, slots: Mapping[str | None, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`seg_indptr int64 [n + 1]` and `seg_slots int64 [n]` for what `read_segments` gave."""
     seg_indptr = np.zeros(len(segments) + 1, dtype=np.int64)
     np.cumsum([length for _, length in segments], out=seg_indptr[1:])
-    seg_slots = np.array([slots[name] for name, _ in segments], dtype=np.int64)
-    check_segments(seg_indptr, seg_slots, num_tokens)
-    return seg_indptr, seg_slots
+    return seg_indptr, np.array([slots[name] for name, _ in segments], dtype=np.int64)
 
 
 def check_segments(seg_indptr: np.ndarray, seg_slots: np.ndarray, num_tokens: int) -> None:
@@ -37,18 +53,44 @@ def check_segments(seg_indptr: np.ndarray, seg_slots: np.ndarray, num_tokens: in
         SegmentsError: they break it.
     """
     for name, array in (("seg_indptr", seg_indptr), ("seg_slots", seg_slots)):
+        if not isinstance(array, np.ndarray):
+            raise SegmentsError(
+                f"{name} is of type {type(array).__name__}; expected a numpy array, int64 with one"
+                " dimension"
+            )
         if array.dtype != np.int64 or array.ndim != 1:
             raise SegmentsError(
-                f"{name} is {array.dtype} with {array.ndim} dimensions; expected int64 with one"
+                f"{name} is {array.dtype} with shape {list(array.shape)}; expected int64 with one"
+                " dimension"
             )
-    if len(seg_slots) == 0 or len(seg_indptr) != len(seg_slots) + 1:
+    if len(seg_indptr) != len(seg_slots) + 1:
         raise SegmentsError(
-            f"seg_indptr has {len(seg_indptr)} entries for {len(seg_slots)} segments;"
-            " expected one more than segments, and at least one segment"
+            f"seg_indptr has {len(seg_indptr)} entries for the {len(seg_slots)} segments of"
+            " seg_slots; expected one entry more than segments"
         )
-    if seg_indptr[0] != 0 or (np.diff(seg_indptr) < 0).any():
-        raise SegmentsError(f"seg_indptr {seg_indptr.tolist()} must start at 0 and never fall")
-    if seg_indptr[-1] != num_tokens:
+    if seg_indptr[0] != 0:
+        raise SegmentsError(f"seg_indptr starts at {int(seg_indptr[0])}; expected 0")
+    falls = np.flatnonzero(seg_indptr[1:] < seg_indptr[:-1])  # a difference could overflow
+    if len(falls):
+        low, high = int(falls[0]), int(falls[0]) + 1
         raise SegmentsError(
-            f"the segments cover {int(seg_indptr[-1])} tokens, but the input has {num_tokens}"
+            f"seg_indptr falls from {int(seg_indptr[low])} at entry {low} to"
+            f" {int(seg_indptr[high])} at entry {high}; expected offsets that never fall"
+        )
+    _check_sum(int(seg_indptr[-1]), num_tokens)
+
+
+def _is_segment(entry: Any) -> bool:
+    if not isinstance(entry, tuple | list) or len(entry) != 2:
+        return False
+    name, length = entry
+    is_number = isinstance(length, int | np.integer) and not isinstance(length, bool)
+    return (name is None or isinstance(name, str)) and is_number and length >= 0
+
+
+def _check_sum(covered: int, num_tokens: int) -> None:
+    if covered != num_tokens:
+        raise SegmentsError(
+            f"the segments cover {covered} tokens, but the input has {num_tokens}; make their"
+            " lengths sum to the number of tokens"
         )

@@ -35,8 +35,14 @@ def normalise_providers(providers: Sequence[Provider]) -> list[tuple[str, dict[s
     """`["cuda"]` or onnxruntime's own names, with or without options, as (name, options)."""
     if isinstance(providers, str) or not providers:
         raise ProviderError(f"providers: expected a list such as ['{CPU}'], got {providers!r}")
-    pairs = [entry if isinstance(entry, tuple) else (entry, {}) for entry in providers]
-    named = [(_SHORT_NAMES.get(name, name), dict(options)) for name, options in pairs]
+    named = []
+    for entry in providers:
+        pair = entry if isinstance(entry, tuple) else (entry, {})
+        if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], dict):
+            raise ProviderError(
+                f"providers: expected a name, or a tuple (name, options), got {entry!r}"
+            )
+        named.append((_SHORT_NAMES.get(pair[0], pair[0]), dict(pair[1])))
     for name, options in named:
         if name == CUDA:
             # onnxruntime would round float32 products to TF32, about 3 decimal digits.
@@ -133,24 +139,20 @@ class StackBuffer:
     def __init__(self, stack: Stack, initial: np.ndarray, dtype: str, device: tuple[str, int]):
         self.stack = stack
         self._dtype = dtype
-        self._host: np.ndarray | None = None
-        if device[0] == "cpu":
-            self._host = initial
-            self.value = host_value(self._host, dtype)
-        else:
-            self.value = ort.OrtValue.ortvalue_from_shape_and_type(
-                list(stack.shape), ONNX_TYPES[dtype], *device
-            )
-            self.value.update_inplace(host_value(initial, dtype))
+        self._memory = ort.OrtValue.ortvalue_from_shape_and_type(
+            list(stack.shape), ONNX_TYPES[dtype], *device
+        )
+        # onnxruntime takes only memory that an OrtValue does not own as an initializer.
+        self.value = self._view(slice(0, stack.shape[0]))
+        self.value.update_inplace(host_value(initial, dtype))
 
     def write(self, slot: int, block: np.ndarray) -> None:
         """Overwrite the rows of one slot."""
-        rows = self.stack.rows(slot)
-        if self._host is not None:
-            self._host[rows] = block
-        else:
-            view = _device_rows(self.value, rows, self.stack.shape[1], self._dtype)
-            view.update_inplace(host_value(np.ascontiguousarray(block), self._dtype))
+        view = self._view(self.stack.rows(slot))
+        view.update_inplace(host_value(np.ascontiguousarray(block), self._dtype))
+
+    def _view(self, rows: slice) -> ort.OrtValue:
+        return rows_view(self._memory, rows, self.stack.shape[1], self._dtype)
 
 
 def host_value(array: np.ndarray, dtype: str) -> ort.OrtValue:
@@ -176,11 +178,23 @@ def device_value(tensor: Any, device: tuple[str, int], name: str) -> ort.OrtValu
             " move one of them"
         )
     # Stream 1 is CUDA's legacy default stream: the producer orders its pending work before it.
-    capsule = tensor.__dlpack__(stream=1) if found == "cuda" else tensor.__dlpack__()
     try:
+        capsule = tensor.__dlpack__(stream=1) if found == "cuda" else tensor.__dlpack__()
         return ort.OrtValue.from_dlpack(capsule)
-    except RuntimeError as error:
-        raise InputError(f"{name}: onnxruntime cannot use this tensor: {error}") from error
+    except (BufferError, RuntimeError) as error:  # BufferError: it requires a gradient
+        raise InputError(
+            f"{name}: onnxruntime cannot use this tensor without a copy: {error}. Pass a"
+            " contiguous tensor that requires no gradient"
+        ) from error
+
+
+def host_view(tensor: Any) -> np.ndarray | None:
+    """The values of a tensor in host memory, without a copy; None if it lives elsewhere."""
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    if int(tensor.__dlpack_device__()[0]) != 1:
+        return None
+    return tensor.numpy() if isinstance(tensor, ort.OrtValue) else np.from_dlpack(tensor)
 
 
 class _DLTensor(ctypes.Structure):
@@ -192,44 +206,49 @@ class _DLTensor(ctypes.Structure):
         ("code", ctypes.c_uint8),
         ("bits", ctypes.c_uint8),
         ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
     )
 
 
 class _DLManagedTensor(ctypes.Structure):
+    """DLPack's own struct, and behind it the shape that it points to."""
+
     _fields_ = (
         ("tensor", _DLTensor),
         ("manager_context", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
+        ("shape", ctypes.c_int64 * 2),
     )
 
 
-class _RowsView:
-    """Some rows of a CUDA OrtValue as a DLPack tensor; keeps what the capsule points to alive."""
+def rows_view(value: ort.OrtValue, rows: slice, width: int, dtype: str) -> ort.OrtValue:
+    """Some rows of a matrix as an OrtValue that does not own its memory; keep `value` alive.
 
-    def __init__(self, value: ort.OrtValue, rows: slice, width: int, dtype: str) -> None:
-        code, bits = _DLPACK_TYPES[dtype]
-        self._value = value
-        self._shape = (ctypes.c_int64 * 2)(rows.stop - rows.start, width)
-        data = value.data_ptr() + rows.start * width * bits // 8
-        tensor = _DLTensor(data, 2, _device_id(value), 2, code, bits, 1, self._shape, None, 0)
-        self._managed = _DLManagedTensor(tensor, None, None)
-
-    def capsule(self) -> Any:
-        make = ctypes.pythonapi.PyCapsule_New
-        make.restype = ctypes.py_object
-        make.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        return make(ctypes.addressof(self._managed), b"dltensor", None)
-
-
-def _device_rows(value: ort.OrtValue, rows: slice, width: int, dtype: str) -> ort.OrtValue:
-    view = _RowsView(value, rows, width, dtype)
-    rows_value = ort.OrtValue.from_dlpack(view.capsule())
-    rows_value.rows_view = view  # the struct must outlive the OrtValue
-    return rows_value
-
-
-def _device_id(value: ort.OrtValue) -> int:
-    return int(value.__dlpack_device__()[1])
+    The DLPack struct is malloc's and its deleter is free, so its life ends with the last OrtValue
+    that uses it, whatever Python has collected before.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    address = libc.malloc(ctypes.sizeof(_DLManagedTensor))
+    code, bits = _DLPACK_TYPES[dtype]
+    device_type, device_id = map(int, value.__dlpack_device__())
+    managed = _DLManagedTensor.from_address(address)
+    managed.shape[:] = rows.stop - rows.start, width
+    managed.manager_context = None
+    managed.deleter = ctypes.cast(libc.free, ctypes.c_void_p).value
+    managed.tensor = _DLTensor(
+        data=value.data_ptr() + rows.start * width * bits // 8,
+        device_type=device_type,
+        device_id=device_id,
+        ndim=2,
+        code=code,
+        bits=bits,
+        lanes=1,
+        shape=address + _DLManagedTensor.shape.offset,
+    )
+    make_capsule = ctypes.pythonapi.PyCapsule_New
+    make_capsule.restype = ctypes.py_object
+    make_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return ort.OrtValue.from_dlpack(make_capsule(address, b"dltensor", None))

@@ -152,13 +152,16 @@ class Manifest:
         file = folder / MANIFEST_FILE
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ArtifactError(
                 f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"
                 " 'loraexport build' has published"
             ) from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ArtifactError(f"{file}: not readable as JSON ({error}); build again") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(
+                f"{file}: not readable as JSON ({error}); copy the artifact again, or build it"
+                " again"
+            ) from error
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise ArtifactError(
@@ -171,6 +174,10 @@ class Manifest:
             raise ArtifactError(f"{file}: {error}; build the artifact again") from error
         for path in manifest.paths():
             resolve(folder, path)
+        try:
+            manifest.check_sense()
+        except ValueError as error:
+            raise ArtifactError(f"{file}: {error}; build the artifact again") from error
         return manifest
 
     def paths(self) -> list[str]:
@@ -178,32 +185,69 @@ class Manifest:
         graphs = [path for layer in self.layers for path in layer.files()]
         return [*self.files, *graphs, *(adapter.path for adapter in self.adapters)]
 
+    def check_sense(self) -> None:
+        """Raise ValueError where parts contradict each other."""
+        graphs = [path for layer in self.layers for path in layer.files()]
+        unlisted = [path for path in graphs if path not in self.files]
+        if unlisted:
+            raise ValueError(
+                f"manifest.files: {unlisted[0]!r} is missing, so nothing vouches for it"
+            )
+        for what, names in (("layers", self.layers), ("adapters", self.adapters)):
+            if len({one.name for one in names}) < len(names):
+                raise ValueError(f"manifest.{what}: two of them have one name")
+        taken = [entry.slot for entry in self.adapters if entry.slot is not None]
+        if len(set(taken)) < len(taken) or not set(taken) <= set(range(1, self.num_slots + 1)):
+            raise ValueError(
+                f"manifest.adapters: slots {taken} are not distinct slots of 1 to {self.num_slots}"
+            )
+        for layer in self.layers:
+            for stack in layer.stacks:
+                if stack.row_offset < 0 or stack.rows(self.num_slots).stop != stack.shape[0]:
+                    raise ValueError(
+                        f"manifest.layers: stack {stack.name!r} has {stack.shape[0]} rows, which"
+                        f" {self.num_slots} slots do not fill"
+                    )
+
     def check_files(self, folder: Path) -> None:
         """Compare size and sha256 of every listed file. Raises ArtifactError if one differs."""
         for path, entry in self.files.items():
             file = resolve(folder, path)
-            if not file.is_file():
-                raise ArtifactError(f"{file}: listed in {MANIFEST_FILE} but missing; copy it again")
-            size = file.stat().st_size
-            if size != entry.size:
-                raise ArtifactError(
-                    f"{file}: {size} bytes, but the manifest says {entry.size}; copy it again"
-                )
-            if digest_file(file) != entry.sha256:
-                raise ArtifactError(
-                    f"{file}: its sha256 differs from the manifest's: the file was changed or"
-                    " damaged; copy the artifact again"
-                )
+            try:
+                problem = _difference(file, entry)
+            except OSError as error:
+                raise ArtifactError(f"{folder}: a listed file cannot be read: {error}") from error
+            if problem:
+                raise ArtifactError(f"{file}: {problem}; copy the artifact again")
 
 
 def resolve(folder: Path, path: str) -> Path:
     """A manifest path as a file below `folder`; raises ArtifactError if it leaves the folder."""
     pure = PurePosixPath(path)
-    escapes = not path or "\\" in path or pure.is_absolute() or ".." in pure.parts
-    file = folder / path
-    if escapes or not file.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{folder}: the manifest's path {path!r} leaves the artifact's folder")
-    return file
+    unsafe = not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts
+    try:
+        # OSError: a name that is too long. RuntimeError: links that lead in a circle.
+        unsafe = unsafe or not (folder / path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        unsafe = True
+    if unsafe:
+        raise ArtifactError(
+            f"{folder}: the manifest's path {path!r} leaves the artifact's folder, so nothing is"
+            " read from it; do not use this artifact, build it again"
+        )
+    return folder / path
+
+
+def _difference(file: Path, entry: FileEntry) -> str:
+    """How a file differs from its entry; empty if it does not."""
+    if not file.is_file():
+        return f"listed in {MANIFEST_FILE} but missing"
+    size = file.stat().st_size
+    if size != entry.size:
+        return f"{size} bytes, but the manifest says {entry.size}"
+    if digest_file(file) != entry.sha256:
+        return "its sha256 differs from the manifest's: the file was changed or damaged"
+    return ""
 
 
 def digest_file(path: Path) -> str:
@@ -217,10 +261,13 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object")
+            raise TypeError(f"{where}: expected an object, got {value!r}")
         hints = typing.get_type_hints(kind)
-        if set(value) != set(hints):
-            raise ValueError(f"{where}: keys differ in {sorted(set(value) ^ set(hints))}")
+        missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
+        if missing:
+            raise ValueError(f"{where}: key {missing[0]!r} is missing")
+        if unknown:
+            raise ValueError(f"{where}: unknown key {unknown[0]!r}")
         values = {key: _parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
         return kind(**values)  # type: ignore[operator]
     if origin is Literal:
@@ -231,11 +278,12 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _parse(args[0], value, where)
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
-            raise TypeError(f"{where}: expected a list, got {value!r}")
+            count = "" if args[-1] is ... else f" of {len(args)}"
+            raise TypeError(f"{where}: expected a list{count}, got {value!r}")
         return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object")
+            raise TypeError(f"{where}: expected an object, got {value!r}")
         return {key: _parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -9,9 +9,9 @@ import onnxruntime as ort
 
 from . import adapters as peft
 from . import devices
-from .batch import Segments, check_segments, segment_arrays
-from .errors import AdapterError, ArtifactError, InputError, SegmentsError
-from .manifest import Layer, Manifest, resolve
+from .batch import Segments, check_segments, read_segments, segment_arrays
+from .errors import AdapterError, ArtifactError, InputError, LoraexportError, SegmentsError
+from .manifest import AdapterEntry, Layer, Manifest, resolve
 from .slots import Slots
 from .stacks import assemble, check_fit, pack
 from .weights import read_header, read_tensors
@@ -37,15 +37,38 @@ def load(
         ArtifactError: a file is missing or damaged, or parity has not passed.
         ProviderError: a provider cannot run here; onnxruntime alone would fall back silently.
     """
-    folder = Path(path)
-    manifest = Manifest.read(folder)
+    folder, pairs = Path(path), devices.normalise_providers(providers)
+    while True:
+        manifest = Manifest.read(folder)
+        try:
+            session = _open(folder, manifest, pairs, threads, allow_unverified)
+        except (LoraexportError, OSError):
+            if _is_still(manifest, folder):
+                raise
+        else:
+            if _is_still(manifest, folder):
+                return session
+        # A build has swapped the folder while it was read: once more, for the new artifact.
+
+
+def _is_still(manifest: Manifest, folder: Path) -> bool:
+    return Manifest.read(folder).to_json() == manifest.to_json()  # as text: NaN is not NaN
+
+
+def _open(
+    folder: Path,
+    manifest: Manifest,
+    providers: list[tuple[str, dict[str, Any]]],
+    threads: int | None,
+    allow_unverified: bool,
+) -> "Session":
     if manifest.parity.status != "passed" and not allow_unverified:
         raise ArtifactError(
             f"{folder}: parity is {manifest.parity.status!r}, so its numbers are not proven. Run"
             f" 'loraexport verify {folder}', or pass allow_unverified=True"
         )
     manifest.check_files(folder)
-    return Session(folder, manifest, devices.normalise_providers(providers), threads)
+    return Session(folder, manifest, providers, threads)
 
 
 class Session(Mapping[str, "LayerSession"]):
@@ -90,6 +113,8 @@ class Session(Mapping[str, "LayerSession"]):
         }
 
     def __getitem__(self, name: str) -> "LayerSession":
+        if name not in self._layers:
+            raise KeyError(f"no layer {name!r} in this artifact; it has {', '.join(self._layers)}")
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -111,12 +136,14 @@ class Session(Mapping[str, "LayerSession"]):
         Args:
             path: a PEFT directory; default: the adapter of this name that the artifact carries,
                 with the scale of its spec.
-            scale: multiplies the adapter's own scaling.
+            scale: multiplies the adapter's scaling.
 
         Raises:
             AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
             SlotsExceededError: no slot is free.
         """
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"expected a name for the adapter, got {name!r}")
         if path is None:
             carried = {entry.name: entry for entry in self.manifest.adapters}
             if name not in carried:
@@ -124,8 +151,9 @@ class Session(Mapping[str, "LayerSession"]):
                     f"the artifact carries no adapter {name!r} (it has {', '.join(carried)});"
                     " give the path of a PEFT directory"
                 )
-            path, scale = resolve(self.folder, carried[name].path), carried[name].scale
-        blocks = self._read_blocks(Path(path), scale)
+            blocks = self._read_carried(carried[name], scale)
+        else:
+            blocks = self._read_blocks(Path(path), scale)
 
         def write(slot: int) -> None:
             for layer in self._layers.values():
@@ -136,6 +164,15 @@ class Session(Mapping[str, "LayerSession"]):
     def unload_adapter(self, name: str) -> None:
         """Free an adapter's slot; runs that use it finish. Raises UnknownAdapterError."""
         self.slots.remove(name)
+
+    def _read_carried(self, entry: AdapterEntry, scale: float = 1.0) -> dict[str, np.ndarray]:
+        path = resolve(self.folder, entry.path)
+        if peft.digest_adapter(path) != entry.digest:
+            raise ArtifactError(
+                f"{path}: its digest differs from the manifest's; the artifact was damaged, or"
+                " replaced since this session opened it: open it again"
+            )
+        return self._read_blocks(path, entry.scale * scale)
 
     def _read_blocks(self, path: Path, scale: float) -> dict[str, np.ndarray]:
         """One slot's rows of every stack, for a PEFT directory."""
@@ -154,7 +191,7 @@ class Session(Mapping[str, "LayerSession"]):
     def _initial_stacks(self) -> dict[str, np.ndarray]:
         """Every stack with the adapters that start loaded, as the graphs' own initializers."""
         blocks = {
-            entry.slot: self._read_blocks(resolve(self.folder, entry.path), entry.scale)
+            entry.slot: self._read_carried(entry)
             for entry in self.manifest.adapters
             if entry.slot is not None
         }
@@ -204,8 +241,9 @@ class LayerSession:
         Args:
             x: a numpy array of the artifact's dtype (bfloat16 as `ml_dtypes.bfloat16`; int64 ids
                 for an embedding), or any DLPack tensor on the session's device, used without a
-                copy.
-            segments: (adapter name, number of tokens) in order; None names the base.
+                copy. Ids on a CUDA device are not checked: that would wait for the device.
+            segments: (adapter name, number of tokens) in order; None names the base. No tokens
+                give no rows.
             seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers.
 
         Returns:
@@ -217,8 +255,9 @@ class LayerSession:
         """
         num_tokens = self._check_input(x)
         if segments is not None and seg_indptr is None and seg_slots is None:
-            with self._slots.lease(name for name, _ in segments) as slots:
-                return self._run_graph(x, *segment_arrays(segments, slots, num_tokens))
+            named = read_segments(segments, num_tokens)
+            with self._slots.lease(name for name, _ in named) as slots:
+                return self._run_graph(x, *segment_arrays(named, slots))
         if segments is not None or seg_indptr is None or seg_slots is None:
             raise SegmentsError("give either segments, or seg_indptr and seg_slots together")
         check_segments(seg_indptr, seg_slots, num_tokens)
@@ -231,8 +270,16 @@ class LayerSession:
             buffer.write(slot, blocks[name])
 
     def _run_graph(self, x: Any, seg_indptr: np.ndarray, seg_slots: np.ndarray) -> Any:
-        binding = self._session.io_binding()
         on_host = isinstance(x, np.ndarray)
+        shape = [int(seg_indptr[-1]), self.layer.out_features]
+        element = devices.ONNX_TYPES[self.dtype]
+        if shape[0] == 0:  # the graphs start at one token
+            return (
+                np.empty(shape, devices.NUMPY_DTYPES[self.dtype])
+                if on_host
+                else ort.OrtValue.ortvalue_from_shape_and_type(shape, element, *self._device)
+            )
+        binding = self._session.io_binding()
         if on_host:
             x = np.ascontiguousarray(x)
             dtype = "int64" if self.layer.kind == "embedding" else self.dtype
@@ -242,8 +289,6 @@ class LayerSession:
             binding.bind_ortvalue_input(self.layer.input_name, value)
         binding.bind_cpu_input("seg_indptr", np.ascontiguousarray(seg_indptr))
         binding.bind_cpu_input("seg_slots", np.ascontiguousarray(seg_slots))
-        shape = [int(seg_indptr[-1]), self.layer.out_features]
-        element = devices.ONNX_TYPES[self.dtype]
         if on_host:
             y = np.empty(shape, devices.NUMPY_DTYPES[self.dtype])
             binding.bind_output("y", "cpu", 0, element, shape, y.ctypes.data)
@@ -256,9 +301,12 @@ class LayerSession:
 
     def _check_input(self, x: Any) -> int:
         """The number of tokens. Raises InputError for another shape or dtype."""
-        name, is_ids = self.layer.input_name, self.layer.kind == "embedding"
+        is_ids = self.layer.kind == "embedding"
+        name = f"layer {self.layer.name!r}: {self.layer.input_name}"
         if not hasattr(x, "__dlpack__"):
-            raise InputError(f"{name}: expected a numpy array or a DLPack tensor, got {type(x)}")
+            raise InputError(
+                f"{name} is of type {type(x).__name__}; expected a numpy array or a DLPack tensor"
+            )
         shape = tuple(x.shape() if isinstance(x, ort.OrtValue) else x.shape)
         expected = "[num_tokens]" if is_ids else f"[num_tokens, {self.layer.in_features}]"
         if len(shape) != (1 if is_ids else 2) or (
@@ -269,13 +317,13 @@ class LayerSession:
         found = x.data_type() if isinstance(x, ort.OrtValue) else str(x.dtype)
         found = {"tensor(float)": "float32"}.get(found, found.removeprefix("torch."))
         if found.removeprefix("tensor(").removesuffix(")") != wanted:
-            raise InputError(f"{name} is {found}; this artifact takes {wanted}")
-        if is_ids and isinstance(x, np.ndarray) and x.size:
-            low, high = int(x.min()), int(x.max())
-            if low < 0 or high >= self.layer.in_features:
-                raise InputError(
-                    f"ids range from {low} to {high}; expected 0 to {self.layer.in_features - 1}"
-                )
+            raise InputError(f"{name} is {found}; this artifact takes {wanted}, so cast it first")
+        ids = devices.host_view(x) if is_ids and shape[0] else None
+        if ids is not None and (ids.min() < 0 or ids.max() >= self.layer.in_features):
+            raise InputError(
+                f"{name} range from {ids.min()} to {ids.max()}; expected 0 to"
+                f" {self.layer.in_features - 1}, the rows of this embedding"
+            )
         return int(shape[0])
 
 

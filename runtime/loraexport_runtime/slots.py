@@ -47,8 +47,8 @@ class Slots:
             unknown = sorted(str(name) for name in wanted if name not in self._slots)
             if unknown:
                 raise UnknownAdapterError(
-                    f"adapter {unknown[0]!r} is not loaded; loaded are"
-                    f" {', '.join(sorted(self._slots)) or 'none'}. Load it with load_adapter"
+                    f"adapter {unknown[0]!r} is not loaded; loaded are {self._names()}."
+                    f" Load it with load_adapter({unknown[0]!r})"
                 )
             found: dict[str | None, int] = {name: self._slots[name] for name in wanted if name}
             self._in_use.update(found.values())
@@ -67,10 +67,14 @@ class Slots:
             for slot in sorted(wanted):
                 if not 0 <= slot <= self.num_slots:
                     raise SegmentsError(
-                        f"seg_slots: slot {slot} is out of range 0 to {self.num_slots}"
+                        f"seg_slots: slot {slot} is out of range; this artifact has slots 0 (the"
+                        f" base) to {self.num_slots}"
                     )
                 if slot not in filled:
-                    raise SegmentsError(f"seg_slots: slot {slot} holds no adapter")
+                    raise SegmentsError(
+                        f"seg_slots: slot {slot} holds no adapter; loaded are"
+                        f" {self._names()}. Load one, or name adapters in segments"
+                    )
             self._in_use.update(wanted)
         try:
             yield
@@ -88,27 +92,35 @@ class Slots:
             SlotsExceededError: every slot is owned by another adapter.
         """
         with self._loading:
-            with self._changed:
-                slot = self._reserve(name)
             try:
-                write(slot)
-            except BaseException:
                 with self._changed:
-                    if self._replacing == name:
-                        del self._slots[name]  # half-written: the name must not point to it
-                    self._end_replacing()
-                raise
-            with self._changed:
-                self._slots[name] = slot
-                self._end_replacing()
+                    slot = self._reserve(name)
+                self._write(name, slot, write)
+            finally:  # also when the wait is interrupted: no run may wait for ever
+                with self._changed:
+                    self._replacing = None
+                    self._changed.notify_all()
             return slot
 
     def remove(self, name: str) -> None:
         """Forget an adapter; runs that hold it finish undisturbed. Raises UnknownAdapterError."""
         with self._loading, self._changed:
             if name not in self._slots:
-                raise UnknownAdapterError(f"adapter {name!r} is not loaded")
+                raise UnknownAdapterError(
+                    f"adapter {name!r} is not loaded; loaded are {self._names()}"
+                )
             del self._slots[name]
+
+    def _write(self, name: str, slot: int, write: Callable[[int], None]) -> None:
+        try:
+            write(slot)
+        except BaseException:
+            with self._changed:
+                if self._replacing == name:
+                    del self._slots[name]  # half-written: the name must not point to it
+            raise
+        with self._changed:
+            self._slots[name] = slot
 
     def _reserve(self, name: str) -> int:
         owned = set(self._slots.values())
@@ -118,17 +130,16 @@ class Slots:
             return next(slot for slot in free if not self._in_use[slot])
         if name not in self._slots:
             raise SlotsExceededError(
-                f"all {self.num_slots} slots are taken by {', '.join(sorted(self._slots))};"
-                " unload one first, or build with more slots"
+                f"no slot is free for {name!r}: all {self.num_slots} are taken by"
+                f" {self._names()}; unload one first, or build with more slots"
             )
         slot = self._slots[name]
         self._replacing = name
         self._changed.wait_for(lambda: not self._in_use[slot])
         return slot
 
-    def _end_replacing(self) -> None:
-        self._replacing = None
-        self._changed.notify_all()
+    def _names(self) -> str:
+        return ", ".join(f"{name!r} (slot {slot})" for name, slot in self._slots.items()) or "none"
 
     def _release(self, slots: Iterable[int]) -> None:
         with self._changed:

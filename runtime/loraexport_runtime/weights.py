@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import WeightsError
 
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LFS_POINTER = b"version https://git-lfs"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
 
 
@@ -47,9 +48,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
+        if path.is_dir():
+            raise WeightsError(f"{path}: a folder, not a safetensors file") from error
+        if _is_lfs_pointer(path):
+            raise WeightsError(
+                f"{path}: a Git LFS pointer, not the weights themselves; fetch them with"
+                " 'git lfs pull'"
+            ) from error
         raise WeightsError(
             f"{path}: not a whole safetensors file ({error}); copy or download it again"
         ) from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
 
 
 def read_tensors(infos: Iterable[tuple[str, TensorInfo]]) -> dict[str, np.ndarray]:
