@@ -140,3 +140,65 @@ def project(tmp_path: Path) -> Project:
         config={"use_rslora": True},
     )
     return Project(tmp_path)
+
+
+def write_tenants(folder: Path, **changes: Any) -> Path:
+    """A project of a fused layer, a plain one and an embedding; the spec's path.
+
+    Adapters: `sql` (q, v, up; rank 4), `chat` (q, k; rank 8, rsLoRA, scale 0.5) and `spare` (up and
+    the embedding; rank 2), which the artifact carries but does not load: there are two slots.
+    """
+    write_base(folder / "base")
+    write_adapter(
+        folder / "sql",
+        {"blocks.0.q": (32, 32), "blocks.0.v": (32, 16), "blocks.0.up": (32, 48)},
+        rank=4,
+        seed=1,
+    )
+    write_adapter(
+        folder / "chat",
+        {"blocks.0.q": (32, 32), "blocks.0.k": (32, 16)},
+        rank=8,
+        seed=2,
+        config={"use_rslora": True},
+    )
+    write_adapter(
+        folder / "spare",
+        {"blocks.0.up": (32, 48), "words": (40, 32)},
+        rank=2,
+        alpha=3,
+        seed=3,
+        embeddings=("words",),
+    )
+    layers = [
+        {
+            "name": "qkv",
+            "type": "linear",
+            "slices": [{"name": part, "site": f"blocks.0.{part}"} for part in ("q", "k", "v")],
+        },
+        {"name": "up", "type": "linear", "site": "blocks.0.up"},
+        {"name": "words", "type": "embedding", "site": "words"},
+    ]
+    data: dict[str, Any] = {
+        "base": {"kind": "layers", "path": "base", "layers": layers},
+        "adapters": [
+            {"name": "sql", "path": "sql"},
+            {"name": "chat", "path": "chat", "scale": 0.5},
+            {"name": "spare", "path": "spare"},
+        ],
+        "slots": 2,
+        "export": {"formats": ["onnx"], "strategy": "masked"},
+    }
+    return Project(folder).spec(**(data | changes))
+
+
+@pytest.fixture(scope="session")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of `write_tenants`, built once. Copy it before you change a file of it."""
+    import torch
+
+    from loraexport.pipeline import build
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tenants")
+    return build(write_tenants(folder), folder / "artifacts")[0]

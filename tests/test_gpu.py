@@ -1,0 +1,155 @@
+"""On a CUDA device: no sync in the seed's loop, every strategy and dtype, device buffers, slots."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Project, write_adapter, write_base
+
+from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
+from loraexport.lora.segmented import SegmentedLayer
+from loraexport.pipeline import build
+from loraexport.plan import make_plan
+from loraexport.spec import read_spec
+from loraexport.tensors import to_numpy
+from loraexport_runtime import InputError, Session, load
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu")
+    write_base(path / "base")
+    sites = {"blocks.0.q": (32, 32), "blocks.0.v": (32, 16), "words": (40, 32)}
+    write_adapter(path / "sql", sites, seed=1, embeddings=("words",))
+    write_adapter(path / "chat", {"blocks.0.q": (32, 32)}, seed=2, rank=8)
+    write_adapter(path / "legal", {"blocks.0.k": (32, 16), "blocks.0.q": (32, 32)}, seed=3)
+    return path
+
+
+def spec(folder: Path, strategy: str, dtype: str, **changes: Any) -> Path:
+    qkv = {
+        "name": "qkv",
+        "type": "linear",
+        "slices": [{"name": part, "site": f"blocks.0.{part}"} for part in ("q", "k", "v")],
+    }
+    words = {"name": "words", "type": "embedding", "site": "words"}
+    return Project(folder).spec(
+        name=f"{strategy}-{dtype}",
+        base={"kind": "layers", "path": "base", "layers": [qkv, words]},
+        export={"strategy": strategy, "dtype": dtype},
+        slots=3,
+        **changes,
+    )
+
+
+def modules(folder: Path, dtype: str) -> tuple[LayerModules, ...]:
+    plan = make_plan(read_spec(spec(folder, "masked", dtype)), folder)
+    base = load_base(plan)
+    return build_modules(plan, base, load_adapters(plan, base))
+
+
+SEGMENTS = torch.tensor([0, 3, 3, 20, 21, 40]), torch.tensor([2, 1, 1, 0, 2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_loop_makes_no_sync(folder: Path, dtype: str) -> None:
+    module: SegmentedLayer = modules(folder, dtype)[0].segmented
+    x = torch.randn(40, 32, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        expected = module(x, *SEGMENTS)
+        on_device, x_device = module.cuda(), x.cuda()
+        on_device(x_device, *SEGMENTS)  # cuBLAS sets itself up
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = on_device(x_device, *SEGMENTS)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    error = (y.cpu().float() - expected.float()).abs().max().item()
+    assert error <= {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
+
+
+def test_the_sync_check_can_fail() -> None:
+    x = torch.ones(3, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="called a synchronizing"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["segmented", "masked", "augmented", "chunked"])
+def test_every_strategy_and_dtype_passes_parity(folder: Path, strategy: str, dtype: str) -> None:
+    artifact, report = build(spec(folder, strategy, dtype), folder / "artifacts")
+    assert report.status == "passed"
+    ran = {row.implementation for row in report.rows}
+    assert {"onnx-cuda", "torchscript-cuda", "eager"} <= ran
+    session = load(artifact, ["cuda"])
+    check_device_buffers(session, dtype)
+    if dtype != "bfloat16":
+        check_hot_load(session, load(artifact), folder)
+
+
+def check_device_buffers(session: Session, dtype: str) -> None:
+    """Device tensors in and out without a copy give what numpy in and out gives."""
+    x = torch.randn(40, 32, device="cuda", dtype=getattr(torch, dtype))
+    segments = [("sql", 7), (None, 3), ("chat", 30)]
+    y = session["qkv"].run(x, segments=segments)
+    on_device = torch.from_dlpack(y)
+    assert on_device.is_cuda
+    assert on_device.data_ptr() == y.data_ptr()
+    on_host = session["qkv"].run(to_numpy(x), segments=segments)
+    assert to_numpy(on_device).tobytes() == on_host.tobytes()
+    with pytest.raises(InputError, match="x is on cpu:0, the session runs on cuda:0"):
+        session["qkv"].run(x.cpu(), segments=segments)
+
+
+def check_hot_load(session: Session, on_cpu: Session, folder: Path) -> None:
+    """An adapter loaded into a slot in place answers, and other rows stay bit for bit."""
+    dtype = np.float16 if session["qkv"].dtype == "float16" else np.float32
+    x = np.random.default_rng(0).standard_normal((20, 32)).astype(dtype)
+    before = session["qkv"].run(x, segments=[("sql", 10), (None, 10)])
+    for one in (session, on_cpu):
+        one.load_adapter("legal", folder / "legal")
+    after = session["qkv"].run(x, segments=[("sql", 10), ("legal", 10)])
+    expected = on_cpu["qkv"].run(x, segments=[("sql", 10), ("legal", 10)])
+    assert after[:10].tobytes() == before[:10].tobytes()
+    assert np.abs(after[10:] - before[10:]).max() > 0.05
+    tolerance = 2e-2 if dtype == np.float16 else 1e-4
+    assert np.abs(after.astype(np.float64) - expected).max() <= tolerance
+    session.load_adapter("legal", folder / "chat", scale=0.5)  # as the spec has it
+    replaced = session["qkv"].run(x, segments=[("sql", 10), ("legal", 10)])
+    chat = session["qkv"].run(x, segments=[("sql", 10), ("chat", 10)])
+    # Another slot is another place in the products' sums: equal but for rounding.
+    assert np.abs(replaced.astype(np.float64) - chat).max() <= tolerance
+    session.unload_adapter("legal")
+
+
+def test_rows_are_independent_bit_for_bit(folder: Path) -> None:
+    """Another tenant's A overflows float16: no NaN may reach the other rows."""
+    huge = {
+        "base_model.model.blocks.0.q.lora_A.weight": np.full((4, 32), 6e4, np.float32),
+        "base_model.model.blocks.0.q.lora_B.weight": np.full((32, 4), 1.0, np.float32),
+    }
+    write_adapter(folder / "huge", {"blocks.0.q": (32, 32)}, tensors=huge)
+    adapters = [{"name": name, "path": name} for name in ("sql", "chat")]
+    for strategy in ("segmented", "masked", "augmented", "chunked"):
+        path = spec(folder, strategy, "float16", adapters=adapters)
+        session = load(build(path, folder / "independent")[0], ["cuda"])
+        session.load_adapter("huge", folder / "huge")
+        x = np.random.default_rng(1).standard_normal((200, 32)).astype(np.float16)
+        alone = session["qkv"].run(x, segments=[("sql", 90), (None, 70), (None, 40)])
+        mixed = session["qkv"].run(x, segments=[("sql", 90), ("huge", 70), (None, 40)])
+        rows = np.r_[0:90, 160:200]
+        assert np.isfinite(alone).all()
+        assert mixed[rows].tobytes() == alone[rows].tobytes()
+        assert not np.isfinite(mixed[90:160]).all()

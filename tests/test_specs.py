@@ -1,0 +1,59 @@
+"""Every spec in specs/ builds, passes parity and serves; its inputs are what their READMEs say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loraexport.pipeline import build
+from loraexport_runtime import load
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECS = sorted((ROOT / "specs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
+def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> None:
+    folder, report = build(spec, tmp_path)
+    assert report.status == "passed"
+    assert report.silent_adapters == ()
+    session = load(folder)
+    names = list(session.adapters)
+    moved = dict.fromkeys(names, 0.0)
+    for layer in session.values():
+        segments = [(name, 3) for name in names] + [(None, 2)]
+        num_tokens = sum(length for _, length in segments)
+        if layer.layer.kind == "embedding":
+            x = np.arange(num_tokens)
+        else:
+            x = np.random.default_rng(0).standard_normal((num_tokens, layer.layer.in_features))
+            x = x.astype(layer.dtype)
+        mixed = layer.run(x, segments=segments).astype(np.float64)
+        base = layer.run(x, segments=[(None, num_tokens)])
+        for index, name in enumerate(names):
+            rows = slice(3 * index, 3 * index + 3)
+            moved[name] = max(moved[name], float(np.abs(mixed[rows] - base[rows]).max()))
+        assert mixed[-2:].tobytes() == base[-2:].astype(np.float64).tobytes()
+    assert all(moved.values()), f"every adapter changes something: {moved}"
+
+
+def test_demonstration_needs_no_torch(tmp_path: Path) -> None:
+    folder, _ = build(ROOT / "specs/synthetic.yaml", tmp_path)
+    command = [sys.executable, str(ROOT / "scripts/mixed_batch.py"), str(folder)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "torch was never imported" in printed
+    assert "red" in printed
+
+
+def test_trained_adapters_are_small_and_better_than_their_base() -> None:
+    folder = ROOT / "specs/adapters"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 4 << 20
+    scores = json.loads((folder / "scores.json").read_text())["scores"]
+    for name in ("pydoc", "topics", "entity"):
+        for figure in ("recall@1", "mrr@10"):
+            own = {who: scores[who][name][figure] for who in scores}
+            assert max(own, key=lambda who: own[who]) == name, f"{name}: {figure}: {own}"
