@@ -14,9 +14,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loraexport_runtime.adapters import CONFIG_FILE, read_adapter
+from loraexport_runtime.adapters import read_adapter
 from loraexport_runtime.errors import LoraexportError
 from loraexport_runtime.manifest import MANIFEST_FILE, Manifest
+from loraexport_runtime.peft_config import CONFIG_FILE
 
 from . import __version__
 from .errors import ParityError, UsageError, exit_code
@@ -72,7 +73,7 @@ def build(
     out_console.print(
         Text("published", style="green"),
         f"{folder}: parity {summary.status}, largest error"
-        f" {summary.max_error:.1e} (tolerance {summary.tolerance:.0e}) over"
+        f" {summary.max_error or 0:.1e} (tolerance {summary.tolerance:.0e}) over"
         f" {', '.join(summary.checked)}",
     )
     if summary.status == "deferred":
@@ -113,8 +114,8 @@ def verify(
     chosen = [name.strip() for name in providers.split(",")] if providers else None
     with _progress(f"verifying {artifact}", as_json) as progress:
         progress("run every implementation")
-        report = verify_artifact(artifact, base, chosen)
-    manifest = Manifest.read(artifact)
+        manifest = Manifest.read(artifact)
+        report = verify_artifact(artifact, manifest, base, chosen)
     if manifest.parity.status == "deferred" and report.status == "passed":
         mark_verified(artifact, manifest, report.summary())
     if as_json:

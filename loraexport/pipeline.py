@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.numpy import save
 
-from loraexport_runtime.adapters import CONFIG_FILE, WEIGHTS_FILE, digest_adapter
+from loraexport_runtime.adapters import digest_adapter
 from loraexport_runtime.manifest import (
     FORMAT_VERSION,
     AdapterEntry,
@@ -17,6 +17,7 @@ from loraexport_runtime.manifest import (
     Manifest,
     ParitySummary,
 )
+from loraexport_runtime.peft_config import CONFIG_FILE, WEIGHTS_FILE
 
 from .artifact import staging
 from .errors import ParityError
@@ -136,7 +137,7 @@ def _manifest(plan: Plan, base_digest: str, base_weights: dict[str, str]) -> Man
             for adapter in plan.adapters
         ),
         base=BaseEntry(plan.base_source, base_digest, base_weights),
-        parity=ParitySummary("deferred", (), 0.0, 0.0),
+        parity=ParitySummary("deferred", (), None, 0.0),
         tools=_tool_versions(),
         files={},
     )

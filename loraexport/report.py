@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,12 +81,13 @@ class Report:
 
     def summary(self) -> ParitySummary:
         checked = tuple(dict.fromkeys(row.implementation for row in self.rows))
-        worst = max((row.error for row in self.rows), default=float("nan"))
+        errors = [row.error for row in self.rows]
+        worst = max(errors) if errors and np.isfinite(errors).all() else None
         return ParitySummary(self.status, checked, worst, self.tolerance)
 
     def to_json(self) -> str:
         data = {"status": self.status, **dataclasses.asdict(self)}
-        return json.dumps(data, indent=1) + "\n"
+        return json.dumps(_without_nan(data), indent=1, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         lines = [
@@ -110,6 +112,15 @@ class Report:
         lines += ["", *(f"Not run: {name}: {why}" for name, why in self.skipped.items())]
         lines += [f"{key}: {value}" for key, value in self.environment.items()]
         return "\n".join(lines) + "\n"
+
+
+def _without_nan(data: Any) -> Any:
+    """JSON knows no NaN and no Inf: null stands for them."""
+    if isinstance(data, dict):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not np.isfinite(data) else data
 
 
 def compare(

@@ -22,7 +22,7 @@ from loraexport_runtime.weights import read_header, read_tensors
 
 from .bases.layers import Base, LayerModules, build_modules, load_adapters, load_base
 from .cases import Case, make_cases, make_input
-from .errors import BaseModelError
+from .errors import BaseModelError, UsageError
 from .lora.reference import read_reference_adapter, reference_output
 from .plan import make_plan
 from .report import TOLERANCES, Report, Row, Tolerance, compare
@@ -137,7 +137,10 @@ def check(
 
 
 def verify_artifact(
-    folder: Path, base_directory: Path | None = None, providers: Sequence[str] | None = None
+    folder: Path,
+    manifest: Manifest,
+    base_directory: Path | None = None,
+    providers: Sequence[str] | None = None,
 ) -> Report:
     """Repeat an artifact's parity, perhaps on another machine.
 
@@ -148,14 +151,16 @@ def verify_artifact(
         ArtifactError: the artifact is damaged, or holds no spec.
         BaseModelError: `base_directory` was given and is not the artifact's base.
         ProviderError: a provider cannot run here.
+        UsageError: `base_directory` was given for a base that a seed makes.
     """
-    manifest = Manifest.read(folder)
     manifest.check_files(folder)
     spec_file = folder / "spec.yaml"
     if not spec_file.is_file():
         raise ArtifactError(f"{spec_file}: missing; copy the whole artifact")
     spec = read_spec(spec_file)
     if base_directory is not None:
+        if spec.base.init is not None:
+            raise UsageError(f"{folder}: its base is drawn from a seed; leave --base out")
         path = str(base_directory.absolute())
         spec = spec.model_copy(update={"base": spec.base.model_copy(update={"path": path})})
     try:

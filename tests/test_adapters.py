@@ -20,9 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraexport.lora.reference import read_reference_adapter, reference_scaling
 from loraexport_runtime.adapters import (
-    _FIELDS,
     AdapterHeader,
-    _Refused,
     check_base_copies,
     digest_adapter,
     match_sites,
@@ -30,6 +28,7 @@ from loraexport_runtime.adapters import (
     read_lora_weights,
 )
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
+from loraexport_runtime.peft_config import FIELDS, Refused
 from loraexport_runtime.weights import digest_array
 
 torch.set_num_threads(1)
@@ -89,8 +88,8 @@ def peft_layers(model: peft.PeftModel) -> dict[str, Any]:
 
 def test_every_field_of_peft_is_classified() -> None:
     fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields - set(_FIELDS) == set(), "classify these in _FIELDS"
-    assert set(_FIELDS) - fields == set(), "PEFT does not know these"
+    assert fields - set(FIELDS) == set(), "classify these in FIELDS"
+    assert set(FIELDS) - fields == set(), "PEFT does not know these"
 
 
 def test_the_defaults_of_peft_are_accepted(tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ REFUSED = {
 
 
 def test_every_refused_field_has_a_case() -> None:
-    assert set(REFUSED) == {key for key, rule in _FIELDS.items() if isinstance(rule, _Refused)}
+    assert set(REFUSED) == {key for key, rule in FIELDS.items() if isinstance(rule, Refused)}
 
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
@@ -132,8 +131,8 @@ def test_refused_field_is_named(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("key", sorted(REFUSED))
 def test_neutral_value_of_a_refused_field_is_accepted(tmp_path: Path, key: str) -> None:
-    rule = _FIELDS[key]
-    assert isinstance(rule, _Refused)
+    rule = FIELDS[key]
+    assert isinstance(rule, Refused)
     default = {field.name: field.default for field in dataclasses.fields(peft.LoraConfig)}[key]
     for value in (*rule.neutral, default):
         assert read_adapter(adapter(tmp_path, **{key: value})).max_rank == 2

@@ -12,7 +12,7 @@ import torch
 from conftest import Project, write_adapter, write_base
 
 import loraexport.bases.layers as layers_module
-from loraexport.errors import BaseModelError, ParityError
+from loraexport.errors import BaseModelError, ParityError, UsageError
 from loraexport.lora import segmented, segments
 from loraexport.pipeline import build
 from loraexport.report import TOLERANCES, compare
@@ -146,24 +146,54 @@ def test_report_covers_every_implementation_adapter_and_site(artifact: Path) -> 
 
 
 def test_verify_with_the_base_uses_the_oracle(artifact: Path) -> None:
-    report = verify_artifact(artifact, artifact.parent.parent / "base")
+    report = verify_artifact(artifact, Manifest.read(artifact), artifact.parent.parent / "base")
     assert report.status == "passed"
     assert report.reference == "the float64 oracle"
     assert "eager" in {row.implementation for row in report.rows}
 
 
 def test_verify_without_the_base_uses_the_stored_cases(artifact: Path) -> None:
-    report = verify_artifact(artifact)
+    report = verify_artifact(artifact, Manifest.read(artifact))
     assert report.status == "passed"
     assert report.reference.startswith("the stored cases (no base here")
     assert report.skipped == {"eager": "the base is not here"}
+
+
+def test_verify_refuses_a_base_for_a_seed(project: Project) -> None:
+    layer = {"name": "q", "type": "linear", "site": "blocks.0.q", "in_features": 32}
+    layer["out_features"] = 32
+    base = {"kind": "layers", "init": {"seed": 1}, "layers": [layer]}
+    write_adapter(project.folder / "sql", {"blocks.0.q": (32, 32)})
+    spec = project.spec(
+        base=base, adapters=[{"name": "sql", "path": "sql"}], export={"formats": ["torchscript"]}
+    )
+    folder, report = build(spec, project.folder / "artifacts")
+    assert report.skipped == {"onnx": "the spec does not ask for it"}
+    with pytest.raises(UsageError, match="drawn from a seed; leave --base out"):
+        verify_artifact(folder, Manifest.read(folder), project.folder / "base")
+    assert verify_artifact(folder, Manifest.read(folder)).reference == "the float64 oracle"
+
+
+def test_an_output_of_nan_fails_and_is_null_in_json(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble = layers_module.assemble
+
+    def broken(*args: Any) -> np.ndarray:
+        return assemble(*args) * np.float32("nan")
+
+    monkeypatch.setattr(layers_module, "assemble", broken)
+    expect_failure(up_only(project), "eager")
+    failed = project.folder / "artifacts/tiny.failed"
+    assert "NaN" not in (failed / "parity/parity.json").read_text()
+    assert Manifest.read(failed).parity.max_error is None
 
 
 def test_verify_refuses_another_base(artifact: Path, tmp_path: Path) -> None:
     weight = np.random.default_rng(9).standard_normal((32, 32)).astype(np.float32)
     other = write_base(tmp_path / "other", {"blocks.0.q.weight": weight})
     with pytest.raises(BaseModelError, match="its weights differ from those"):
-        verify_artifact(artifact, other)
+        verify_artifact(artifact, Manifest.read(artifact), other)
 
 
 def test_bfloat16_needs_cuda_or_a_deferral(project: Project) -> None:

@@ -116,8 +116,8 @@ class ParitySummary:
     """`deferred`: the ONNX graphs have not been run yet; `loraexport verify` settles it."""
     checked: tuple[str, ...]
     """What was compared with the float64 oracle: eager, torchscript, onnx-cpu, onnx-cuda."""
-    max_error: float
-    """Largest relative error over all of them."""
+    max_error: float | None
+    """Largest relative error over all of them; None if one is no number, or nothing was run."""
     tolerance: float
 
 
