@@ -28,6 +28,7 @@ from loraexport.spec import read_spec
 from loraexport_runtime import load
 from loraexport_runtime.manifest import MANIFEST_FILE, Manifest, ParitySummary
 
+ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [{"name": "up", "type": "linear", "site": "blocks.0.up"}]
 
 
@@ -380,14 +381,17 @@ class TestTwoBuildsAtOnce:
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """One project, copied to two folders and built there, each in a process of its own."""
+    """One project, copied to two folders and built there, each by a checkout of its own."""
     folders = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second-and-longer")]
     export = {"formats": ["torchscript", "onnx"], "strategy": "augmented"}
     specs = [write_tenants(folder, export=export) for folder in folders]
-    processes = [
-        start_build(spec, spec.parent / "artifacts", PYTHONHASHSEED=str(seed))
-        for seed, spec in enumerate(specs)
-    ]
+    processes = []
+    for seed, (folder, spec) in enumerate(zip(folders, specs, strict=True)):
+        shutil.copytree(ROOT / "loraexport", folder / "code/loraexport")
+        shutil.copytree(ROOT / "runtime", folder / "code/runtime")
+        path = os.pathsep.join((str(folder / "code"), str(folder / "code/runtime")))
+        out = folder / "artifacts"
+        processes.append(start_build(spec, out, PYTHONHASHSEED=str(seed), PYTHONPATH=path))
     for process in processes:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error

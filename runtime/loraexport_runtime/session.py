@@ -287,8 +287,9 @@ class LayerSession:
         else:
             value = devices.device_value(x, self._device, self.layer.input_name)
             binding.bind_ortvalue_input(self.layer.input_name, value)
-        binding.bind_cpu_input("seg_indptr", np.ascontiguousarray(seg_indptr))
-        binding.bind_cpu_input("seg_slots", np.ascontiguousarray(seg_slots))
+        seg_indptr, seg_slots = np.ascontiguousarray(seg_indptr), np.ascontiguousarray(seg_slots)
+        binding.bind_cpu_input("seg_indptr", seg_indptr)
+        binding.bind_cpu_input("seg_slots", seg_slots)
         if on_host:
             y = np.empty(shape, devices.NUMPY_DTYPES[self.dtype])
             binding.bind_output("y", "cpu", 0, element, shape, y.ctypes.data)
