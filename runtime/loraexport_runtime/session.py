@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from . import adapters as peft
 from . import devices
 from .batch import Segments, check_segments, read_segments, segment_arrays
-from .errors import AdapterError, ArtifactError, InputError, LoraexportError, SegmentsError
-from .manifest import AdapterEntry, Layer, Manifest, resolve
-from .slots import Slots
-from .stacks import assemble, check_fit, pack
-from .weights import read_header, read_tensors
+from .errors import ArtifactError, InputError, LoraexportError, SegmentsError
+from .hosting import AdapterHost
+from .manifest import Layer, Manifest, resolve
 
 
 def load(
@@ -71,7 +68,7 @@ def _open(
     return Session(folder, manifest, providers, threads)
 
 
-class Session(Mapping[str, "LayerSession"]):
+class Session(AdapterHost, Mapping[str, "LayerSession"]):
     """The layers of an artifact by name, and the slots that they share. Safe to use from threads.
 
     session = load("artifacts/quickstart")
@@ -85,32 +82,14 @@ class Session(Mapping[str, "LayerSession"]):
         providers: list[tuple[str, dict[str, Any]]],
         threads: int | None,
     ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._dtype = devices.NUMPY_DTYPES[manifest.dtype]
-        loaded = {entry.name: entry.slot for entry in manifest.adapters if entry.slot is not None}
-        self.slots = Slots(manifest.num_slots, loaded)
         device = devices.session_device(providers[0])
         devices.require_device(device)
-        stacks = self._initial_stacks()
-        self._layers = {
-            layer.name: LayerSession(
-                layer,
-                manifest.dtype,
-                self.slots,
-                _graph_path(folder, layer),
-                {
-                    stack.name: devices.StackBuffer(
-                        stack, stacks[stack.name], manifest.dtype, device
-                    )
-                    for stack in layer.stacks
-                },
-                device,
-                providers,
-                threads,
-            )
-            for layer in manifest.layers
-        }
+        super().__init__(folder, manifest, device)
+        self._layers = {}
+        for layer in manifest.layers:
+            stacks = {stack.name: self._stacks[stack.name].value for stack in layer.stacks}
+            graph = devices.open_session(_graph_path(folder, layer), providers, stacks, threads)
+            self._layers[layer.name] = LayerSession(layer, self, graph, device)
 
     def __getitem__(self, name: str) -> "LayerSession":
         if name not in self._layers:
@@ -123,88 +102,6 @@ class Session(Mapping[str, "LayerSession"]):
     def __len__(self) -> int:
         return len(self._layers)
 
-    @property
-    def adapters(self) -> dict[str, int]:
-        """The loaded adapters, name -> slot."""
-        return self.slots.loaded
-
-    def load_adapter(self, name: str, path: str | Path | None = None, *, scale: float = 1.0) -> int:
-        """Put an adapter into a free slot, in place; other rows are undisturbed. Returns the slot.
-
-        The name of a loaded adapter replaces it: a run sees the old weights or the new ones.
-
-        Args:
-            path: a PEFT directory; default: the adapter of this name that the artifact carries,
-                with the scale of its spec.
-            scale: multiplies the adapter's scaling.
-
-        Raises:
-            AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
-            SlotsExceededError: no slot is free.
-        """
-        if not isinstance(name, str) or not name:
-            raise AdapterError(f"expected a name for the adapter, got {name!r}")
-        if path is None:
-            carried = {entry.name: entry for entry in self.manifest.adapters}
-            if name not in carried:
-                raise AdapterError(
-                    f"the artifact carries no adapter {name!r} (it has {', '.join(carried)});"
-                    " give the path of a PEFT directory"
-                )
-            blocks = self._read_carried(carried[name], scale)
-        else:
-            blocks = self._read_blocks(Path(path), scale)
-
-        def write(slot: int) -> None:
-            for layer in self._layers.values():
-                layer.write_slot(slot, blocks)
-
-        return self.slots.fill(name, write)
-
-    def unload_adapter(self, name: str) -> None:
-        """Free an adapter's slot; runs that use it finish. Raises UnknownAdapterError."""
-        self.slots.remove(name)
-
-    def _read_carried(self, entry: AdapterEntry, scale: float = 1.0) -> dict[str, np.ndarray]:
-        path = resolve(self.folder, entry.path)
-        if peft.digest_adapter(path) != entry.digest:
-            raise ArtifactError(
-                f"{path}: its digest differs from the manifest's; the artifact was damaged, or"
-                " replaced since this session opened it: open it again"
-            )
-        return self._read_blocks(path, entry.scale * scale)
-
-    def _read_blocks(self, path: Path, scale: float) -> dict[str, np.ndarray]:
-        """One slot's rows of every stack, for a PEFT directory."""
-        header = peft.read_adapter(path)
-        layers = self.manifest.layers
-        matched = peft.match_sites(header, [part.site for one in layers for part in one.slices])
-        check_fit(header, matched, layers)
-        peft.check_base_copies(header, matched, self.manifest.base.weights)
-        tensors = peft.read_lora_weights(header)
-        weights = {site: tensors[module] for site, module in matched.items()}
-        blocks: dict[str, np.ndarray] = {}
-        for layer in layers:
-            blocks |= pack(layer, weights, scale, self._dtype)
-        return blocks
-
-    def _initial_stacks(self) -> dict[str, np.ndarray]:
-        """Every stack with the adapters that start loaded, as the graphs' own initializers."""
-        blocks = {
-            entry.slot: self._read_carried(entry)
-            for entry in self.manifest.adapters
-            if entry.slot is not None
-        }
-        stacks: dict[str, np.ndarray] = {}
-        for layer in self.manifest.layers:
-            base_rows: dict[str, np.ndarray] = {}
-            if layer.base_rows is not None:
-                header = read_header(resolve(self.folder, layer.base_rows))
-                base_rows = read_tensors(header.items())
-            for stack in layer.stacks:
-                stacks[stack.name] = assemble(stack, self._dtype, base_rows.get(stack.name), blocks)
-        return stacks
-
 
 class LayerSession:
     """One layer's graph: y = W x + b + scaling B (A x), with A and B of each token's slot."""
@@ -212,21 +109,15 @@ class LayerSession:
     def __init__(
         self,
         layer: Layer,
-        dtype: str,
-        slots: Slots,
-        graph: Path,
-        stacks: dict[str, devices.StackBuffer],
+        host: AdapterHost,
+        session: ort.InferenceSession,
         device: tuple[str, int],
-        providers: list[tuple[str, dict[str, Any]]],
-        threads: int | None,
     ) -> None:
         self.layer = layer
-        self.dtype = dtype
-        self._slots = slots
-        self._stacks = stacks
+        self.dtype = host.manifest.dtype
+        self._host = host  # also keeps alive the stacks that the graph reads
+        self._session = session
         self._device = device
-        values = {name: buffer.value for name, buffer in stacks.items()}
-        self._session = devices.open_session(graph, providers, values, threads)
 
     def run(
         self,
@@ -256,18 +147,13 @@ class LayerSession:
         num_tokens = self._check_input(x)
         if segments is not None and seg_indptr is None and seg_slots is None:
             named = read_segments(segments, num_tokens)
-            with self._slots.lease(name for name, _ in named) as slots:
+            with self._host.slots.lease(name for name, _ in named) as slots:
                 return self._run_graph(x, *segment_arrays(named, slots))
         if segments is not None or seg_indptr is None or seg_slots is None:
             raise SegmentsError("give either segments, or seg_indptr and seg_slots together")
         check_segments(seg_indptr, seg_slots, num_tokens)
-        with self._slots.lease_slots(seg_slots.tolist()):
+        with self._host.slots.lease_slots(seg_slots.tolist()):
             return self._run_graph(x, seg_indptr, seg_slots)
-
-    def write_slot(self, slot: int, blocks: Mapping[str, np.ndarray]) -> None:
-        """Overwrite one slot's rows in every stack; the caller owns the slot (see Slots.fill)."""
-        for name, buffer in self._stacks.items():
-            buffer.write(slot, blocks[name])
 
     def _run_graph(self, x: Any, seg_indptr: np.ndarray, seg_slots: np.ndarray) -> Any:
         on_host = isinstance(x, np.ndarray)
