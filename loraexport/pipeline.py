@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors.numpy import save
 
@@ -15,6 +16,7 @@ from loraexport_runtime.manifest import (
     AdapterEntry,
     BaseEntry,
     Manifest,
+    Model,
     ParitySummary,
 )
 from loraexport_runtime.peft_config import CONFIG_FILE, WEIGHTS_FILE
@@ -24,6 +26,9 @@ from .errors import ParityError
 from .plan import AdapterPlan, Plan, make_plan
 from .report import Report
 from .spec import Spec, read_spec
+
+if TYPE_CHECKING:  # it imports torch
+    from .bases.layers import Base
 
 Progress = Callable[[str], None]
 _TOOLS = ("loraexport", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
@@ -43,42 +48,18 @@ def build(
     spec = read_spec(spec_path)
     plan = make_plan(spec, spec_path.parent)
 
-    # torch is imported from here on: a plan does without it.
+    # torch is imported from here on: a plan of layers does without it.
     from . import verify
-    from .bases.layers import build_modules, load_adapters, load_base
-    from .export.onnx import export_onnx
-    from .export.torchscript import export_torchscript
 
     _require_onnx_device(spec, verify.has_cuda)
+    prove = _prove_layers if plan.model is None else _prove_model
     with staging(out, spec.name) as stage:
-        progress("read weights")
-        base = load_base(plan)
-        adapters = load_adapters(plan, base)
-        modules = build_modules(plan, base, adapters)
-
         (stage.folder / "graphs").mkdir()
-        for one in modules:
-            layer = one.layer
-            if layer.torchscript:
-                progress(f"export {layer.name} to TorchScript")
-                path = stage.folder / layer.torchscript
-                export_torchscript(layer, one.segmented, spec.export.dtype, path)
-            if layer.onnx:
-                progress(f"export {layer.name} to ONNX ({layer.strategy})")
-                export_onnx(one, spec.export.dtype, stage.folder / layer.onnx)
-            if layer.base_rows:
-                (stage.folder / layer.base_rows).write_bytes(save(one.base_rows))
-
         for adapter in plan.adapters:
             _copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
         (stage.folder / "spec.yaml").write_text(_portable(spec).to_yaml(), encoding="utf-8")
-        manifest = _manifest(plan, base.digest, base.digests)
 
-        progress("verify")
-        reference = verify.make_reference(stage.folder, manifest, spec, base)
-        verify.save_reference(reference, stage.folder)
-        providers = verify.default_providers(spec.export.dtype)
-        report = verify.check(stage.folder, manifest, spec, reference, modules, providers)
+        manifest, report = prove(plan, stage.folder, progress)
         (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
         (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
 
@@ -88,6 +69,67 @@ def build(
         progress("publish")
         stage.publish(manifest)
     return stage.target, report
+
+
+def _prove_layers(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
+    """Read, export and verify single layers, a graph each."""
+    from . import verify
+    from .bases.layers import build_modules, load_adapters, load_base
+    from .export.onnx import export_onnx
+    from .export.torchscript import export_torchscript
+
+    progress("read weights")
+    dtype = plan.spec.export.dtype
+    base = load_base(plan)
+    modules = build_modules(plan, base, load_adapters(plan, base))
+    for one in modules:
+        layer = one.layer
+        if layer.torchscript:
+            progress(f"export {layer.name} to TorchScript")
+            export_torchscript(layer, one.segmented, dtype, folder / layer.torchscript)
+        if layer.onnx:
+            progress(f"export {layer.name} to ONNX ({layer.strategy})")
+            export_onnx(one, dtype, folder / layer.onnx)
+        if layer.base_rows:
+            (folder / layer.base_rows).write_bytes(save(one.base_rows))
+    manifest = _manifest(plan, base)
+    progress("verify")
+    reference = verify.make_reference(folder, manifest, plan.spec, base)
+    verify.save_reference(reference, folder)
+    providers = verify.default_providers(dtype)
+    return manifest, verify.check(folder, manifest, plan.spec, reference, modules, providers)
+
+
+def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
+    """Read, export and verify a whole model, one graph."""
+    from . import verify, verify_model
+    from .bases.transformers import load_model
+    from .export.onnx import export_model_onnx
+    from .export.torchscript import export_model_torchscript
+
+    progress("read weights")
+    assert plan.model is not None, "the plan is of a whole model"
+    base, modules = load_model(plan)
+    manifest = _manifest(plan, base)
+    model = manifest.model
+    assert model is not None, "the manifest has what the plan has"
+    if model.torchscript:
+        progress("export the model to TorchScript")
+        export_model_torchscript(modules, plan.spec.name, folder / model.torchscript)
+    if model.onnx:
+        progress(f"export the model to ONNX ({manifest.layers[0].strategy})")
+        export_model_onnx(modules, plan.spec.name, folder / model.onnx)
+    for path, rows in modules.base_rows.items():
+        (folder / path).write_bytes(save(rows))
+    progress("verify")
+    directory = plan.model.directory
+    reference = verify_model.make_reference(folder, directory, manifest, model, plan.spec)
+    verify_model.save_reference(reference, folder)
+    providers = verify.default_providers(plan.spec.export.dtype)
+    report = verify_model.check_model(
+        folder, manifest, model, plan.spec, reference, modules, directory, providers
+    )
+    return manifest, report
 
 
 def _require_onnx_device(spec: Spec, has_cuda: Callable[[], bool]) -> None:
@@ -114,8 +156,17 @@ def _copy_adapter(adapter: AdapterPlan, folder: Path) -> None:
         shutil.copyfile(adapter.header.path / name, folder / name)
 
 
-def _manifest(plan: Plan, base_digest: str, base_weights: dict[str, str]) -> Manifest:
+def _manifest(plan: Plan, base: "Base") -> Manifest:
     """Everything but files and parity, which come last."""
+    model, formats = None, plan.spec.export.formats
+    if plan.model is not None:
+        model = Model(
+            plan.model.task,
+            plan.model.inputs,
+            plan.model.outputs,
+            onnx="graphs/model.onnx" if "onnx" in formats else None,
+            torchscript="graphs/model.ts" if "torchscript" in formats else None,
+        )
     return Manifest(
         format_version=FORMAT_VERSION,
         name=plan.spec.name,
@@ -125,6 +176,7 @@ def _manifest(plan: Plan, base_digest: str, base_weights: dict[str, str]) -> Man
         spec_digest=plan.spec.digest(),
         num_slots=plan.num_slots,
         layers=tuple(one.layer for one in plan.layers),
+        model=model,
         adapters=tuple(
             AdapterEntry(
                 name=adapter.name,
@@ -136,7 +188,7 @@ def _manifest(plan: Plan, base_digest: str, base_weights: dict[str, str]) -> Man
             )
             for adapter in plan.adapters
         ),
-        base=BaseEntry(plan.base_source, base_digest, base_weights),
+        base=BaseEntry(plan.base_source, base.digest, base.digests),
         parity=ParitySummary("deferred", (), None, 0.0),
         tools=_tool_versions(),
         files={},

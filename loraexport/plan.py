@@ -1,24 +1,25 @@
 """Spec + file headers -> a frozen Plan: layers, ranks, slots, strategy and why, bytes and FLOPs.
 
-No torch and no tensor data, so it takes well under two seconds.
+No tensor data, and for layers no torch: it takes well under two seconds. A whole model is built on
+the meta device to see its sites, which imports transformers.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites, read_adapter
 from loraexport_runtime.errors import AdapterError
-from loraexport_runtime.manifest import AdapterSite, Layer, Slice, Stack, Strategy
+from loraexport_runtime.manifest import AdapterSite, Layer, Slice, Stack, Strategy, TensorEntry
 from loraexport_runtime.stacks import check_fit
 from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 
 from .checkpoint import read_checkpoint
 from .errors import BaseModelError
 from .sources import resolve_directory
-from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec
+from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec, TransformersSpec
 
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -63,6 +64,16 @@ class AdapterPlan:
 
 
 @dataclass(frozen=True)
+class ModelPlan:
+    """A whole model: where it lies, and what its graph takes and gives."""
+
+    directory: Path
+    task: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a build needs to know before it reads a weight."""
 
@@ -70,8 +81,12 @@ class Plan:
     num_slots: int
     max_rank: int
     layers: tuple[LayerPlan, ...]
+    """The graphs of `kind: layers`, or the sites of a whole model's one graph."""
+    model: ModelPlan | None
     adapters: tuple[AdapterPlan, ...]
     base_source: str
+    seed: int
+    """Of synthetic weights; 0 where there are none."""
 
 
 def make_plan(spec: Spec, folder: Path) -> Plan:
@@ -84,25 +99,31 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
         BaseModelError: the base is not there, or a tensor is absent or misshapen.
         AdapterError, WeightsError: an adapter cannot be used on this base.
     """
-    tensors = None
-    if spec.base.path is not None:
-        tensors = read_checkpoint(resolve_directory(spec.base.path, folder, BaseModelError))
     headers = [
         read_adapter(resolve_directory(adapter.path, folder, AdapterError))
         for adapter in spec.adapters
     ]
     max_rank = spec.max_rank or max(header.max_rank for header in headers)
     num_slots = spec.slots or len(spec.adapters)
-    layers = tuple(
-        _plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in spec.base.layers
-    )
-    _check_sites_differ(layers)
+    base, directory, model = spec.base, None, None
+    if base.path is not None:
+        directory = resolve_directory(base.path, folder, BaseModelError)
+    if base.kind == "transformers":
+        assert directory is not None, "a whole model has a path"
+        layers, model = _plan_model(base, directory, headers, spec, num_slots, max_rank)
+    else:
+        tensors = read_checkpoint(directory) if directory else None
+        layers = tuple(
+            _plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers
+        )
+        _check_sites_differ(layers)
     adapters = tuple(
         _plan_adapter(spec, index, header, layers, num_slots)
         for index, header in enumerate(headers)
     )
-    source = spec.base.path if spec.base.init is None else f"init seed {spec.base.init.seed}"
-    return Plan(spec, num_slots, max_rank, layers, adapters, str(source))
+    seed = base.init.seed if base.kind == "layers" and base.init else 0
+    source = base.path or f"init seed {seed}"
+    return Plan(spec, num_slots, max_rank, layers, model, adapters, source, seed)
 
 
 def choose_strategy(
@@ -116,6 +137,8 @@ def choose_strategy(
     against 919 microseconds). On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
     asked, tune = spec.export.strategy, spec.export.tune
+    if asked == "auto" and spec.base.kind == "transformers":
+        return "masked", "one mask, made once, serves every site of a whole model"
     if asked == "augmented" and kind == "embedding":
         return "masked", "an embedding has no [W ; B] product; masked is its nearest form"
     if asked != "auto":
@@ -155,41 +178,113 @@ def _plan_layer(
         sources.append(source)
         offset += width
     assert in_features is not None, "a layer has at least one slice, and that sets in_features"
-    kind: Literal["linear", "embedding"] = (
-        "linear" if isinstance(layer, LinearSpec) else "embedding"
-    )
-    rows = len(slices) * max_rank
-    strategy, reason = choose_strategy(kind, spec, num_slots, num_slots * rows, in_features)
-    stacks = _stacks(layer.name, kind, strategy, num_slots, rows, in_features, offset)
     formats = spec.export.formats
-    planned = Layer(
-        name=layer.name,
-        kind=kind,
-        in_features=in_features,
-        out_features=offset,
-        slices=tuple(slices),
-        max_rank=max_rank,
-        strategy=strategy,
-        stacks=stacks,
-        base_rows=f"graphs/{layer.name}.base.safetensors" if strategy == "augmented" else None,
-        onnx=f"graphs/{layer.name}.onnx" if "onnx" in formats else None,
-        torchscript=f"graphs/{layer.name}.ts" if "torchscript" in formats else None,
+    return _layer_plan(
+        Layer(
+            name=layer.name,
+            kind="linear" if isinstance(layer, LinearSpec) else "embedding",
+            in_features=in_features,
+            out_features=offset,
+            slices=tuple(slices),
+            max_rank=max_rank,
+            strategy="masked",
+            stacks=(),
+            base_rows=None,
+            onnx=f"graphs/{layer.name}.onnx" if "onnx" in formats else None,
+            torchscript=f"graphs/{layer.name}.ts" if "torchscript" in formats else None,
+        ),
+        tuple(sources),
+        isinstance(layer, LinearSpec) and layer.fan_in_fan_out,
+        spec,
+        num_slots,
     )
+
+
+def _layer_plan(
+    layer: Layer,
+    sources: tuple[SiteSource, ...],
+    fan_in_fan_out: bool,
+    spec: Spec,
+    num_slots: int,
+) -> LayerPlan:
+    """Strategy, stacks and costs of a layer whose sizes are known."""
+    rows = len(layer.slices) * layer.max_rank
+    size_in, size_out = layer.in_features, layer.out_features
+    strategy, reason = choose_strategy(layer.kind, spec, num_slots, num_slots * rows, size_in)
+    base_rows = f"graphs/{layer.name}.base.safetensors" if strategy == "augmented" else None
+    stacks = _stacks(layer.name, layer.kind, strategy, num_slots, rows, size_in, size_out)
     size = BYTES_PER_VALUE[spec.export.dtype]
-    lora_values = num_slots * rows * offset + num_slots * rows * in_features
-    lora_flops = 2 * rows * (offset if kind == "embedding" else in_features + offset)
+    is_embedding = layer.kind == "embedding"
+    lora_flops = 2 * rows * (size_out if is_embedding else size_in + size_out)
     return LayerPlan(
-        layer=planned,
-        sources=tuple(sources),
-        fan_in_fan_out=isinstance(layer, LinearSpec) and layer.fan_in_fan_out,
+        layer=replace(layer, strategy=strategy, stacks=stacks, base_rows=base_rows),
+        sources=sources,
+        fan_in_fan_out=fan_in_fan_out,
         strategy_reason=reason,
         num_slots=num_slots,
-        base_bytes=size * in_features * offset,
-        lora_bytes=size * lora_values,
-        base_flops_per_token=0 if kind == "embedding" else 2 * in_features * offset,
+        base_bytes=size * size_in * size_out,
+        lora_bytes=size * num_slots * rows * (size_in + size_out),
+        base_flops_per_token=0 if is_embedding else 2 * size_in * size_out,
         lora_flops_per_token=lora_flops
         * (1 if strategy in ("segmented", "chunked") else num_slots),
     )
+
+
+def _plan_model(
+    base: TransformersSpec,
+    directory: Path,
+    headers: Sequence[AdapterHeader],
+    spec: Spec,
+    num_slots: int,
+    max_rank: int,
+) -> tuple[tuple[LayerPlan, ...], ModelPlan]:
+    """The sites of a whole model, built by transformers on the meta device: no weight is read."""
+    from .bases.transformers import read_skeleton
+
+    skeleton = read_skeleton(directory, base.task, spec.export.dtype)
+    layers = [
+        Layer(
+            name=site,
+            kind="linear",
+            in_features=skeleton.sites[site][0],
+            out_features=skeleton.sites[site][1],
+            slices=(Slice(site.rsplit(".", 1)[-1], site, 0, skeleton.sites[site][1]),),
+            max_rank=max_rank,
+            strategy="masked",
+            stacks=(),
+            base_rows=None,
+            onnx=None,
+            torchscript=None,
+        )
+        for site in _choose_sites(spec, skeleton.sites, skeleton.head, headers)
+    ]
+    plans = tuple(_layer_plan(layer, (), False, spec, num_slots) for layer in layers)
+    signature = skeleton.signature
+    return plans, ModelPlan(directory, base.task, signature.inputs, signature.outputs)
+
+
+def _choose_sites(
+    spec: Spec,
+    known: Mapping[str, tuple[int, int]],
+    head: Sequence[str],
+    headers: Sequence[AdapterHeader],
+) -> list[str]:
+    """Where LoRA may apply, in the model's order: by `sites`, by default where the adapters do."""
+    if spec.sites == "all-linear":
+        return [site for site in known if site not in head]
+    if spec.sites is None:
+        used = {site for header in headers for site in match_sites(header, known)}
+        return [site for site in known if site in used]
+    chosen: set[str] = set()
+    for name in spec.sites:
+        hits = [site for site in known if site == name or site.endswith(f".{name}")]
+        if not hits:
+            raise BaseModelError(
+                f"sites: {name!r} is no linear layer of this model; it has {len(known)}, such as"
+                f" {', '.join(list(known)[:3])}"
+            )
+        chosen.update(hits)
+    return [site for site in known if site in chosen]
 
 
 def _stacks(

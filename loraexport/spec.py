@@ -18,6 +18,9 @@ from .strict_yaml import read_yaml, to_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Size = Annotated[int, Field(gt=0)]
+Task = Literal[
+    "feature-extraction", "sentence-embedding", "sequence-classification", "token-classification"
+]
 
 
 class _Model(BaseModel):
@@ -73,8 +76,8 @@ class InitSpec(_Model):
     seed: Annotated[int, Field(ge=0)]
 
 
-class BaseSpec(_Model):
-    """The frozen model."""
+class LayersSpec(_Model):
+    """Single layers, one graph each."""
 
     kind: Literal["layers"]
     path: str | None = Field(
@@ -83,6 +86,19 @@ class BaseSpec(_Model):
     )
     init: InitSpec | None = Field(None, description="synthetic weights instead of a path")
     layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
+
+
+class TransformersSpec(_Model):
+    """A whole Hugging Face model, one graph."""
+
+    kind: Literal["transformers"]
+    path: str = Field(
+        description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
+    )
+    task: Task
+
+
+BaseSpec = Annotated[LayersSpec | TransformersSpec, Field(discriminator="kind")]
 
 
 class AdapterSpec(_Model):
@@ -136,6 +152,11 @@ class Spec(_Model):
     adapters: Annotated[tuple[AdapterSpec, ...], Field(min_length=1)]
     slots: Size | None = Field(None, description="slot 0 not counted; default: one per adapter")
     max_rank: Size | None = Field(None, description="default: the largest rank of these adapters")
+    sites: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="where adapters loaded later may apply, by module name or its end; default:"
+        " where these do",
+    )
     export: ExportSpec = ExportSpec()
     parity: ParitySpec = ParitySpec()
 
@@ -173,11 +194,19 @@ def json_schema() -> dict[str, Any]:
 
 def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
     """The keys that the contract knows at the place of an unknown key."""
-    models: list[type[BaseModel]] = [Spec, BaseSpec, AdapterSpec, ExportSpec, TuneSpec, ParitySpec]
+    models: list[type[BaseModel]] = [
+        Spec,
+        LayersSpec,
+        TransformersSpec,
+        AdapterSpec,
+        ExportSpec,
+        TuneSpec,
+        ParitySpec,
+    ]
     models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
     parents: dict[tuple[str, ...], list[type[BaseModel]]] = {
         (): [Spec],
-        ("base",): [BaseSpec],
+        ("base",): [LayersSpec, TransformersSpec],
         ("base", "init"): [InitSpec],
         ("base", "layers"): [LinearSpec, EmbeddingSpec],
         ("base", "layers", "slices"): [SliceSpec],

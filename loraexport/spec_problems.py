@@ -18,7 +18,10 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
     layers = _items(base, "layers")
     problems = _same_names(_items(data, "adapters"), ("adapters",), lines)
     problems += _same_names(layers, ("base", "layers"), lines)
-    if isinstance(base, dict):
+    if _get(base, "kind") == "layers" and _get(data, "sites") is not None:
+        hint = "remove it; every listed layer is a site"
+        problems.append(Problem(lines[("sites",)], "sites", "for whole models only", hint))
+    if isinstance(base, dict) and base.get("kind") != "transformers":
         given = [key for key in ("path", "init") if base.get(key) is not None]
         if len(given) != 1:
             seen = "both are given" if given else "neither is given"
@@ -144,12 +147,14 @@ def _problem(
         hint = "choose one" if "," in context["expected"] or " or " in context["expected"] else ""
         return Problem(line, path, f"expected {context['expected']}, got {_shown(given)}", hint)
     if kind == "union_tag_invalid":
-        at = (*location, "type")
+        at = (*location, context["discriminator"].strip("'"))
         message = f"expected {context['expected_tags']}, got {_shown(context['tag'])}"
         return Problem(_line(at, lines), dotted(at), message, "choose one")
     if kind == "union_tag_not_found":
-        message, hint = "required key is missing", "add type: linear or type: embedding"
-        return Problem(line, dotted((*location, "type")), message, hint)
+        key = context["discriminator"].strip("'")
+        values = {"type": ("linear", "embedding"), "kind": ("layers", "transformers")}[key]
+        hint = f"add {' or '.join(f'{key}: {value}' for value in values)}"
+        return Problem(line, dotted((*location, key)), "required key is missing", hint)
     if kind in ("string_pattern_mismatch", "string_too_long"):
         hint = "letters, digits, '.', '_', '-', the first a letter or digit, at most 64"
         return Problem(line, path, f"{_shown(given)} is no name", hint)
@@ -162,6 +167,8 @@ def _problem(
 def _without_union_tags(location: Sequence[str | int], lines: Lines) -> tuple[str | int, ...]:
     """Drop what pydantic adds for unions (`linear`, `str`): it is in no file."""
     kept: tuple[str | int, ...] = ()
+    if len(location) > 1 and location[0] == "base" and location[1] in ("layers", "transformers"):
+        location = (location[0], *location[2:])  # the kind, which pydantic puts between
     for index, part in enumerate(location):
         is_tag = part in ("linear", "embedding", "str", "bool")
         if is_tag and (*kept, part) not in lines:

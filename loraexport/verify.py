@@ -24,7 +24,7 @@ from .bases.layers import Base, LayerModules, build_modules, load_adapters, load
 from .cases import Case, make_cases, make_input
 from .errors import BaseModelError, UsageError
 from .lora.reference import read_reference_adapter, reference_output
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .report import TOLERANCES, Report, Row, Tolerance, compare
 from .spec import Spec, read_spec
 from .tensors import to_numpy, to_torch
@@ -159,27 +159,56 @@ def verify_artifact(
         raise ArtifactError(f"{spec_file}: missing; copy the whole artifact")
     spec = read_spec(spec_file)
     if base_directory is not None:
-        if spec.base.init is not None:
+        if spec.base.path is None:
             raise UsageError(f"{folder}: its base is drawn from a seed; leave --base out")
         path = str(base_directory.absolute())
         spec = spec.model_copy(update={"base": spec.base.model_copy(update={"path": path})})
+    chosen = providers or default_providers(manifest.dtype)
     try:
         plan = make_plan(spec, folder)
-        base = load_base(plan)
-        if base.digest != manifest.base.digest:
-            raise BaseModelError(
-                f"{spec.base.path}: its weights differ from those that the artifact was built from"
-            )
-        modules = build_modules(plan, base, load_adapters(plan, base))
-        reference = make_reference(folder, manifest, spec, base)
+        return _check_with_base(folder, manifest, plan, chosen)
     except (BaseModelError, WeightsError, AdapterError) as error:
         if base_directory is not None:
             raise
-        modules, reference = (), load_reference(folder)
         source = f"the stored cases (no base here: {error}; give it with --base)"
-        reference = replace(reference, source=source)
-    chosen = providers or default_providers(manifest.dtype)
-    return check(folder, manifest, spec, reference, modules, chosen)
+    if manifest.model is not None:
+        from . import verify_model
+
+        stored = replace(verify_model.load_reference(folder), source=source)
+        return verify_model.check_model(
+            folder, manifest, manifest.model, spec, stored, None, None, chosen
+        )
+    return check(folder, manifest, spec, replace(load_reference(folder), source=source), (), chosen)
+
+
+def _check_with_base(
+    folder: Path, manifest: Manifest, plan: Plan, providers: Sequence[str]
+) -> Report:
+    """Against the oracle. Raises BaseModelError if the base is not the artifact's."""
+    if manifest.model is not None:
+        from . import verify_model
+        from .bases.transformers import load_model
+
+        assert plan.model is not None, "spec and manifest are of one kind"
+        base, model_modules = load_model(plan)
+        _require_same(base, manifest, plan)
+        directory, model = plan.model.directory, manifest.model
+        reference = verify_model.make_reference(folder, directory, manifest, model, plan.spec)
+        return verify_model.check_model(
+            folder, manifest, model, plan.spec, reference, model_modules, directory, providers
+        )
+    base = load_base(plan)
+    _require_same(base, manifest, plan)
+    modules = build_modules(plan, base, load_adapters(plan, base))
+    oracle = make_reference(folder, manifest, plan.spec, base)
+    return check(folder, manifest, plan.spec, oracle, modules, providers)
+
+
+def _require_same(base: Base, manifest: Manifest, plan: Plan) -> None:
+    if base.digest != manifest.base.digest:
+        raise BaseModelError(
+            f"{plan.base_source}: its weights differ from those that the artifact was built from"
+        )
 
 
 def has_cuda() -> bool:

@@ -56,8 +56,7 @@ def load_base(plan: Plan) -> Base:
     for index, layer_plan in enumerate(plan.layers):
         for part, source in zip(layer_plan.layer.slices, layer_plan.sources, strict=True):
             if source.weight is None:
-                assert plan.spec.base.init is not None, "a plan without tensors has a seed"
-                generator = np.random.default_rng([plan.spec.base.init.seed, index, part.offset])
+                generator = np.random.default_rng([plan.seed, index, part.offset])
                 weights = _draw(generator, layer_plan, part.width, source.has_bias)
             else:
                 weights = _read(source, layer_plan.fan_in_fan_out)

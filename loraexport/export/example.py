@@ -1,9 +1,11 @@
 """The inputs that tracing sees. No test or parity case uses these shapes or this pattern."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from loraexport_runtime.manifest import Layer
+from loraexport_runtime.manifest import Layer, TensorEntry
 
 from ..tensors import TORCH_DTYPES
 
@@ -21,3 +23,15 @@ def example_inputs(layer: Layer, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
         x = x.to(TORCH_DTYPES[dtype])
     lengths = torch.tensor([0] + [length for _, length in SEGMENTS])
     return x, lengths.cumsum(0), torch.tensor([slot for slot, _ in SEGMENTS])
+
+
+def example_rows(inputs: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], Tensor]:
+    """(a model's inputs by name, adapter_ids) for tracing: three rows, one padded on the right."""
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    values = {
+        "input_ids": 5 + torch.arange(21).view(3, 7) % 11,
+        "attention_mask": mask,
+        "token_type_ids": torch.zeros_like(mask),
+    }
+    return {entry.name: values[entry.name] for entry in inputs}, torch.tensor([1, 0, 1])

@@ -1,7 +1,8 @@
-"""A layer's module -> an ONNX file whose stacks are overridable initializers.
+"""A module -> an ONNX file whose stacks are overridable initializers.
 
-Inputs: x [num_tokens, in] (or ids), seg_indptr, seg_slots; output y. Every node and value is named
-`<layer>/<role>/<operator>`, the role being the module's place in the layer (base, lora/shrink, …).
+A layer takes x [num_tokens, in] (or ids), seg_indptr and seg_slots, and gives y; a model takes its
+own inputs and adapter_ids [batch]. Every node and value is named `<graph>/<role>/<operator>`, the
+role being the place of its module (base, lora/shrink, …).
 """
 
 import logging
@@ -10,23 +11,40 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
-
-from loraexport_runtime.manifest import Layer
+from torch import nn
 
 from ..bases.layers import LayerModules
 from ..errors import ExportError
 from ..tensors import to_torch
-from .example import example_inputs
+from .example import example_inputs, example_rows
+
+if TYPE_CHECKING:  # transformers is for whole models only
+    from ..bases.transformers import ModelModules
 
 OPSET = 23
 EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of initializers from which on they go to a file beside the graph (protobuf: 2 GiB)."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What `torch.onnx.export` needs to know of a module, and what its stacks hold."""
+
+    name: str
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+    input_names: list[str]
+    output_names: list[str]
+    stacks: Mapping[str, np.ndarray]
 
 
 def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
@@ -36,12 +54,37 @@ def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
         ExportError: torch could not export the module.
     """
     layer = modules.layer
-    model = _trace(layer, modules, dtype)
-    _name_by_role(model.graph, layer)
-    _make_overridable(model.graph, modules.stacks)
+    tokens = torch.export.Dim("num_tokens", min=1)
+    segments = torch.export.Dim("num_segments", min=1)
+    stacks = [to_torch(modules.stacks[stack.name]) for stack in layer.stacks]
+    names = [layer.input_name, "seg_indptr", "seg_slots", *modules.stacks]
+    shapes = ({0: tokens}, {0: segments + 1}, {0: segments}, None, None)
+    arguments = (*example_inputs(layer, dtype), *stacks)
+    graph = _Graph(layer.name, modules.stacked, arguments, shapes, names, ["y"], modules.stacks)
+    _export(graph, path)
+
+
+def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
+    """Export a whole model likewise. Inputs: the model's own, adapter_ids, and the stacks."""
+    inputs, adapter_ids = example_rows(modules.signature.inputs)
+    batch = torch.export.Dim("batch", min=1)
+    sequence = torch.export.Dim("sequence", min=1)
+    stacks = [to_torch(value) for value in modules.stacks.values()]
+    shapes = ({key: {0: batch, 1: sequence} for key in inputs}, {0: batch}, [None] * len(stacks))
+    names = [*inputs, "adapter_ids", *modules.stacks]
+    outputs = [entry.name for entry in modules.signature.outputs]
+    arguments = (inputs, adapter_ids, stacks)
+    graph = _Graph(name, modules.module, arguments, shapes, names, outputs, modules.stacks)
+    _export(graph, path)
+
+
+def _export(graph: _Graph, path: Path) -> None:
+    model = _trace(graph)
+    _name_by_role(model.graph, graph.name)
+    _make_overridable(model.graph, graph.stacks)
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "loraexport", ""
-    model.graph.name = layer.name
+    model.graph.name = graph.name
     NameFixPass()(model)
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
@@ -49,37 +92,28 @@ def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
     ir.save(model, path, external_data=external)
 
 
-def _trace(layer: Layer, modules: LayerModules, dtype: str) -> ir.Model:
-    tokens = torch.export.Dim("num_tokens", min=1)
-    segments = torch.export.Dim("num_segments", min=1)
-    stacks = [to_torch(modules.stacks[stack.name]) for stack in layer.stacks]
-    x_shape = {0: tokens}
+def _trace(graph: _Graph) -> ir.Model:
     try:
         with warnings.catch_warnings(), _quiet_torch(), torch.no_grad():
             warnings.simplefilter("ignore")  # they speak of torch's own code, not of ours
             program = torch.onnx.export(
-                modules.stacked,
-                (*example_inputs(layer, dtype), *stacks),
+                graph.module,
+                graph.arguments,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=[
-                    layer.input_name,
-                    "seg_indptr",
-                    "seg_slots",
-                    *(stack.name for stack in layer.stacks),
-                ],
-                output_names=["y"],
-                dynamic_shapes=(x_shape, {0: segments + 1}, {0: segments}, None, None),
+                input_names=graph.input_names,
+                output_names=graph.output_names,
+                dynamic_shapes=graph.dynamic_shapes,
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"layer {layer.name!r}: torch.onnx.export failed: {error}") from error
+        raise ExportError(f"{graph.name!r}: torch.onnx.export failed: {error}") from error
     assert program is not None, "export gives a program unless told to write a file"
     return program.model
 
 
-def _name_by_role(graph: ir.Graph, layer: Layer) -> None:
-    """Name nodes and values after the layer and the module that they come from."""
+def _name_by_role(graph: ir.Graph, prefix: str) -> None:
+    """Name nodes and values after the graph and the module that they come from."""
     counts: Counter[str] = Counter()
     kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
 
@@ -90,11 +124,11 @@ def _name_by_role(graph: ir.Graph, layer: Layer) -> None:
     for name, value in list(graph.initializers.items()):
         if id(value) not in kept:
             del graph.initializers[name]
-            known = re.fullmatch(r"(base|lora)\..*", name)
-            value.name = unique(f"{layer.name}.{name}" if known else f"{layer.name}/constant")
+            known = "." in name
+            value.name = unique(f"{prefix}.{name}" if known else f"{prefix}/constant")
             graph.initializers[value.name] = value
     for node in graph:
-        stem = f"{layer.name}/{_role(node)}{node.op_type.lower()}"
+        stem = f"{prefix}/{_role(node)}{node.op_type.lower()}"
         node.name = unique(stem)
         for index, value in enumerate(node.outputs):
             if id(value) not in kept:

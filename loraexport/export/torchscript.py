@@ -4,15 +4,23 @@ The number of segments stays dynamic. The file holds no example inputs and no so
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from loraexport_runtime.manifest import Layer
 
 from ..errors import ExportError
 from ..lora.segmented import SegmentedLayer, add_segmented_lora
-from .example import example_inputs
+from ..tensors import to_torch
+from .example import example_inputs, example_rows
+
+if TYPE_CHECKING:  # transformers is for whole models only
+    from ..bases.transformers import ModelModules
 
 _LEFT_OUT = ("traced_inputs", ".debug_pkl")
 
@@ -24,18 +32,56 @@ def export_torchscript(layer: Layer, module: SegmentedLayer, dtype: str, path: P
     [n + 1] and seg_slots int64 [n] on the CPU; output y [num_tokens, out].
     """
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
+        with _quiet_jit():
             module.lora.loop = torch.jit.script(add_segmented_lora)
+        _trace(module, example_inputs(layer, dtype), layer.name, path)
+    finally:
+        module.lora.loop = add_segmented_lora
+
+
+def export_model_torchscript(modules: "ModelModules", name: str, path: Path) -> None:
+    """Trace a whole model and write `path`; it holds its stacks.
+
+    Graph inputs, by position: the model's own as the manifest lists them, adapter_ids [batch].
+    """
+    inputs, adapter_ids = example_rows(modules.signature.inputs)
+    _trace(_WithOwnStacks(modules).eval(), (*inputs.values(), adapter_ids), name, path)
+
+
+class _WithOwnStacks(nn.Module):
+    """The model with its stacks as buffers and its inputs by position."""
+
+    def __init__(self, modules: "ModelModules") -> None:
+        super().__init__()
+        self.module = modules.module
+        self._names = [entry.name for entry in modules.signature.inputs]
+        for index, value in enumerate(modules.stacks.values()):
+            self.register_buffer(f"stack{index}", to_torch(value))
+        self._num_stacks = len(modules.stacks)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        stacks = [getattr(self, f"stack{index}") for index in range(self._num_stacks)]
+        return self.module(dict(zip(self._names, inputs[:-1], strict=True)), inputs[-1], stacks)
+
+
+def _trace(module: nn.Module, arguments: tuple[Tensor, ...], name: str, path: Path) -> None:
+    try:
+        with _quiet_jit(), torch.no_grad():
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                module, example_inputs(layer, dtype), check_trace=False
+                module, arguments, check_trace=False
             )
             traced.save(str(path))
     except RuntimeError as error:
-        raise ExportError(f"layer {layer.name!r}: torch.jit.trace failed: {error}") from error
-    finally:
-        module.lora.loop = add_segmented_lora
+        raise ExportError(f"{name!r}: torch.jit.trace failed: {error}") from error
     _strip(path)
+
+
+@contextmanager
+def _quiet_jit() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        yield
 
 
 def _strip(path: Path) -> None:

@@ -17,6 +17,7 @@ from .errors import (
     UnknownAdapterError,
     WeightsError,
 )
+from .model_session import ModelSession
 from .session import LayerSession, Session, load
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "InputError",
     "LayerSession",
     "LoraexportError",
+    "ModelSession",
     "ProviderError",
     "SegmentsError",
     "Session",

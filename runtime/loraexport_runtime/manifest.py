@@ -54,8 +54,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Layer:
-    """One graph: x [num_tokens, in_features] (or ids [num_tokens]) -> y [num_tokens, out_features].
+    """x [num_tokens, in_features] (or ids [num_tokens]) -> y [num_tokens, out_features].
 
+    A graph of its own for `kind: layers`, a site of the model's graph for `kind: transformers`.
     For an embedding `in_features` is the vocabulary's size.
     """
 
@@ -80,6 +81,34 @@ class Layer:
     def files(self) -> list[str]:
         """The paths of this layer's files inside the artifact."""
         return [path for path in (self.onnx, self.torchscript, self.base_rows) if path]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """An input or output of a model: each dimension is `batch`, `sequence` or a number."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    shape: tuple[str, ...]
+
+    def sizes(self, batch: int, sequence: int) -> list[int]:
+        named = {"batch": batch, "sequence": sequence}
+        return [named[size] if size in named else int(size) for size in self.shape]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One graph of a whole model. One more input: adapter_ids int64 [batch], each row's slot."""
+
+    task: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    onnx: str | None
+    torchscript: str | None
+
+    def files(self) -> list[str]:
+        """The paths of this model's files inside the artifact."""
+        return [path for path in (self.onnx, self.torchscript) if path]
 
 
 @dataclass(frozen=True)
@@ -131,12 +160,14 @@ class FileEntry:
 class Manifest:
     format_version: int
     name: str
-    kind: Literal["layers"]
+    kind: Literal["layers", "transformers"]
     created: str
     dtype: DType
     spec_digest: str
     num_slots: int
     layers: tuple[Layer, ...]
+    model: Model | None
+    """For `kind: transformers`."""
     adapters: tuple[AdapterEntry, ...]
     base: BaseEntry
     parity: ParitySummary
@@ -182,13 +213,17 @@ class Manifest:
 
     def paths(self) -> list[str]:
         """Every path that the manifest names."""
-        graphs = [path for layer in self.layers for path in layer.files()]
-        return [*self.files, *graphs, *(adapter.path for adapter in self.adapters)]
+        return [*self.files, *self._graphs(), *(adapter.path for adapter in self.adapters)]
+
+    def _graphs(self) -> list[str]:
+        files = [path for layer in self.layers for path in layer.files()]
+        return files + (self.model.files() if self.model else [])
 
     def check_sense(self) -> None:
         """Raise ValueError where parts contradict each other."""
-        graphs = [path for layer in self.layers for path in layer.files()]
-        unlisted = [path for path in graphs if path not in self.files]
+        if (self.model is None) != (self.kind == "layers"):
+            raise ValueError(f"manifest.model: does not fit kind {self.kind!r}")
+        unlisted = [path for path in self._graphs() if path not in self.files]
         if unlisted:
             raise ValueError(
                 f"manifest.files: {unlisted[0]!r} is missing, so nothing vouches for it"

@@ -9,9 +9,11 @@ import onnxruntime as ort
 
 from . import devices
 from .batch import Segments, check_segments, read_segments, segment_arrays
+from .binding import empty_output, run_bound
 from .errors import ArtifactError, InputError, LoraexportError, SegmentsError
 from .hosting import AdapterHost
 from .manifest import Layer, Manifest, resolve
+from .model_session import ModelSession
 
 
 def load(
@@ -20,8 +22,8 @@ def load(
     *,
     threads: int | None = None,
     allow_unverified: bool = False,
-) -> "Session":
-    """Open an artifact.
+) -> "Session | ModelSession":
+    """Open an artifact: a Session for `kind: layers`, a ModelSession for a whole model.
 
     Args:
         path: the folder that `loraexport build` published.
@@ -58,13 +60,25 @@ def _open(
     providers: list[tuple[str, dict[str, Any]]],
     threads: int | None,
     allow_unverified: bool,
-) -> "Session":
+) -> "Session | ModelSession":
     if manifest.parity.status != "passed" and not allow_unverified:
         raise ArtifactError(
             f"{folder}: parity is {manifest.parity.status!r}, so its numbers are not proven. Run"
             f" 'loraexport verify {folder}', or pass allow_unverified=True"
         )
     manifest.check_files(folder)
+    return open_session(folder, manifest, providers, threads)
+
+
+def open_session(
+    folder: Path,
+    manifest: Manifest,
+    providers: list[tuple[str, dict[str, Any]]],
+    threads: int | None,
+) -> "Session | ModelSession":
+    """The session that fits an artifact's kind; checks nothing (see `load`)."""
+    if manifest.model is not None:
+        return ModelSession(folder, manifest, manifest.model, providers, threads)
     return Session(folder, manifest, providers, threads)
 
 
@@ -156,35 +170,18 @@ class LayerSession:
             return self._run_graph(x, seg_indptr, seg_slots)
 
     def _run_graph(self, x: Any, seg_indptr: np.ndarray, seg_slots: np.ndarray) -> Any:
-        on_host = isinstance(x, np.ndarray)
         shape = [int(seg_indptr[-1]), self.layer.out_features]
-        element = devices.ONNX_TYPES[self.dtype]
         if shape[0] == 0:  # the graphs start at one token
-            return (
-                np.empty(shape, devices.NUMPY_DTYPES[self.dtype])
-                if on_host
-                else ort.OrtValue.ortvalue_from_shape_and_type(shape, element, *self._device)
-            )
-        binding = self._session.io_binding()
-        if on_host:
-            x = np.ascontiguousarray(x)
-            dtype = "int64" if self.layer.kind == "embedding" else self.dtype
-            binding.bind_ortvalue_input(self.layer.input_name, devices.host_value(x, dtype))
-        else:
-            value = devices.device_value(x, self._device, self.layer.input_name)
-            binding.bind_ortvalue_input(self.layer.input_name, value)
-        seg_indptr, seg_slots = np.ascontiguousarray(seg_indptr), np.ascontiguousarray(seg_slots)
-        binding.bind_cpu_input("seg_indptr", seg_indptr)
-        binding.bind_cpu_input("seg_slots", seg_slots)
-        if on_host:
-            y = np.empty(shape, devices.NUMPY_DTYPES[self.dtype])
-            binding.bind_output("y", "cpu", 0, element, shape, y.ctypes.data)
-        else:
-            binding.synchronize_inputs()
-            y = ort.OrtValue.ortvalue_from_shape_and_type(shape, element, *self._device)
-            binding.bind_ortvalue_output("y", y)
-        self._session.run_with_iobinding(binding)
-        return y
+            return empty_output(shape, self.dtype, isinstance(x, np.ndarray), self._device)
+        ids = self.layer.kind == "embedding"
+        outputs = run_bound(
+            self._session,
+            {self.layer.input_name: (x, "int64" if ids else self.dtype)},
+            {"seg_indptr": seg_indptr, "seg_slots": seg_slots},
+            {"y": (shape, self.dtype)},
+            self._device,
+        )
+        return outputs["y"]
 
     def _check_input(self, x: Any) -> int:
         """The number of tokens. Raises InputError for another shape or dtype."""

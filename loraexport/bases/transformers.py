@@ -1,0 +1,330 @@
+"""`kind: transformers`: a whole Hugging Face model whose linear layers are multi-LoRA sites.
+
+The sites are found on the meta device, so a plan reads no weight. In the model each site becomes a
+`ModelSite`, which flattens rows and tokens to [tokens, in] and calls the strategies of layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraexport_runtime.manifest import Layer, TensorEntry
+from loraexport_runtime.stacks import assemble, pack
+from loraexport_runtime.weights import digest_array
+
+from ..errors import BaseModelError
+from ..lora import STRATEGIES
+from ..lora.strategy import LinearBase, Routing, Strategy
+from ..plan import Plan
+from ..tensors import TORCH_DTYPES, to_numpy
+from .layers import AdapterWeights, Base, SiteWeights, load_adapters
+from .pooling import SentencePooling
+
+_CLASSES: dict[str, Any] = {
+    "feature-extraction": transformers.AutoModel,
+    "sentence-embedding": transformers.AutoModel,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model takes and gives, beside adapter_ids."""
+
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights: what a plan needs to know of it."""
+
+    sites: dict[str, tuple[int, int]]
+    """Module name -> (in_features, out_features), in the model's order."""
+    head: tuple[str, ...]
+    """The sites that `all-linear` leaves out: the output layer."""
+    has_bias: dict[str, bool]
+    signature: Signature
+
+
+def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
+    """Build the model on the meta device and list its linear layers.
+
+    Raises:
+        BaseModelError: transformers cannot build it.
+    """
+    config = _read_config(directory)
+    try:
+        with torch.device("meta"):
+            model = _CLASSES[task].from_config(config, attn_implementation="sdpa")
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise BaseModelError(
+            f"{directory}: transformers cannot build this model for task {task!r}: {error}"
+        ) from error
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = ("classifier", "score")
+    head = tuple(
+        name for name, module in linear.items() if module is output or name.split(".")[0] in heads
+    )
+    return Skeleton(
+        {name: _sizes(module) for name, module in linear.items()},
+        head,
+        {name: module.bias is not None for name, module in linear.items()},
+        _signature(model, config, task, dtype),
+    )
+
+
+class RowContext:
+    """What one forward of the model shares among its sites: routing by row, and the stacks."""
+
+    def __init__(self, router: Strategy) -> None:
+        self.router = router
+        self.stacks: Mapping[str, Tensor] = {}
+        self._adapter_ids: Tensor | None = None
+        self._routings: dict[int, Routing] = {}
+
+    def begin(self, adapter_ids: Tensor, stacks: Mapping[str, Tensor]) -> None:
+        self._adapter_ids, self.stacks, self._routings = adapter_ids, stacks, {}
+
+    def routing(self, x: Tensor) -> Routing:
+        """For x [batch, in] or [batch, n, in]: a row is a segment of 1 or n tokens.
+
+        Sites of one rank share the n of the first: a text model has one sequence length.
+        """
+        assert self._adapter_ids is not None, "begin() starts a forward"
+        if x.dim() not in self._routings:
+            batch, tokens = x.shape[0], x.shape[1] if x.dim() == 3 else 1
+            rows = torch.arange(batch + 1, device=x.device)
+            self._routings[x.dim()] = self.router.route(
+                rows * tokens, self._adapter_ids, batch * tokens
+            )
+        return self._routings[x.dim()]
+
+
+class ModelSite(nn.Module):
+    """y = W x + b + scaling[s] B[s] (A[s] x) for every token, s the slot of its row."""
+
+    def __init__(self, base: LinearBase, lora: Strategy, layer: Layer, context: RowContext) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = lora
+        self.stack_names = tuple(stack.name for stack in layer.stacks)
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, in] or [batch, n, in] -> the same with out for in."""
+        a, b = (self.context.stacks[name] for name in self.stack_names)
+        tokens = x.reshape(-1, x.shape[-1])
+        y = self.lora.linear(tokens, self.base, self.context.routing(x), a, b)
+        return y.view(*x.shape[:-1], -1)
+
+
+class MultiLoraModel(nn.Module):
+    """A Hugging Face model with multi-LoRA sites: the model's inputs, adapter_ids and stacks in."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        signature: Signature,
+        pooling: nn.Module | None,
+        context: RowContext,
+        stack_names: Sequence[str],
+        position_ids: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.routing = context.router
+        self._context = context
+        self._input_names = [entry.name for entry in signature.inputs]
+        self._stack_names = list(stack_names)
+        self._position_ids = position_ids
+
+    def forward(
+        self, inputs: dict[str, Tensor], adapter_ids: Tensor, stacks: list[Tensor]
+    ) -> Tensor:
+        """adapter_ids int64 [batch]; stacks in the order of the manifest's layers."""
+        self._context.begin(adapter_ids, dict(zip(self._stack_names, stacks, strict=True)))
+        arguments = {name: inputs[name] for name in self._input_names}
+        if self._position_ids:
+            # Rotary models cache nothing for a batch of one only if every row has its positions.
+            ids = inputs["input_ids"]
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            arguments["position_ids"] = positions.unsqueeze(0).expand(ids.shape[0], -1)
+        found = self.model(**arguments, return_dict=True)
+        if "logits" in found:
+            return found["logits"]
+        hidden = found["last_hidden_state"]
+        return hidden if self.pooling is None else self.pooling(hidden, inputs["attention_mask"])
+
+
+@dataclass(frozen=True)
+class ModelModules:
+    """A whole model in eager form, its stacks, and the plain model it was made of."""
+
+    module: MultiLoraModel
+    layers: tuple[Layer, ...]
+    signature: Signature
+    stacks: dict[str, np.ndarray] = field(repr=False)
+    base_rows: dict[str, dict[str, np.ndarray]] = field(repr=False)
+    """File inside the artifact -> the base's part of a stack, for augmented sites."""
+
+
+def load_plain_model(directory: Path, task: str) -> nn.Module:
+    """The model in float32, evaluation mode, from safetensors only.
+
+    Raises:
+        BaseModelError: weights are missing, so that transformers would draw them at random.
+    """
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model, info = _CLASSES[task].from_pretrained(
+            directory,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BaseModelError(f"{directory}: transformers cannot load it: {error}") from error
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise BaseModelError(
+            f"{directory}: {len(missing)} weights are missing for task {task!r}, first"
+            f" {missing[0]!r}; the checkpoint is of another task"
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BaseModelError(f"{directory}: {name!r} holds NaN or Inf")
+    return model.eval()
+
+
+def load_model(plan: Plan) -> tuple[Base, ModelModules]:
+    """Read a planned model and its adapters, and put multi-LoRA sites into it.
+
+    Raises:
+        BaseModelError: the base cannot be used.
+        WeightsError, AdapterWeightsError: an adapter cannot be used on it.
+    """
+    assert plan.model is not None, "the plan is of a whole model"
+    layers = [one.layer for one in plan.layers]
+    model: Any = load_plain_model(plan.model.directory, plan.model.task)
+    base = _read_base(model, layers)
+    adapters = load_adapters(plan, base)
+    slots = {
+        adapter.slot: (adapters[adapter.name], adapter.scale)
+        for adapter in plan.adapters
+        if adapter.slot is not None
+    }
+    dtype = plan.spec.export.dtype
+    model = model.to(TORCH_DTYPES[dtype])
+    first = layers[0]
+    router = STRATEGIES[first.strategy](plan.num_slots, first.max_rank, first.in_features)
+    context = RowContext(router)
+    stacks: dict[str, np.ndarray] = {}
+    base_rows: dict[str, dict[str, np.ndarray]] = {}
+    for layer in layers:
+        stacks |= _replace_site(model, layer, slots, plan.num_slots, context)
+        if layer.base_rows is not None:
+            b = layer.stacks[1]
+            base_rows[layer.base_rows] = {b.name: stacks[b.name][: b.row_offset]}
+    pooling = None
+    if plan.model.task == "sentence-embedding":
+        pooling = SentencePooling.read(plan.model.directory)
+    signature = Signature(plan.model.inputs, plan.model.outputs)
+    rotary = has_rotary_positions(model.config)
+    module = MultiLoraModel(model, signature, pooling, context, list(stacks), rotary)
+    return base, ModelModules(module.eval(), tuple(layers), signature, stacks, base_rows)
+
+
+def _read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
+    """The frozen weights of every site, [out, in], and their digests."""
+    sites = {}
+    for layer in layers:
+        module: Any = model.get_submodule(layer.slices[0].site)
+        bias = None if module.bias is None else to_numpy(module.bias)
+        sites[layer.slices[0].site] = SiteWeights(to_numpy(_weight(module)), bias)
+    return Base(sites, {site: digest_array(one.weight) for site, one in sites.items()})
+
+
+def _replace_site(
+    model: Any,
+    layer: Layer,
+    slots: Mapping[int, tuple[AdapterWeights, float]],
+    num_slots: int,
+    context: RowContext,
+) -> dict[str, np.ndarray]:
+    """Put a ModelSite in a linear layer's place; give the initial value of its stacks."""
+    site = layer.slices[0].site
+    linear: Any = model.get_submodule(site)
+    weight = _weight(linear)
+    bias = None if linear.bias is None else linear.bias.detach()
+    rows = to_numpy(weight)
+    blocks = {
+        slot: pack(layer, weights, scale, rows.dtype) for slot, (weights, scale) in slots.items()
+    }
+    stacks = {
+        stack.name: assemble(stack, rows.dtype, rows.T if stack.row_offset else None, blocks)
+        for stack in layer.stacks
+    }
+    in_stack = any(stack.row_offset for stack in layer.stacks)
+    lora = STRATEGIES[layer.strategy](num_slots, layer.max_rank, layer.in_features)
+    parent, _, child = site.rpartition(".")
+    replaced = ModelSite(LinearBase(None if in_stack else weight, bias), lora, layer, context)
+    setattr(model.get_submodule(parent), child, replaced)
+    return stacks
+
+
+def has_rotary_positions(config: Any) -> bool:
+    """Whether the model computes rotary positions, which must come as [batch, sequence]."""
+    return any(hasattr(config, name) for name in ("rope_theta", "rope_parameters"))
+
+
+def _read_config(directory: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise BaseModelError(f"{directory}: no model that transformers knows: {first}") from error
+
+
+def _signature(model: nn.Module, config: Any, task: str, dtype: str) -> Signature:
+    import inspect
+
+    accepted = inspect.signature(model.forward).parameters
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    inputs = tuple(TensorEntry(name, "int64", ("batch", "sequence")) for name in names)
+    hidden, labels = str(config.hidden_size), str(getattr(config, "num_labels", 0))
+    name, shape = {
+        "feature-extraction": ("last_hidden_state", ("batch", "sequence", hidden)),
+        "sentence-embedding": ("sentence_embedding", ("batch", hidden)),
+        "sequence-classification": ("logits", ("batch", labels)),
+        "token-classification": ("logits", ("batch", "sequence", labels)),
+    }[task]
+    return Signature(inputs, (TensorEntry(name, dtype, shape),))  # type: ignore[arg-type]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    rows, columns = module.weight.shape
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _weight(module: Any) -> Tensor:
+    """[out, in], whatever the module stores."""
+    weight: Tensor = module.weight.detach()
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight

@@ -1,0 +1,104 @@
+"""A whole model whose rows use different adapters."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from . import devices
+from .binding import run_bound
+from .errors import ArtifactError, InputError
+from .hosting import AdapterHost
+from .manifest import Manifest, Model, resolve
+
+
+class ModelSession(AdapterHost):
+    """One graph of a whole model, and its slots. Safe to use from threads.
+
+    session = load("artifacts/minilm")
+    out = session.run({"input_ids": ids, "attention_mask": mask}, adapters=["pydoc", None])
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        model: Model,
+        providers: list[tuple[str, dict[str, Any]]],
+        threads: int | None,
+    ) -> None:
+        if model.onnx is None:
+            raise ArtifactError(
+                f"{folder}: the model has no ONNX graph; add onnx to export.formats and build again"
+            )
+        self.model = model
+        self._device = devices.session_device(providers[0])
+        devices.require_device(self._device)
+        super().__init__(folder, manifest, self._device)
+        stacks = {name: buffer.value for name, buffer in self._stacks.items()}
+        self._session: ort.InferenceSession = devices.open_session(
+            resolve(folder, model.onnx), providers, stacks, threads
+        )
+
+    def run(
+        self, inputs: Mapping[str, Any], adapters: Sequence[str | None] | None = None
+    ) -> dict[str, Any]:
+        """The model's outputs by name, every row with its own adapter.
+
+        Args:
+            inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays, or
+                DLPack tensors on the session's device, used without a copy. Padding as the
+                attention mask says.
+            adapters: a loaded adapter's name for each row, None for the base; default: all None.
+
+        Returns:
+            numpy arrays for numpy inputs, else `onnxruntime.OrtValue`s on the device.
+
+        Raises:
+            BatchError: one of UnknownAdapterError, SlotsExceededError, InputError.
+        """
+        batch, sequence = self._check_inputs(inputs)
+        names = [None] * batch if adapters is None else list(adapters)
+        if len(names) != batch:
+            raise InputError(
+                f"adapters names {len(names)} rows, but the inputs have {batch}; give one name, or"
+                " None for the base, for each row"
+            )
+        tensors = {entry.name: (inputs[entry.name], entry.dtype) for entry in self.model.inputs}
+        outputs = {
+            entry.name: (entry.sizes(batch, sequence), entry.dtype) for entry in self.model.outputs
+        }
+        with self.slots.lease(names) as slots:
+            adapter_ids = np.array([slots[name] for name in names], dtype=np.int64)
+            control = {"adapter_ids": adapter_ids}
+            return run_bound(self._session, tensors, control, outputs, self._device)
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """(batch, sequence). Raises InputError for other names, shapes or dtypes."""
+        wanted = [entry.name for entry in self.model.inputs]
+        if sorted(inputs) != sorted(wanted):
+            raise InputError(f"inputs are {sorted(inputs)}; this model takes {wanted}")
+        sizes: dict[str, int] = {}
+        for entry in self.model.inputs:
+            tensor = inputs[entry.name]
+            if not hasattr(tensor, "__dlpack__"):
+                raise InputError(
+                    f"{entry.name} is of type {type(tensor).__name__}; expected a numpy array or a"
+                    " DLPack tensor"
+                )
+            found = str(tensor.dtype).removeprefix("torch.")
+            if found != entry.dtype:
+                raise InputError(f"{entry.name} is {found}; this model takes {entry.dtype}")
+            shape = tuple(tensor.shape)
+            fits = len(shape) == len(entry.shape) and all(
+                size == (sizes.setdefault(name, size) if name.isalpha() else int(name))
+                for name, size in zip(entry.shape, shape, strict=False)
+            )
+            if not fits or 0 in shape:
+                expected = ", ".join(str(sizes.get(name, name)) for name in entry.shape)
+                raise InputError(
+                    f"{entry.name} has shape {list(shape)}; expected [{expected}], none of them 0"
+                )
+        return sizes["batch"], sizes.get("sequence", 1)
