@@ -31,6 +31,14 @@ if TYPE_CHECKING:  # it imports torch
     from .bases.layers import Base
 
 Progress = Callable[[str], None]
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 _TOOLS = ("loraexport", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -121,8 +129,9 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
         export_model_onnx(modules, plan.spec.name, folder / model.onnx)
     for path, rows in modules.base_rows.items():
         (folder / path).write_bytes(save(rows))
-    progress("verify")
     directory = plan.model.directory
+    _copy_tokenizer(directory, folder / "tokenizer")
+    progress("verify")
     reference = verify_model.make_reference(folder, directory, manifest, model, plan.spec)
     verify_model.save_reference(reference, folder)
     providers = verify.default_providers(plan.spec.export.dtype)
@@ -130,6 +139,14 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
         folder, manifest, model, plan.spec, reference, modules, directory, providers
     )
     return manifest, report
+
+
+def _copy_tokenizer(directory: Path, folder: Path) -> None:
+    """Whatever the base has of its tokenizer, so that a service needs no other folder."""
+    for pattern in _TOKENIZER_FILES:
+        for file in sorted(directory.glob(pattern)):
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / file.name)
 
 
 def _require_onnx_device(spec: Spec, has_cuda: Callable[[], bool]) -> None:

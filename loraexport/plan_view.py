@@ -44,12 +44,15 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
     console.print(_adapter_table(data["adapters"]))
     console.print(_layer_table(data["layers"], data["tokens"]))
-    _print_line(console, "Sites:")
-    for layer in data["layers"]:
-        _print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
+    if any(layer["sites"] != [layer["name"]] for layer in data["layers"]):
+        _print_line(console, "Sites:")
+        for layer in data["layers"]:
+            _print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
     _print_line(console, "Strategies:")
-    for reason, names in _reasons(data["layers"]).items():
-        _print_line(console, f"  {reason} ({', '.join(names)})")
+    reasons = _reasons(data["layers"])
+    for reason, names in reasons.items():
+        which = ", ".join(names) if len(reasons) > 1 or len(names) < 5 else "all of them"
+        _print_line(console, f"  {reason} ({which})")
 
 
 def _print_line(console: Console, line: str) -> None:

@@ -10,6 +10,7 @@ from loraexport_runtime.errors import LoraexportError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?$")
 _PACKAGE = "package:"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
 def resolve_directory(source: str, folder: Path, error: type[LoraexportError]) -> Path:
@@ -72,7 +73,9 @@ def _hub_directory(source: str, local: Path, error: type[LoraexportError]) -> Pa
     try:
         return Path(
             snapshot_download(
-                name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
+                name,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as cause:

@@ -19,7 +19,11 @@ from .strict_yaml import read_yaml, to_yaml
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Size = Annotated[int, Field(gt=0)]
 Task = Literal[
-    "feature-extraction", "sentence-embedding", "sequence-classification", "token-classification"
+    "feature-extraction",
+    "sentence-embedding",
+    "sequence-classification",
+    "token-classification",
+    "causal-lm",
 ]
 
 

@@ -22,7 +22,9 @@ from loraexport_runtime.manifest import Manifest, Model, TensorEntry, resolve
 
 from .bases.pooling import SentencePooling
 from .bases.transformers import ModelModules, has_rotary_positions, load_plain_model
+from .errors import BaseModelError
 from .lora.reference import ReferenceAdapter, read_reference_adapter
+from .quiet import quiet_models
 from .report import Report, Row, Tolerance, compare
 from .spec import Spec
 from .tensors import to_numpy, to_torch
@@ -74,16 +76,20 @@ def make_cases(names: Mapping[int, str]) -> tuple[RowCase, ...]:
 
 
 def make_inputs(
-    case: RowCase, entries: Sequence[TensorEntry], vocabulary: int, seed: int
+    case: RowCase, entries: Sequence[TensorEntry], vocabulary: int, seed: int, pad: int = 0
 ) -> Inputs:
-    """Random ids, and the masks that the lengths and the side of the padding ask for."""
+    """Random ids other than `pad`, and the masks that the lengths and the padding's side ask for.
+
+    Some models (RoBERTa) find positions, others (Llama, to classify) the last token, by `pad`.
+    """
     generator = np.random.default_rng([seed, len(case.slots), *case.lengths, int(case.left)])
     shape = (len(case.slots), max(case.lengths))
     mask = np.zeros(shape, np.int64)
     for row, length in enumerate(case.lengths):
         mask[row, -length if case.left else 0 : None if case.left else length] = 1
+    ids = generator.integers(0, vocabulary - 1, shape)
     values = {
-        "input_ids": generator.integers(1, vocabulary, shape) * mask,
+        "input_ids": np.where(mask == 1, ids + (ids >= pad), pad),
         "attention_mask": mask,
         "token_type_ids": np.zeros(shape, np.int64),
     }
@@ -95,7 +101,7 @@ def make_reference(
 ) -> ModelReference:
     """Run the float64 model, once for each adapter of each case."""
     plain = _Plain(directory, model.task)
-    vocabulary = int(plain.model.config.vocab_size)
+    vocabulary, pad = int(plain.model.config.vocab_size), plain.model.config.pad_token_id or 0
     sites = [layer.slices[0].site for layer in manifest.layers]
     adapters = {
         entry.slot: read_reference_adapter(resolve(folder, entry.path), sites, entry.scale)
@@ -104,8 +110,9 @@ def make_reference(
     }
     inputs, expected, base_expected = {}, {}, {}
     for case in make_cases(slot_names(manifest)):
-        values = make_inputs(case, model.inputs, vocabulary, spec.parity.seed)
+        values = make_inputs(case, model.inputs, vocabulary, spec.parity.seed, pad)
         base = plain(values)
+        _require_finite(base, values, case, plain, model)
         merged = base.copy()
         for slot in set(case.slots) - {0}:
             rows = np.array(case.slots) == slot
@@ -114,6 +121,18 @@ def make_reference(
         inputs[case.name], base_expected[case.name] = values, base
         expected[case.name] = merged
     return ModelReference("the float64 model, merged", inputs, expected, base_expected)
+
+
+def _require_finite(
+    y: np.ndarray, inputs: Inputs, case: RowCase, plain: "_Plain", model: Model
+) -> None:
+    keep: Any = inputs["attention_mask"] == 1 if "sequence" in model.outputs[0].shape else ...
+    if not np.isfinite(y[keep]).all():
+        raise BaseModelError(
+            f"a model of type {plain.model.config.model_type!r} gives NaN or Inf for padded texts,"
+            f" in float64 and without adapters (case {case.name!r}), so there is nothing to compare"
+            " its graphs with"
+        )
 
 
 def save_reference(reference: ModelReference, folder: Path) -> None:
@@ -208,20 +227,22 @@ class _Merged:
     def __init__(self, model: Any, adapter: ReferenceAdapter) -> None:
         self._model = model
         self._adapter = adapter
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.nn.Parameter] = {}
 
     def __enter__(self) -> None:
         for site, (a, b, scaling) in self._adapter.sites.items():
-            weight = self._model.get_submodule(site).weight
-            self._kept[site] = weight.detach().clone()
+            module = self._model.get_submodule(site)
+            weight = self._kept[site] = module.weight
             delta = torch.from_numpy(scaling * (b @ a)).to(weight.dtype)
             # A Conv1D stores [in, out].
-            transposed = type(self._model.get_submodule(site)).__name__ == "Conv1D"
-            weight.data += delta.T if transposed else delta
+            transposed = type(module).__name__ == "Conv1D"
+            # A parameter of its own: an embedding may be tied to this one, and stays as it is.
+            merged = weight.detach() + (delta.T if transposed else delta)
+            module.weight = torch.nn.Parameter(merged, requires_grad=False)
 
     def __exit__(self, *_: object) -> None:
         for site, weight in self._kept.items():
-            self._model.get_submodule(site).weight.data = weight
+            self._model.get_submodule(site).weight = weight
 
 
 def _compare(
@@ -312,12 +333,13 @@ def _peft_runner(folder: Path, manifest: Manifest, model: Model, directory: Path
 
     plain = _Plain(directory, model.task, torch.float32)
     wrapped: Any = None
-    for entry in manifest.adapters:
-        path = str(resolve(folder, entry.path))
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(plain.model, path, adapter_name=entry.name)
-        else:
-            wrapped.load_adapter(path, adapter_name=entry.name)
+    with quiet_models():
+        for entry in manifest.adapters:
+            path = str(resolve(folder, entry.path))
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(plain.model, path, adapter_name=entry.name)
+            else:
+                wrapped.load_adapter(path, adapter_name=entry.name)
     for entry in manifest.adapters:
         for module in wrapped.modules():
             if isinstance(module, LoraLayer) and entry.name in module.scaling:

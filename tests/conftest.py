@@ -202,3 +202,43 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tenants")
     return build(write_tenants(folder), folder / "artifacts")[0]
+
+
+def write_bert(folder: Path) -> Path:
+    """A tiny BERT with random weights, as save_pretrained writes it."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    model = BertModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_model_project(folder: Path, **changes: Any) -> Path:
+    """A tiny BERT, two adapters on different sites, and a spec of the whole model."""
+    write_bert(folder / "bert")
+    attention = "encoder.layer.{}.attention.self"
+    sites = {
+        "sql": {f"{attention.format(0)}.query": (32, 32), f"{attention.format(1)}.value": (32, 32)},
+        "chat": {
+            f"{attention.format(1)}.query": (32, 32),
+            "encoder.layer.0.output.dense": (48, 32),
+        },
+        "legal": {f"{attention.format(1)}.value": (32, 32)},
+    }
+    for seed, (name, own) in enumerate(sites.items()):
+        config = {"use_rslora": name == "chat", "target_modules": list(own)}
+        write_adapter(folder / name, own, rank=2 << seed, seed=seed, config=config)
+    base = {"kind": "transformers", "path": "bert", "task": "feature-extraction"}
+    return Project(folder).spec(**({"base": base, "slots": 3, "max_rank": 8} | changes))

@@ -10,7 +10,7 @@ import pytest
 
 from loraexport.pipeline import build
 from loraexport.verify import has_cuda
-from loraexport_runtime import ArtifactError, load
+from loraexport_runtime import ArtifactError, ModelSession, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))
@@ -28,6 +28,9 @@ def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> Non
     assert report.silent_adapters == ()
     session = load(folder)
     names = list(session.adapters)
+    if isinstance(session, ModelSession):
+        check_model(session, names)
+        return
     moved = dict.fromkeys(names, 0.0)
     for layer in session.values():
         segments = [(name, 3) for name in names] + [(None, 2)]
@@ -44,6 +47,18 @@ def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> Non
             moved[name] = max(moved[name], float(np.abs(mixed[rows] - base[rows]).max()))
         assert mixed[-2:].tobytes() == base[-2:].astype(np.float64).tobytes()
     assert all(moved.values()), f"every adapter changes something: {moved}"
+
+
+def check_model(session: ModelSession, names: list[str]) -> None:
+    """Every row has its own adapter, and each moves the output of the base."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(1000, 20000, (len(names) + 1, 12))
+    inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
+    mixed = session.run(inputs, [*names, None])["sentence_embedding"]
+    base = session.run(inputs)["sentence_embedding"]
+    assert mixed[-1].tobytes() == base[-1].tobytes()
+    assert np.abs(mixed - base)[:-1].max(axis=1).min() > 1e-3
+    assert np.abs(np.linalg.norm(mixed, axis=1) - 1).max() < 1e-5
 
 
 def test_demonstration_needs_no_torch(tmp_path: Path) -> None:

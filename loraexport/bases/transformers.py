@@ -4,7 +4,8 @@ The sites are found on the meta device, so a plan reads no weight. In the model 
 `ModelSite`, which flattens rows and tokens to [tokens, in] and calls the strategies of layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ..errors import BaseModelError
 from ..lora import STRATEGIES
 from ..lora.strategy import LinearBase, Routing, Strategy
 from ..plan import Plan
+from ..quiet import quiet_models
 from ..tensors import TORCH_DTYPES, to_numpy
 from .layers import AdapterWeights, Base, SiteWeights, load_adapters
 from .pooling import SentencePooling
@@ -32,6 +34,7 @@ _CLASSES: dict[str, Any] = {
     "sentence-embedding": transformers.AutoModel,
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "token-classification": transformers.AutoModelForTokenClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
 }
 
 
@@ -64,10 +67,11 @@ def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
     config = _read_config(directory)
     try:
         with torch.device("meta"):
-            model = _CLASSES[task].from_config(config, attn_implementation="sdpa")
+            model = _model_class(config, task).from_config(config)
     except (ValueError, ImportError, RuntimeError) as error:
         raise BaseModelError(
-            f"{directory}: transformers cannot build this model for task {task!r}: {error}"
+            f"{directory}: transformers cannot build a model of type {config.model_type!r} for task"
+            f" {task!r}: {str(error).splitlines()[0]}"
         ) from error
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -95,6 +99,11 @@ class RowContext:
     def begin(self, adapter_ids: Tensor, stacks: Mapping[str, Tensor]) -> None:
         self._adapter_ids, self.stacks, self._routings = adapter_ids, stacks, {}
 
+    def fits(self, x: Tensor) -> bool:
+        """Whether the first dimension of x is the batch, so that rows can have adapters."""
+        assert self._adapter_ids is not None, "begin() starts a forward"
+        return x.dim() in (2, 3) and x.shape[0] == self._adapter_ids.shape[0]
+
     def routing(self, x: Tensor) -> Routing:
         """For x [batch, in] or [batch, n, in]: a row is a segment of 1 or n tokens.
 
@@ -115,13 +124,24 @@ class ModelSite(nn.Module):
 
     def __init__(self, base: LinearBase, lora: Strategy, layer: Layer, context: RowContext) -> None:
         super().__init__()
+        self.site = layer.name
         self.base = base
         self.lora = lora
         self.stack_names = tuple(stack.name for stack in layer.stacks)
         self.context = context
 
+    @property
+    def weight(self) -> Tensor | None:
+        """[out, in], for models that ask a layer's weight for its dtype (T5); None in a stack."""
+        return self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in] or [batch, n, in] -> the same with out for in."""
+        if not self.context.fits(x):
+            raise BaseModelError(
+                f"site {self.site!r} gets a tensor of shape {list(x.shape)}, where a batch of rows"
+                " has to come first; its adapters cannot be told apart"
+            )
         a, b = (self.context.stacks[name] for name in self.stack_names)
         tokens = x.reshape(-1, x.shape[-1])
         y = self.lora.linear(tokens, self.base, self.context.routing(x), a, b)
@@ -172,6 +192,8 @@ class ModelModules:
     """A whole model in eager form, its stacks, and the plain model it was made of."""
 
     module: MultiLoraModel
+    model_type: str
+    """Of the config, such as `bert`."""
     layers: tuple[Layer, ...]
     signature: Signature
     stacks: dict[str, np.ndarray] = field(repr=False)
@@ -185,15 +207,16 @@ def load_plain_model(directory: Path, task: str) -> nn.Module:
     Raises:
         BaseModelError: weights are missing, so that transformers would draw them at random.
     """
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = _read_config(directory)
     try:
-        model, info = _CLASSES[task].from_pretrained(
-            directory,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet_models(), _no_progress_bar():
+            model, info = _model_class(config, task).from_pretrained(
+                directory,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"{directory}: transformers cannot load it: {error}") from error
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
@@ -205,6 +228,7 @@ def load_plain_model(directory: Path, task: str) -> nn.Module:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise BaseModelError(f"{directory}: {name!r} holds NaN or Inf")
+    model.config.use_cache = False
     return model.eval()
 
 
@@ -243,7 +267,8 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
     signature = Signature(plan.model.inputs, plan.model.outputs)
     rotary = has_rotary_positions(model.config)
     module = MultiLoraModel(model, signature, pooling, context, list(stacks), rotary)
-    return base, ModelModules(module.eval(), tuple(layers), signature, stacks, base_rows)
+    kind = model.config.model_type
+    return base, ModelModules(module.eval(), kind, tuple(layers), signature, stacks, base_rows)
 
 
 def _read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
@@ -291,13 +316,42 @@ def has_rotary_positions(config: Any) -> bool:
 
 def _read_config(directory: Path) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise BaseModelError(f"{directory}: no model that transformers knows: {first}") from error
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]
+    if "dynamic" in kinds:
+        raise BaseModelError(
+            f"{directory}: a model of type {config.model_type!r} with rope_type 'dynamic' computes"
+            " its frequencies anew when a longer text comes; a graph cannot. Use another rope_type,"
+            " such as 'yarn' or 'linear'"
+        )
+    # What a checkpoint says of its attention is of the machine that saved it.
+    config._attn_implementation = None
+    return config
 
 
-def _signature(model: nn.Module, config: Any, task: str, dtype: str) -> Signature:
+def _model_class(config: Any, task: str) -> Any:
+    """The Auto class of a task; of an encoder-decoder's features, its encoder alone."""
+    if task == "feature-extraction" and getattr(config, "is_encoder_decoder", False):
+        return transformers.AutoModelForTextEncoding
+    return _CLASSES[task]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
     import inspect
 
     accepted = inspect.signature(model.forward).parameters
@@ -306,11 +360,13 @@ def _signature(model: nn.Module, config: Any, task: str, dtype: str) -> Signatur
         names.append("token_type_ids")
     inputs = tuple(TensorEntry(name, "int64", ("batch", "sequence")) for name in names)
     hidden, labels = str(config.hidden_size), str(getattr(config, "num_labels", 0))
+    vocabulary = str(_sizes(model.get_output_embeddings())[1]) if task == "causal-lm" else ""
     name, shape = {
         "feature-extraction": ("last_hidden_state", ("batch", "sequence", hidden)),
         "sentence-embedding": ("sentence_embedding", ("batch", hidden)),
         "sequence-classification": ("logits", ("batch", labels)),
         "token-classification": ("logits", ("batch", "sequence", labels)),
+        "causal-lm": ("logits", ("batch", "sequence", vocabulary)),
     }[task]
     return Signature(inputs, (TensorEntry(name, dtype, shape),))  # type: ignore[arg-type]
 

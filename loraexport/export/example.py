@@ -1,13 +1,18 @@
 """The inputs that tracing sees. No test or parity case uses these shapes or this pattern."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loraexport_runtime.manifest import Layer, TensorEntry
 
-from ..tensors import TORCH_DTYPES
+from ..errors import BaseModelError
+from ..tensors import TORCH_DTYPES, to_torch
+
+if TYPE_CHECKING:  # transformers is for whole models only
+    from ..bases.transformers import ModelModules
 
 NUM_TOKENS = 11
 SEGMENTS = ((1, 4), (0, 2), (1, 5))
@@ -23,6 +28,29 @@ def example_inputs(layer: Layer, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
         x = x.to(TORCH_DTYPES[dtype])
     lengths = torch.tensor([0] + [length for _, length in SEGMENTS])
     return x, lengths.cumsum(0), torch.tensor([slot for slot, _ in SEGMENTS])
+
+
+def model_label(name: str, modules: "ModelModules") -> str:
+    """How errors speak of a whole model."""
+    return f"{name!r} (a model of type {modules.model_type!r})"
+
+
+def try_example_rows(name: str, modules: "ModelModules") -> tuple[dict[str, Tensor], Tensor]:
+    """`example_rows`, with which the eager model has run once.
+
+    Raises:
+        BaseModelError: it fails before any exporter has a part in it.
+    """
+    inputs, adapter_ids = example_rows(modules.signature.inputs)
+    stacks = [to_torch(value) for value in modules.stacks.values()]
+    try:
+        with torch.no_grad():
+            modules.module(inputs, adapter_ids, stacks)
+    except Exception as error:
+        raise BaseModelError(
+            f"{model_label(name, modules)} does not run with multi-LoRA sites: {error}"
+        ) from error
+    return inputs, adapter_ids
 
 
 def example_rows(inputs: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], Tensor]:

@@ -5,12 +5,10 @@ own inputs and adapter_ids [batch]. Every node and value is named `<graph>/<role
 role being the place of its module (base, lora/shrink, …).
 """
 
-import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +21,9 @@ from torch import nn
 
 from ..bases.layers import LayerModules
 from ..errors import ExportError
+from ..quiet import quiet_models
 from ..tensors import to_torch
-from .example import example_inputs, example_rows
+from .example import example_inputs, model_label, try_example_rows
 
 if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.transformers import ModelModules
@@ -39,6 +38,8 @@ class _Graph:
     """What `torch.onnx.export` needs to know of a module, and what its stacks hold."""
 
     name: str
+    label: str
+    """The name in errors."""
     module: nn.Module
     arguments: tuple[Any, ...]
     dynamic_shapes: tuple[Any, ...]
@@ -60,13 +61,27 @@ def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
     names = [layer.input_name, "seg_indptr", "seg_slots", *modules.stacks]
     shapes = ({0: tokens}, {0: segments + 1}, {0: segments}, None, None)
     arguments = (*example_inputs(layer, dtype), *stacks)
-    graph = _Graph(layer.name, modules.stacked, arguments, shapes, names, ["y"], modules.stacks)
+    graph = _Graph(
+        name=layer.name,
+        label=repr(layer.name),
+        module=modules.stacked,
+        arguments=arguments,
+        dynamic_shapes=shapes,
+        input_names=names,
+        output_names=["y"],
+        stacks=modules.stacks,
+    )
     _export(graph, path)
 
 
 def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
-    """Export a whole model likewise. Inputs: the model's own, adapter_ids, and the stacks."""
-    inputs, adapter_ids = example_rows(modules.signature.inputs)
+    """Export a whole model likewise. Inputs: the model's own, adapter_ids, and the stacks.
+
+    Raises:
+        BaseModelError: the model does not run with multi-LoRA sites.
+        ExportError: torch could not export it.
+    """
+    inputs, adapter_ids = try_example_rows(name, modules)
     batch = torch.export.Dim("batch", min=1)
     sequence = torch.export.Dim("sequence", min=1)
     stacks = [to_torch(value) for value in modules.stacks.values()]
@@ -74,7 +89,16 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
     names = [*inputs, "adapter_ids", *modules.stacks]
     outputs = [entry.name for entry in modules.signature.outputs]
     arguments = (inputs, adapter_ids, stacks)
-    graph = _Graph(name, modules.module, arguments, shapes, names, outputs, modules.stacks)
+    graph = _Graph(
+        name=name,
+        label=model_label(name, modules),
+        module=modules.module,
+        arguments=arguments,
+        dynamic_shapes=shapes,
+        input_names=names,
+        output_names=outputs,
+        stacks=modules.stacks,
+    )
     _export(graph, path)
 
 
@@ -94,7 +118,7 @@ def _export(graph: _Graph, path: Path) -> None:
 
 def _trace(graph: _Graph) -> ir.Model:
     try:
-        with warnings.catch_warnings(), _quiet_torch(), torch.no_grad():
+        with quiet_models(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # they speak of torch's own code, not of ours
             program = torch.onnx.export(
                 graph.module,
@@ -107,9 +131,19 @@ def _trace(graph: _Graph) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"{graph.name!r}: torch.onnx.export failed: {error}") from error
+        raise ExportError(
+            f"{graph.label}: torch.onnx.export failed: {_first_cause(error)}"
+        ) from error
     assert program is not None, "export gives a program unless told to write a file"
     return program.model
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong at first, in one line: the exporter wraps it in advice to its developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def _name_by_role(graph: ir.Graph, prefix: str) -> None:
@@ -149,15 +183,3 @@ def _make_overridable(graph: ir.Graph, stacks: Mapping[str, np.ndarray]) -> None
         if value.name is not None and value.name in stacks:
             value.const_value = ir.Tensor(stacks[value.name], name=value.name)
             graph.register_initializer(value)
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """The exporter logs which optional packages it does not find; nobody can act on that here."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -16,8 +16,9 @@ from loraexport_runtime.manifest import Layer
 
 from ..errors import ExportError
 from ..lora.segmented import SegmentedLayer, add_segmented_lora
+from ..quiet import quiet_models
 from ..tensors import to_torch
-from .example import example_inputs, example_rows
+from .example import example_inputs, model_label, try_example_rows
 
 if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.transformers import ModelModules
@@ -34,7 +35,7 @@ def export_torchscript(layer: Layer, module: SegmentedLayer, dtype: str, path: P
     try:
         with _quiet_jit():
             module.lora.loop = torch.jit.script(add_segmented_lora)
-        _trace(module, example_inputs(layer, dtype), layer.name, path)
+        _trace(module, example_inputs(layer, dtype), repr(layer.name), path)
     finally:
         module.lora.loop = add_segmented_lora
 
@@ -43,9 +44,14 @@ def export_model_torchscript(modules: "ModelModules", name: str, path: Path) -> 
     """Trace a whole model and write `path`; it holds its stacks.
 
     Graph inputs, by position: the model's own as the manifest lists them, adapter_ids [batch].
+
+    Raises:
+        BaseModelError: the model does not run with multi-LoRA sites.
+        ExportError: torch could not trace it.
     """
-    inputs, adapter_ids = example_rows(modules.signature.inputs)
-    _trace(_WithOwnStacks(modules).eval(), (*inputs.values(), adapter_ids), name, path)
+    inputs, adapter_ids = try_example_rows(name, modules)
+    label = model_label(name, modules)
+    _trace(_WithOwnStacks(modules).eval(), (*inputs.values(), adapter_ids), label, path)
 
 
 class _WithOwnStacks(nn.Module):
@@ -64,21 +70,21 @@ class _WithOwnStacks(nn.Module):
         return self.module(dict(zip(self._names, inputs[:-1], strict=True)), inputs[-1], stacks)
 
 
-def _trace(module: nn.Module, arguments: tuple[Tensor, ...], name: str, path: Path) -> None:
+def _trace(module: nn.Module, arguments: tuple[Tensor, ...], label: str, path: Path) -> None:
     try:
         with _quiet_jit(), torch.no_grad():
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
                 module, arguments, check_trace=False
             )
             traced.save(str(path))
-    except RuntimeError as error:
-        raise ExportError(f"{name!r}: torch.jit.trace failed: {error}") from error
+    except Exception as error:
+        raise ExportError(f"{label}: torch.jit.trace failed: {str(error).strip()}") from error
     _strip(path)
 
 
 @contextmanager
 def _quiet_jit() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with quiet_models(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
@@ -92,7 +98,11 @@ def _strip(path: Path) -> None:
         for name in reader.get_all_records()
         if not any(mark in name for mark in _LEFT_OUT) and not name.startswith(".data/")
     ]
+    # Operators are read as of this version; a new archive alone would say the oldest.
+    record = next(name for name in reader.get_all_records() if name.endswith("version"))
+    version = int(reader.get_record(record))  # before the writer empties the file
     writer = torch._C.PyTorchFileWriter(str(path))
+    writer.set_min_version(version)
     for name, data in records:
         if name not in ("version", "byteorder"):
             writer.write_record(name, data, len(data))

@@ -1,0 +1,500 @@
+"""Whole builds of tiny random models of every family in the README, and refusals of others.
+
+A family counts by two proofs: the build's own parity, and a comparison here with PEFT's adapters
+one by one, on the plain model, without the position_ids that the exporter gives.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import loraexport_runtime
+from loraexport.errors import BaseModelError, ExportError, LoraexportError, exit_code
+from loraexport.pipeline import build
+from loraexport.quiet import quiet_models
+from loraexport.verify_model import load_reference
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY = 60
+WINDOW = 4
+IMPLEMENTATIONS = ("eager", "peft", "torchscript-cpu", "onnx-cpu", "onnx-cpu-plain")
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 64,
+}
+_DECODER: dict[str, Any] = {
+    **_SIZES,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROBERTA: dict[str, Any] = {**_SIZES, "type_vocab_size": 1, "pad_token_id": 1}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 8,
+}
+
+_ENCODER_SITES = (["query", "value"], ["key", "output.dense"])
+_DECODER_SITES = (["q_proj", "v_proj"], ["k_proj", "o_proj", "down_proj"])
+
+FEATURES = "feature-extraction"
+CAUSAL = "causal-lm"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model of a family, where its two adapters apply, and what is proven of it."""
+
+    config: Callable[[], Any]
+    sites: tuple[list[str], list[str]]
+    """target_modules of the first adapter (rank 2) and of the second (rank 4, rsLoRA)."""
+    tasks: tuple[str, ...] = (FEATURES,)
+    notes: str = ""
+    window: int = 0
+    """Tokens of a sliding window; 0 for none."""
+
+
+FAMILIES: dict[str, Family] = {
+    "BERT": Family(
+        lambda: tf.BertConfig(**_SIZES),
+        _ENCODER_SITES,
+        (FEATURES, "sentence-embedding", "sequence-classification", "token-classification"),
+        "pooling by mean, first token or maximum",
+    ),
+    "RoBERTa": Family(
+        lambda: tf.RobertaConfig(**_ROBERTA), _ENCODER_SITES, notes="positions from the padding id"
+    ),
+    "DistilBERT": Family(
+        lambda: tf.DistilBertConfig(
+            vocab_size=VOCABULARY,
+            dim=32,
+            hidden_dim=48,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+        ),
+        (["q_lin", "lin1"], ["v_lin", "out_lin"]),
+    ),
+    "XLM-R": Family(
+        lambda: tf.XLMRobertaConfig(**_ROBERTA),
+        _ENCODER_SITES,
+        notes="positions from the padding id",
+    ),
+    "GPT-2": Family(
+        lambda: tf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        (["c_attn"], ["c_proj", "c_fc"]),
+        (FEATURES, CAUSAL),
+        "Conv1D sites (fan_in_fan_out); `lm_head` as a site beside tied embeddings",
+    ),
+    "Llama": Family(
+        lambda: tf.LlamaConfig(**_DECODER),
+        _DECODER_SITES,
+        (FEATURES, CAUSAL, "sequence-classification"),
+        "`lm_head` as a site, tied or not",
+    ),
+    "Mistral": Family(
+        lambda: tf.MistralConfig(**_DECODER, sliding_window=WINDOW),
+        _DECODER_SITES,
+        (FEATURES, CAUSAL),
+        "past its sliding window",
+        WINDOW,
+    ),
+    "Qwen2": Family(lambda: tf.Qwen2Config(**_DECODER), _DECODER_SITES, (FEATURES, CAUSAL)),
+    "Qwen3": Family(
+        lambda: tf.Qwen3Config(**_DECODER, head_dim=8), _DECODER_SITES, (FEATURES, CAUSAL)
+    ),
+    "Gemma 3 (text)": Family(
+        lambda: tf.Gemma3TextConfig(
+            **_DECODER,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        _DECODER_SITES,
+        (FEATURES, CAUSAL),
+        "past its sliding window",
+        WINDOW,
+    ),
+    "Phi-3": Family(
+        lambda: tf.Phi3Config(**_DECODER),
+        (["qkv_proj", "down_proj"], ["gate_up_proj", "o_proj"]),
+        (FEATURES, CAUSAL),
+        "fused `qkv_proj` and `gate_up_proj`; longrope past its first length",
+    ),
+    "GPT-NeoX": Family(
+        lambda: tf.GPTNeoXConfig(**_SIZES, bos_token_id=1, eos_token_id=2),
+        (["query_key_value"], ["dense", "dense_4h_to_h"]),
+    ),
+    "ModernBERT": Family(
+        lambda: tf.ModernBertConfig(
+            **_SIZES,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            local_attention=WINDOW,
+            global_attn_every_n_layers=2,
+        ),
+        (["Wqkv"], ["Wo", "Wi"]),
+        notes="past its local window",
+        window=WINDOW,
+    ),
+    "MPNet": Family(
+        lambda: tf.MPNetConfig(**_SIZES), (["q"], ["k", "dense"]), notes="eager attention"
+    ),
+    "DeBERTa-v2": Family(
+        lambda: tf.DebertaV2Config(**_SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        (["query_proj"], ["value_proj", "dense"]),
+        notes="eager attention, relative positions",
+    ),
+    "T5 (encoder)": Family(
+        lambda: tf.T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+        ),
+        (["q", "v"], ["k", "wo"]),
+        notes="of a whole T5 checkpoint",
+    ),
+}
+
+_CLASSES: dict[str, Any] = {
+    FEATURES: tf.AutoModel,
+    "sentence-embedding": tf.AutoModel,
+    "sequence-classification": tf.AutoModelForSequenceClassification,
+    "token-classification": tf.AutoModelForTokenClassification,
+    CAUSAL: tf.AutoModelForCausalLM,
+}
+_FAST_CAUSAL = ("GPT-2", "Llama")
+
+
+def _builds() -> list[Any]:
+    """(family, task) of every build but those of sentence-embedding, which have their own test."""
+    return [
+        pytest.param(
+            name,
+            task,
+            id=f"{name}-{task}",
+            marks=[pytest.mark.slow] if task == CAUSAL and name not in _FAST_CAUSAL else [],
+        )
+        for name, family in FAMILIES.items()
+        for task in family.tasks
+        if task != "sentence-embedding"
+    ]
+
+
+@pytest.mark.parametrize(("name", "task"), _builds())
+def test_a_family_is_proven(name: str, task: str, tmp_path: Path) -> None:
+    _prove(FAMILIES[name], task, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("mode", "normalise"), [("mean_tokens", True), ("cls_token", False), ("max_tokens", False)]
+)
+def test_sentence_embedding_pools_as_declared(mode: str, normalise: bool, tmp_path: Path) -> None:
+    family, task = FAMILIES["BERT"], "sentence-embedding"
+    _write_model(family, task, tmp_path)
+    modules = ["Transformer", "Pooling", *(["Normalize"] if normalise else [])]
+    listed = [
+        {"idx": index, "name": str(index), "path": name, "type": f"sentence_transformers.{name}"}
+        for index, name in enumerate(modules)
+    ]
+    (tmp_path / "base/modules.json").write_text(json.dumps(listed))
+    (tmp_path / "base/Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, f"pooling_mode_{mode}": True}
+    (tmp_path / "base/Pooling/config.json").write_text(json.dumps(pooling))
+
+    def pool(hidden: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        texts = [one[keep == 1] for one, keep in zip(hidden, mask, strict=True)]
+        if mode == "mean_tokens":
+            pooled = np.stack([text.mean(0) for text in texts])
+        elif mode == "max_tokens":
+            pooled = np.stack([text.max(0) for text in texts])
+        else:
+            pooled = hidden[:, 0]
+        return pooled / np.linalg.norm(pooled, axis=1, keepdims=True) if normalise else pooled
+
+    _check(family, task, tmp_path, _build(task, tmp_path), pool)
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
+@pytest.mark.parametrize(("name", "tied"), [("Llama", True), ("Llama", False), ("GPT-2", True)])
+def test_lm_head_is_a_site_and_a_tied_embedding_stays(
+    name: str, tied: bool, tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+
+    def config() -> Any:
+        made = family.config()
+        made.tie_word_embeddings = tied
+        return made
+
+    first, second = family.sites
+    changed = replace(family, config=config, sites=([*first, "lm_head"], second))
+    _prove(changed, CAUSAL, tmp_path)
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    same = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert same == tied, "the model is not what the case says"
+
+
+def test_longrope_holds_past_its_first_length(tmp_path: Path) -> None:
+    family = FAMILIES["Phi-3"]
+    changed = replace(
+        family,
+        config=lambda: tf.Phi3Config(
+            **_DECODER, original_max_position_embeddings=8, rope_parameters=dict(_LONGROPE)
+        ),
+        window=8,
+    )
+    _prove(changed, FEATURES, tmp_path)
+
+
+def test_the_readme_lists_these_families() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Families\n", 1)[1].split("\n## ", 1)[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    rows = ["| family | tasks | notes |", "| --- | --- | --- |"]
+    rows += [
+        f"| {name} | {', '.join(family.tasks)} | {family.notes} |"
+        for name, family in FAMILIES.items()
+    ]
+    assert table == rows, "write this into README.md:\n" + "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "sites", "error", "message"),
+    [
+        pytest.param(
+            lambda: tf.OPTConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=64,
+                word_embed_proj_dim=32,
+            ),
+            (["q_proj"], ["fc2"]),
+            BaseModelError,
+            "(a model of type 'opt') does not run with multi-LoRA sites: site"
+            " 'decoder.layers.0.fc2' gets a tensor of shape [21, 48], where a batch of rows has to"
+            " come first",
+            id="OPT-flattens-its-rows",
+        ),
+        pytest.param(
+            lambda: tf.LlamaConfig(
+                **_DECODER, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}
+            ),
+            _DECODER_SITES,
+            BaseModelError,
+            "a model of type 'llama' with rope_type 'dynamic' computes its frequencies anew",
+            id="dynamic-rope",
+        ),
+        pytest.param(
+            lambda: tf.MixtralConfig(**_DECODER, num_local_experts=4),
+            (["q_proj"], ["o_proj"]),
+            ExportError,
+            "(a model of type 'mixtral'): torch.onnx.export failed: DispatchError: No ONNX function"
+            " found for",
+            id="Mixtral-operator",
+        ),
+        pytest.param(
+            lambda: tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+            (["query_key_value"], ["dense"]),
+            ExportError,
+            "(a model of type 'bloom'): torch.jit.trace failed: Could not export Python function"
+            " call 'GeLUFunction'",
+            id="Bloom-function",
+        ),
+        pytest.param(
+            lambda: tf.Gemma2Config(**_DECODER, head_dim=8, sliding_window=WINDOW),
+            _DECODER_SITES,
+            BaseModelError,
+            "a model of type 'gemma2' gives NaN or Inf for padded texts, in float64",
+            id="Gemma-2-reference",
+        ),
+    ],
+)
+def test_a_family_that_fails_says_what_failed(
+    config: Callable[[], Any],
+    sites: tuple[list[str], list[str]],
+    error: type[LoraexportError],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    _write_model(Family(config, sites), FEATURES, tmp_path)
+    with pytest.raises(error) as caught:
+        _build(FEATURES, tmp_path)
+    assert message in str(caught.value)
+    assert exit_code(caught.value) == (4 if error is BaseModelError else 1)
+    kept = [path.name for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]
+    assert kept == [], "a failed build leaves nothing"
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
+def test_a_build_prints_its_stages_and_nothing_else(tmp_path: Path) -> None:
+    family = FAMILIES["GPT-2"]
+    first, second = family.sites
+    _write_model(replace(family, sites=([*first, "lm_head"], second)), CAUSAL, tmp_path)
+    _write_spec(CAUSAL, tmp_path)
+    command = [sys.executable, "-m", "loraexport", "build", "spec.yaml", "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    noise = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if not line.startswith(("building spec.yaml: ", "published out/tiny: parity passed"))
+    ]
+    assert noise == []
+
+
+def _prove(family: Family, task: str, folder: Path) -> None:
+    """Write the model, build it, and hold the artifact to PEFT."""
+    _write_model(family, task, folder)
+    _check(family, task, folder, _build(task, folder))
+
+
+def _write_model(family: Family, task: str, folder: Path) -> None:
+    """A random model, and two adapters with random A and B that PEFT made on it."""
+    torch.manual_seed(0)
+    config = family.config()
+    make = tf.T5Model if config.model_type == "t5" else _CLASSES[task].from_config
+    make(config).float().save_pretrained(folder / "base")
+    for index, name in enumerate(("first", "second")):
+        lora = LoraConfig(
+            r=(2, 4)[index],
+            lora_alpha=6,
+            use_rslora=index == 1,
+            target_modules=family.sites[index],
+            init_lora_weights=False,
+            fan_in_fan_out=config.model_type == "gpt2",
+        )
+        torch.manual_seed(1 + index)
+        with quiet_models():
+            get_peft_model(_load_base(task, folder), lora).save_pretrained(folder / name)
+
+
+def _write_spec(task: str, folder: Path) -> None:
+    data = {
+        "version": 1,
+        "name": "tiny",
+        "base": {"kind": "transformers", "path": "base", "task": task},
+        "adapters": [{"name": name, "path": name} for name in ("first", "second")],
+    }
+    (folder / "spec.yaml").write_text(yaml.safe_dump(data))
+
+
+def _build(task: str, folder: Path) -> Path:
+    torch.set_num_threads(1)
+    _write_spec(task, folder)
+    artifact, report = build(folder / "spec.yaml", folder / "out")
+    assert report.status == "passed"
+    assert report.summary().checked == IMPLEMENTATIONS
+    assert report.silent_adapters == ()
+    return artifact
+
+
+def _check(
+    family: Family,
+    task: str,
+    folder: Path,
+    artifact: Path,
+    pool: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> None:
+    """Parity saw batches, both paddings and the window; and the runtime gives what PEFT gives."""
+    masks = [inputs["attention_mask"] for inputs in load_reference(artifact).inputs.values()]
+    batches = [mask for mask in masks if len(mask) >= 2]
+    assert any((mask[:, 0] == 0).any() for mask in batches), "no padding on the left"
+    assert any((mask[:, -1] == 0).any() for mask in batches), "no padding on the right"
+    assert max(mask.sum(1).max() for mask in masks) > family.window
+
+    session = loraexport_runtime.load(artifact)
+    with quiet_models():
+        model = PeftModel.from_pretrained(_load_base(task, folder), folder / "first", "first")
+        model.load_adapter(folder / "second", "second")
+    adapters = ["second", None, "first", "second"]
+    for left in (False, True):
+        inputs = _inputs(model, [5, 12, 17, 9], left)
+        found = session.run(_accepted(session, inputs), adapters)[session.model.outputs[0].name]
+        for row, adapter in enumerate(adapters):
+            expected = _run_peft(model.eval(), inputs, adapter)
+            mask = inputs["attention_mask"]
+            if pool is not None:
+                expected = pool(expected, mask)
+            keep: Any = mask[row] == 1 if found.ndim == 3 else ...
+            scale = np.abs(expected[row][keep]).max()
+            error = np.abs(found[row][keep] - expected[row][keep]).max() / scale
+            assert error < 1e-4, f"row {row}, adapter {adapter}, left {left}: {error}"
+
+
+def _load_base(task: str, folder: Path) -> Any:
+    config = tf.AutoConfig.from_pretrained(folder / "base")
+    chosen = tf.T5EncoderModel if config.model_type == "t5" else _CLASSES[task]
+    return chosen.from_pretrained(folder / "base").eval()
+
+
+def _inputs(model: Any, lengths: Sequence[int], left: bool) -> dict[str, np.ndarray]:
+    pad = model.config.pad_token_id or 0
+    generator = np.random.default_rng(7)
+    ids = np.full((len(lengths), max(lengths)), pad)
+    mask = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        part = slice(ids.shape[1] - length, None) if left else slice(length)
+        ids[row, part] = generator.integers(3, VOCABULARY, length)
+        mask[row, part] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _accepted(session: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With token types where the graph takes them."""
+    names = [entry.name for entry in session.model.inputs]
+    return {**dict.fromkeys(names, np.zeros_like(inputs["input_ids"])), **inputs}
+
+
+def _run_peft(model: Any, inputs: dict[str, np.ndarray], adapter: str | None) -> np.ndarray:
+    """The whole batch with one adapter, or with none."""
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    with torch.no_grad():
+        if adapter is None:
+            with model.disable_adapter():
+                found = model(**tensors, return_dict=True)
+        else:
+            model.set_adapter(adapter)
+            found = model(**tensors, return_dict=True)
+    y: torch.Tensor = found["logits"] if "logits" in found else found["last_hidden_state"]
+    return y.numpy()

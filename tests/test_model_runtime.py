@@ -1,0 +1,145 @@
+"""A whole model through the runtime: rows with different adapters, hot loads, and bad input."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_model_project
+
+from loraexport.bases.transformers import load_plain_model
+from loraexport.pipeline import build
+from loraexport_runtime import (
+    ArtifactError,
+    InputError,
+    ModelSession,
+    SlotsExceededError,
+    UnknownAdapterError,
+    load,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path) -> Path:
+    return build(write_model_project(folder), folder / "artifacts")[0]
+
+
+@pytest.fixture
+def session(artifact: Path) -> ModelSession:
+    opened = load(artifact)
+    assert isinstance(opened, ModelSession)
+    return opened
+
+
+def inputs(batch: int = 4, sequence: int = 9) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(batch * sequence)
+    mask = np.ones((batch, sequence), np.int64)
+    mask[0, sequence // 2 :] = 0
+    ids = generator.integers(1, 60, (batch, sequence)) * mask
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def hidden(session: ModelSession, values: dict[str, np.ndarray], names: Any) -> np.ndarray:
+    y: np.ndarray = session.run(values, names)["last_hidden_state"]
+    return y
+
+
+def test_a_mixed_batch_is_what_each_row_gives_alone(session: ModelSession) -> None:
+    values, names = inputs(), ["sql", None, "chat", "sql"]
+    mixed = hidden(session, values, names)
+    assert mixed.shape == (4, 9, 32)
+    for row, name in enumerate(names):
+        alone = hidden(session, values, [name] * 4)[row]
+        assert mixed[row].tobytes() == alone.tobytes()
+    assert np.abs(mixed - hidden(session, values, None))[[0, 2, 3]].max() > 0.05
+
+
+def test_the_base_is_the_plain_model(session: ModelSession, folder: Path) -> None:
+    values = inputs(3, 14)
+    plain: Any = load_plain_model(folder / "bert", "feature-extraction")
+    with torch.no_grad():
+        expected = plain(**{name: torch.from_numpy(one) for name, one in values.items()})
+    y = hidden(session, values, None)
+    assert (
+        np.abs(y - expected.last_hidden_state.numpy())[values["attention_mask"] == 1].max() < 1e-4
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, in PEFT's own call
+def test_hot_load_is_peft(session: ModelSession, folder: Path) -> None:
+    """An adapter that the build never saw, loaded into a free slot, against PEFT itself."""
+    from peft import PeftModel
+
+    values = inputs(2, 11)
+    session.load_adapter("legal", folder / "legal")
+    y = hidden(session, values, ["legal", None])
+    plain: Any = load_plain_model(folder / "bert", "feature-extraction")
+    wrapped = PeftModel.from_pretrained(plain, str(folder / "legal")).eval()
+    with torch.no_grad():
+        found = wrapped(**{name: torch.from_numpy(one) for name, one in values.items()})
+    keep = values["attention_mask"][0] == 1
+    assert np.abs(y[0] - found.last_hidden_state.numpy()[0])[keep].max() < 1e-4
+    session.unload_adapter("legal")
+    with pytest.raises(UnknownAdapterError, match="'legal' is not loaded"):
+        session.run(values, ["legal", None])
+
+
+def test_device_tensors_in_and_out(session: ModelSession) -> None:
+    values = inputs()
+    tensors = {name: torch.from_numpy(one) for name, one in values.items()}
+    names = ["sql", "chat", None, None]
+    y = torch.from_dlpack(session.run(tensors, names)["last_hidden_state"])
+    assert y.numpy().tobytes() == hidden(session, values, names).tobytes()
+
+
+def test_what_a_batch_must_be(session: ModelSession) -> None:
+    values = inputs()
+    with pytest.raises(InputError, match="adapters names 2 rows, but the inputs have 4"):
+        session.run(values, ["sql", None])
+    with pytest.raises(InputError, match=r"inputs are \['attention_mask', 'input_ids'\]; this"):
+        session.run({name: values[name] for name in ("input_ids", "attention_mask")})
+    with pytest.raises(InputError, match="input_ids is int32; this model takes int64"):
+        session.run({**values, "input_ids": values["input_ids"].astype(np.int32)})
+    with pytest.raises(InputError, match=r"attention_mask has shape \[4, 8\]; expected \[4, 9\]"):
+        session.run({**values, "attention_mask": values["attention_mask"][:, :8]})
+    with pytest.raises(InputError, match=r"input_ids has shape \[9\]; expected \[batch, seq"):
+        session.run({**values, "input_ids": values["input_ids"][0]})
+    with pytest.raises(InputError, match="input_ids is of type list"):
+        session.run({**values, "input_ids": values["input_ids"].tolist()})
+    with pytest.raises(UnknownAdapterError, match="'nobody' is not loaded"):
+        session.run(values, ["nobody", None, None, None])
+    with pytest.raises(SlotsExceededError, match="names 4 adapters"):
+        session.run(values, ["a", "b", "c", "d"])
+
+
+def test_a_model_without_an_onnx_graph(folder: Path) -> None:
+    spec = write_model_project(folder, name="script", export={"formats": ["torchscript"]})
+    # Project.spec takes `name` as the file's name.
+    artifact, report = build(spec, folder / "script-only")
+    assert report.skipped == {"onnx": "the spec does not ask for it"}
+    with pytest.raises(ArtifactError, match="the model has no ONNX graph"):
+        load(artifact)
+
+
+def test_no_torch_is_needed(artifact: Path) -> None:
+    code = f"""
+import sys
+import numpy as np
+from loraexport_runtime import load
+session = load({str(artifact)!r})
+ids = np.ones((2, 5), np.int64)
+inputs = dict(input_ids=ids, attention_mask=ids, token_type_ids=ids * 0)
+print(session.run(inputs, ["sql", None])["last_hidden_state"].shape)
+assert not {{"torch", "transformers", "onnx", "loraexport"}} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(2, 5, 32)"
