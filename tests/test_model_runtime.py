@@ -143,3 +143,37 @@ assert not {{"torch", "transformers", "onnx", "loraexport"}} & set(sys.modules)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(2, 5, 32)"
+
+
+def test_more_adapters_than_slots_are_paged(session: ModelSession, folder: Path) -> None:
+    """Three slots, four tenants: a run pages in what it names, and the numbers stay the same."""
+    values = inputs()
+    before = hidden(session, values, ["sql", "chat", "sql", None])
+    for name, path in (("third", "legal"), ("fourth", "sql")):
+        session.load_adapter(name, folder / path)
+    assert len(session.adapters) == 3
+    assert set(session.list_adapters()) == {"sql", "chat", "third", "fourth"}
+    fourth = hidden(session, values, ["fourth", "third", "fourth", None])
+    assert np.abs(fourth[[0, 2]] - before[[0, 2]]).max() < 1e-5
+    again = hidden(session, values, ["sql", "chat", "sql", None])
+    assert np.abs(again - before).max() < 1e-5  # another slot sums in another order
+
+
+def test_the_slots_as_one_onnx_adapter(
+    session: ModelSession, artifact: Path, tmp_path: Path
+) -> None:
+    """onnxruntime's own LoraAdapter API, as C++ and C# services have it."""
+    import onnxruntime as ort
+
+    values = inputs()
+    slots = session.export_adapters(tmp_path)
+    adapter = ort.LoraAdapter()
+    adapter.Load(str(tmp_path / "model.onnx_adapter"))
+    options, run = ort.SessionOptions(), ort.RunOptions()
+    options.log_severity_level = 3
+    run.add_active_adapter(adapter)
+    plain = ort.InferenceSession(artifact / "graphs/model.onnx", options)
+    names = ["chat", None, "sql", "chat"]
+    ids = np.array([slots[name] if name else 0 for name in names])
+    y = plain.run(None, {**values, "adapter_ids": ids}, run)[0]
+    assert y.tobytes() == hidden(session, values, names).tobytes()

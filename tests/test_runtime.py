@@ -469,13 +469,18 @@ class TestHotAdapters:
         assert second["up"].run(x, segments=[("sql", 3)]).tobytes() == before.tobytes()
 
     def test_no_free_slot(self, session: lr.Session, fresh: Path) -> None:
+        session.pin("sql")
+        assert session.load_adapter("fresh", fresh) == 2, "chat is paged out"
+        assert session.adapters == {"sql": 1, "fresh": 2}
+        session.pin("fresh")
         text = (
-            r"no slot is free for 'fresh': all 2 are taken by 'sql' \(slot 1\), 'chat' \(slot 2\);"
-            " unload one first, or build with more slots"
+            "no slot can be freed for 'new': all 2 are kept for the pinned 'fresh', 'sql'; unpin or"
+            " unload one of those, or build with more slots"
         )
         with pytest.raises(lr.SlotsExceededError, match=text):
-            session.load_adapter("fresh", fresh)
-        assert session.adapters == {"sql": 1, "chat": 2}
+            session.load_adapter("new", fresh)
+        assert session.adapters == {"sql": 1, "fresh": 2}
+        assert set(session.list_adapters()) == {"sql", "chat", "spare", "fresh"}
 
     def test_a_name_that_nothing_carries(self, session: lr.Session) -> None:
         text = r"carries no adapter 'new' \(it has sql, chat, spare\); give the path of a PEFT"
@@ -488,7 +493,8 @@ class TestHotAdapters:
             session.load_adapter(name, fresh)
 
     def test_unload_what_is_not_loaded(self, session: lr.Session) -> None:
-        text = r"adapter 'spare' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)"
+        session.unload_adapter("spare")
+        text = r"adapter 'spare' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)$"
         with pytest.raises(lr.UnknownAdapterError, match=text):
             session.unload_adapter("spare")
 
@@ -687,12 +693,16 @@ class TestBadBatches:
 
     def test_slot_that_holds_no_adapter(self, session: lr.Session) -> None:
         session.unload_adapter("chat")
-        text = r"slot 2 holds no adapter; loaded are 'sql' \(slot 1\). Load one, or name adapters"
+        text = (
+            r"slot 2 holds no adapter; loaded are 'sql' \(slot 1\), 'spare' \(no slot\). Load one,"
+            " or name adapters"
+        )
         with pytest.raises(lr.SegmentsError, match=text):
             session["up"].run(draw("up", 2), seg_indptr=ints(0, 2), seg_slots=ints(2))
 
     @pytest.mark.parametrize("name", ["nobody", "spare"])
     def test_adapter_that_is_not_loaded(self, session: lr.Session, name: str) -> None:
+        session.unload_adapter("spare")
         text = (
             rf"adapter '{name}' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)."
             rf" Load it with load_adapter\('{name}'\)"
@@ -701,8 +711,8 @@ class TestBadBatches:
             session["up"].run(draw("up", 2), segments=[("sql", 1), (name, 1)])
 
     def test_no_adapter_is_loaded(self, session: lr.Session) -> None:
-        session.unload_adapter("sql")
-        session.unload_adapter("chat")
+        for name in ("sql", "chat", "spare"):
+            session.unload_adapter(name)
         with pytest.raises(lr.UnknownAdapterError, match=r"loaded are none\. Load it with"):
             session["up"].run(draw("up", 2), segments=[("sql", 2)])
         assert session["up"].run(draw("up", 2), segments=[(None, 2)]).shape == (2, 48)

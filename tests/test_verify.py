@@ -110,12 +110,12 @@ def test_dropped_segment_fails(project: Project, monkeypatch: pytest.MonkeyPatch
 
 
 def test_fault_of_the_runtime_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_blocks = Session._read_blocks
+    read_adapter = Session._read_adapter
 
     def mutated(self: Session, path: Path, scale: float) -> Any:
-        return read_blocks(self, path, scale * 1.01)
+        return read_adapter(self, path, scale * 1.01)
 
-    monkeypatch.setattr(Session, "_read_blocks", mutated)
+    monkeypatch.setattr(Session, "_read_adapter", mutated)
     expect_failure(up_only(project), "onnx-cpu")
 
 

@@ -19,12 +19,14 @@ from .errors import (
 )
 from .model_session import ModelSession
 from .session import LayerSession, Session, load
+from .slots import AdapterInfo
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterConfigError",
     "AdapterError",
+    "AdapterInfo",
     "AdapterWeightsError",
     "ArtifactError",
     "BatchError",

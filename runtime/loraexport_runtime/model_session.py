@@ -11,7 +11,7 @@ from . import devices
 from .binding import run_bound
 from .errors import ArtifactError, InputError
 from .hosting import AdapterHost
-from .manifest import Manifest, Model, resolve
+from .manifest import Manifest, Model, Stack, resolve
 
 
 class ModelSession(AdapterHost):
@@ -74,6 +74,9 @@ class ModelSession(AdapterHost):
             adapter_ids = np.array([slots[name] for name in names], dtype=np.int64)
             control = {"adapter_ids": adapter_ids}
             return run_bound(self._session, tensors, control, outputs, self._device)
+
+    def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
+        return {"model": tuple(stack for layer in self.manifest.layers for stack in layer.stacks)}
 
     def _check_inputs(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """(batch, sequence). Raises InputError for other names, shapes or dtypes."""

@@ -149,7 +149,8 @@ class LayerSession:
                 copy. Ids on a CUDA device are not checked: that would wait for the device.
             segments: (adapter name, number of tokens) in order; None names the base. No tokens
                 give no rows.
-            seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers.
+            seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers. Pin
+                those adapters: a load or another batch may page others into their slots.
 
         Returns:
             A numpy array for numpy input, else an `onnxruntime.OrtValue` on the device, which
