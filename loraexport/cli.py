@@ -156,6 +156,19 @@ def inspect(
 
 
 @app.command()
+def init(
+    base: Annotated[str, typer.Option(help="The model's directory, hub id or package: path.")],
+    adapter: Annotated[list[Path], typer.Option(help="A PEFT directory; give it for each.")],
+    out: Annotated[Path, typer.Option(help="The spec to write.")] = Path("spec.yaml"),
+) -> None:
+    """Write a commented spec for a model and its adapters."""
+    from .init import write_spec
+
+    spec = write_spec(base, adapter, out)
+    typer.echo(f"{out}: {len(spec.adapters)} adapters. Next: loraexport build {out}")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""
     from .spec import json_schema

@@ -11,6 +11,8 @@ _WARNINGS = (
     (r".*is_gradient_checkpointing", FutureWarning),
     # PEFT speaks of merging into a tied layer; a site beside it leaves the embedding alone.
     (r".*tie_word_embeddings", UserWarning),
+    # DeBERTa makes a tensor of a size, which under tracing is a tensor already.
+    (r"To copy construct from a tensor", UserWarning),
     # PEFT corrects fan_in_fan_out by the class of the layer, as the exporter does.
     (r"fan_in_fan_out is set to", UserWarning),
 )

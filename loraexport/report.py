@@ -48,6 +48,8 @@ class Row:
     cosine: float | None
     """Between what the adapter adds and what it should add; None for the base."""
     gain: float | None
+    moved: float | None
+    """How far the adapter moves the output, as it should: |y_ref - base_ref| / |base_ref|."""
     passed: bool
 
 
@@ -96,18 +98,21 @@ class Report:
             f"Against {self.reference}, {self.dtype}, tolerance {self.tolerance:g} of"
             " max |y - ref| / max |ref|.",
             "`gain` is what the adapter adds, projected on what it should add: 1 is right.",
+            "`moved` is how far the adapter moves the output of its base, as it should.",
             "",
             "| implementation | layer | site | adapter | tokens | max abs | mean abs | error |"
-            " cosine | gain | |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            " cosine | gain | moved | |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in self.rows:
             cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
             gain = "" if row.gain is None else f"{row.gain:.5f}"
+            moved = "" if row.moved is None else f"{100 * row.moved:.2f} %"
+            verdict = "ok" if row.passed else "FAILED"
             lines.append(
                 f"| {row.implementation} | {row.layer} | {row.site} | {row.adapter} |"
                 f" {row.num_tokens} | {row.max_abs_error:.2e} | {row.mean_abs_error:.2e} |"
-                f" {row.error:.2e} | {cosine} | {gain} | {'ok' if row.passed else 'FAILED'} |"
+                f" {row.error:.2e} | {cosine} | {gain} | {moved} | {verdict} |"
             )
         lines += ["", *(f"Not run: {name}: {why}" for name, why in self.skipped.items())]
         lines += [f"{key}: {value}" for key, value in self.environment.items()]
@@ -160,5 +165,6 @@ def compare(
         error=error,
         cosine=cosine,
         gain=gain,
+        moved=norm / max(float(np.linalg.norm(base_expected)), 1e-30) if norm > 0 else None,
         passed=passed,
     )

@@ -138,7 +138,7 @@ class ParitySpec(_Model):
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="largest relative error; default: the dtype's own"
     )
-    tokens: Annotated[int, Field(ge=8)] = Field(24, description="tokens of the mixed cases")
+    tokens: Annotated[int, Field(ge=8)] = Field(24, description="layers: tokens of the mixed cases")
     seed: Annotated[int, Field(ge=0)] = 0
     onnx: Literal["required", "deferred"] = Field(
         "required", description="deferred: publish bfloat16 without a CUDA device, unverified"

@@ -7,7 +7,7 @@ adapter at a time, by the oracle's own reading of the adapters. Padding is not c
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,8 @@ def check_model(
         modules, directory: the eager model and the base's directory; None where it is not at hand.
     """
     tolerance = TOLERANCES[manifest.dtype]
+    if spec.parity.tolerance is not None:
+        tolerance = replace(tolerance, error=spec.parity.tolerance)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
     every = _implementations(folder, manifest, model, modules, directory, providers, skipped)

@@ -123,6 +123,14 @@ def test_every_strategy_serves_a_model(tmp_path: Path, strategy: str) -> None:
     assert {row.implementation for row in report.rows} >= {"eager", "onnx-cpu", "onnx-cpu-plain"}
 
 
+def test_the_tolerance_of_the_spec_counts(tmp_path: Path) -> None:
+    spec = write_model_project(
+        tmp_path, export={"formats": ["onnx"]}, parity={"tolerance": 1e-12, "seed": 3}
+    )
+    with pytest.raises(ParityError, match="tolerance 1e-12"):
+        build(spec, tmp_path / "artifacts")
+
+
 def test_float16(tmp_path: Path) -> None:
     spec = write_model_project(tmp_path, export={"dtype": "float16"})
     _, report = build(spec, tmp_path / "artifacts")
