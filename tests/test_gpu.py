@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Project, write_adapter, write_base
+from conftest import Project, write_adapter, write_base, write_model_project
 
 from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
 from loraexport.lora.segmented import SegmentedLayer
@@ -14,7 +14,7 @@ from loraexport.pipeline import build
 from loraexport.plan import make_plan
 from loraexport.spec import read_spec
 from loraexport.tensors import to_numpy
-from loraexport_runtime import InputError, Session, load
+from loraexport_runtime import InputError, ModelSession, Session, load
 
 pytestmark = [
     pytest.mark.gpu,
@@ -153,3 +153,32 @@ def test_rows_are_independent_bit_for_bit(folder: Path) -> None:
         assert np.isfinite(alone).all()
         assert mixed[rows].tobytes() == alone[rows].tobytes()
         assert not np.isfinite(mixed[90:160]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_whole_model(tmp_path: Path, dtype: str) -> None:
+    """Parity on the device, tensors without a copy, and more tenants than slots."""
+    path = write_model_project(tmp_path, export={"dtype": dtype}, slots=2)
+    artifact, report = build(path, tmp_path / "artifacts")
+    assert report.status == "passed"
+    ran = {row.implementation for row in report.rows}
+    assert {"onnx-cuda", "torchscript-cuda", "eager"} <= ran
+    session = load(artifact, ["cuda"])
+    assert isinstance(session, ModelSession)
+    ids = torch.randint(1, 60, (4, 9))
+    values = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
+    names = ["sql", None, "chat", "sql"]
+    on_host = session.run({key: one.numpy() for key, one in values.items()}, names)
+    y = session.run({key: one.cuda() for key, one in values.items()}, names)
+    on_device = torch.from_dlpack(y["last_hidden_state"])
+    assert on_device.is_cuda
+    assert to_numpy(on_device).tobytes() == on_host["last_hidden_state"].tobytes()
+    session.load_adapter("legal", tmp_path / "legal")
+    session.load_adapter("fourth", tmp_path / "sql")
+    assert len(session.adapters) == 2
+    session.run({key: one.numpy() for key, one in values.items()}, ["legal", "fourth"] * 2)
+    paged = session.run({key: one.numpy() for key, one in values.items()}, names)
+    difference = np.abs(
+        paged["last_hidden_state"].astype(np.float64) - on_host["last_hidden_state"]
+    )
+    assert difference.max() <= {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}[dtype]

@@ -98,7 +98,11 @@ def test_spec_is_frozen(tmp_path: Path) -> None:
             "7: base.layers[0].type: required key is missing (add type: l",
         ),
         (", path: sql}", "}", "11: adapters[0].path: required key is missing (add it)"),
-        ("  kind: layers\n", "", "3: base.kind: required key is missing (add it)"),
+        (
+            "  kind: layers\n",
+            "",
+            "3: base.kind: required key is missing (add kind: layers or kind: transformers)",
+        ),
         (
             "name: tiny\n",
             "name: tiny\nname: other\n",

@@ -63,7 +63,7 @@ def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
     arguments = (*example_inputs(layer, dtype), *stacks)
     graph = _Graph(
         name=layer.name,
-        label=repr(layer.name),
+        label=f"layer {layer.name!r}",
         module=modules.stacked,
         arguments=arguments,
         dynamic_shapes=shapes,

@@ -35,7 +35,7 @@ def export_torchscript(layer: Layer, module: SegmentedLayer, dtype: str, path: P
     try:
         with _quiet_jit():
             module.lora.loop = torch.jit.script(add_segmented_lora)
-        _trace(module, example_inputs(layer, dtype), repr(layer.name), path)
+        _trace(module, example_inputs(layer, dtype), f"layer {layer.name!r}", path)
     finally:
         module.lora.loop = add_segmented_lora
 
