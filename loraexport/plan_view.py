@@ -44,7 +44,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
     console.print(_adapter_table(data["adapters"]))
     console.print(_layer_table(data["layers"], data["tokens"]))
-    if any(layer["sites"] != [layer["name"]] for layer in data["layers"]):
+    if plan.model is None:  # the sites of a whole model are its rows above
         _print_line(console, "Sites:")
         for layer in data["layers"]:
             _print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")

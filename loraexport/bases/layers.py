@@ -38,11 +38,14 @@ class Base:
 
     sites: dict[str, SiteWeights]
     digests: dict[str, str]
+    """sha256 of each site's weight, by site."""
+    digest: str
+    """sha256 over everything that the base's output depends on, as hexadecimal text."""
 
-    @property
-    def digest(self) -> str:
-        """sha256 over the sites' digests, as hexadecimal text."""
-        return hashlib.sha256(repr(sorted(self.digests.items())).encode()).hexdigest()
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """One sha256 for several, by name."""
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
 def load_base(plan: Plan) -> Base:
@@ -62,7 +65,10 @@ def load_base(plan: Plan) -> Base:
                 weights = _read(source, layer_plan.fan_in_fan_out)
             _check_fits(weights, part.site, plan.spec.export.dtype)
             sites[part.site] = weights
-    return Base(sites, {site: digest_array(one.weight) for site, one in sites.items()})
+    digests = {site: digest_array(one.weight) for site, one in sites.items()}
+    biases = {f"{site}.bias": one.bias for site, one in sites.items()}
+    every = digests | {name: digest_array(one) for name, one in biases.items() if one is not None}
+    return Base(sites, digests, digest_of(every))
 
 
 def _read(source: SiteSource, fan_in_fan_out: bool) -> SiteWeights:

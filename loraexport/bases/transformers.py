@@ -26,7 +26,7 @@ from ..lora.strategy import LinearBase, Routing, Strategy
 from ..plan import Plan
 from ..quiet import quiet_models
 from ..tensors import TORCH_DTYPES, to_numpy
-from .layers import AdapterWeights, Base, SiteWeights, load_adapters
+from .layers import AdapterWeights, Base, SiteWeights, digest_of, load_adapters
 from .pooling import SentencePooling
 
 _CLASSES: dict[str, Any] = {
@@ -176,7 +176,7 @@ class MultiLoraModel(nn.Module):
         self._context.begin(adapter_ids, dict(zip(self._stack_names, stacks, strict=True)))
         arguments = {name: inputs[name] for name in self._input_names}
         if self._position_ids:
-            # Rotary models cache nothing for a batch of one only if every row has its positions.
+            # Rotary models export right beyond one row only if each row brings its positions.
             ids = inputs["input_ids"]
             positions = torch.arange(ids.shape[1], device=ids.device)
             arguments["position_ids"] = positions.unsqueeze(0).expand(ids.shape[0], -1)
@@ -272,13 +272,15 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
 
 
 def _read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
-    """The frozen weights of every site, [out, in], and their digests."""
+    """The frozen weights of every site, [out, in], and the digest of the whole model."""
     sites = {}
     for layer in layers:
         module: Any = model.get_submodule(layer.slices[0].site)
         bias = None if module.bias is None else to_numpy(module.bias)
         sites[layer.slices[0].site] = SiteWeights(to_numpy(_weight(module)), bias)
-    return Base(sites, {site: digest_array(one.weight) for site, one in sites.items()})
+    every = {name: digest_array(to_numpy(one)) for name, one in model.state_dict().items()}
+    digests = {site: digest_array(one.weight) for site, one in sites.items()}
+    return Base(sites, digests, digest_of(every))
 
 
 def _replace_site(
