@@ -1,6 +1,7 @@
 """Verify of a whole model finds planted faults, and repeats without the base."""
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ def test_the_graph(artifact: Path) -> None:
     text = graph.SerializeToString()
     assert b".py" not in text
     assert b"site-packages" not in text
+    with zipfile.ZipFile(artifact / "graphs/model.ts") as archive:
+        code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".py"))
+    assert b"torch.device(" not in code  # what tracing bakes in; it has to follow the inputs
+    assert b"prim.device(" in code
     script = (artifact / "graphs/model.ts").read_bytes()
     assert b"site-packages" not in script
     assert str(artifact.parent).encode() not in script

@@ -3,6 +3,7 @@
 The number of segments stays dynamic. The file holds no example inputs and no source paths.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def _quiet_jit() -> Iterator[None]:
 
 
 def _strip(path: Path) -> None:
-    """Rewrite the archive without the example inputs and the source ranges that torch adds."""
+    """Rewrite the archive: no example inputs, no source ranges, no device of its own."""
     reader = torch._C.PyTorchFileReader(str(path))
     records = [
         (name, reader.get_record(name))
@@ -104,6 +105,23 @@ def _strip(path: Path) -> None:
     writer = torch._C.PyTorchFileWriter(str(path))
     writer.set_min_version(version)
     for name, data in records:
+        if name.endswith(".py"):
+            data = _follow_device(data.decode()).encode()
         if name not in ("version", "byteorder"):
             writer.write_record(name, data, len(data))
     writer.write_end_of_file()
+
+
+def _follow_device(code: str) -> str:
+    """Make what a forward creates live where its first tensor does.
+
+    Tracing writes the device it ran on into every arange and zeros, so the graph would fail on
+    another one.
+    """
+    functions = re.split(r"(?m)^(?=\s*def )", code)
+    for index, function in enumerate(functions):
+        tensor = re.search(r"(\w+): Tensor", function)
+        if tensor:
+            device = f"ops.prim.device({tensor[1]})"
+            functions[index] = function.replace('torch.device("cpu")', device)
+    return "".join(functions)
