@@ -57,9 +57,9 @@ def build(
     plan = make_plan(spec, spec_path.parent)
 
     # torch is imported from here on: a plan of layers does without it.
-    from . import verify
+    from . import proof
 
-    _require_onnx_device(spec, verify.has_cuda)
+    _require_onnx_device(spec, proof.has_cuda)
     prove = _prove_layers if plan.model is None else _prove_model
     with staging(out, spec.name) as stage:
         (stage.folder / "graphs").mkdir()
@@ -81,7 +81,7 @@ def build(
 
 def _prove_layers(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
     """Read, export and verify single layers, a graph each."""
-    from . import verify
+    from . import proof, verify
     from .bases.layers import build_modules, load_adapters, load_base
     from .export.onnx import export_onnx
     from .export.torchscript import export_torchscript
@@ -104,13 +104,13 @@ def _prove_layers(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifes
     progress("verify")
     reference = verify.make_reference(folder, manifest, plan.spec, base)
     verify.save_reference(reference, folder)
-    providers = verify.default_providers(dtype)
+    providers = proof.default_providers(dtype)
     return manifest, verify.check(folder, manifest, plan.spec, reference, modules, providers)
 
 
 def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
     """Read, export and verify a whole model, one graph."""
-    from . import verify, verify_model
+    from . import proof, verify_model
     from .bases.transformers import load_model
     from .export.onnx import export_model_onnx
     from .export.torchscript import export_model_torchscript
@@ -134,7 +134,7 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     progress("verify")
     reference = verify_model.make_reference(folder, directory, manifest, model, plan.spec)
     verify_model.save_reference(reference, folder)
-    providers = verify.default_providers(plan.spec.export.dtype)
+    providers = proof.default_providers(plan.spec.export.dtype)
     report = verify_model.check_model(
         folder, manifest, model, plan.spec, reference, modules, directory, providers
     )

@@ -4,49 +4,20 @@ No tensor data, and for layers no torch: it takes well under two seconds. A whol
 the meta device to see its sites, which imports transformers.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites, read_adapter
 from loraexport_runtime.errors import AdapterError
-from loraexport_runtime.manifest import AdapterSite, Layer, Slice, Stack, Strategy, TensorEntry
+from loraexport_runtime.manifest import AdapterSite, Layer, Slice, TensorEntry
 from loraexport_runtime.stacks import check_fit
-from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 
 from .checkpoint import read_checkpoint
 from .errors import BaseModelError
+from .layer_plan import LayerPlan, make_layer_plan, plan_layer
 from .sources import resolve_directory
-from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec, TransformersSpec
-
-BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class SiteSource:
-    """Where a site's weight and bias come from; None for a tensor that `init` makes."""
-
-    site: str
-    weight: tuple[str, TensorInfo] | None
-    bias: tuple[str, TensorInfo] | None
-    has_bias: bool
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One graph to build. Costs are per call of `tokens` tokens."""
-
-    layer: Layer
-    sources: tuple[SiteSource, ...]
-    fan_in_fan_out: bool
-    strategy_reason: str
-    num_slots: int
-    base_bytes: int
-    lora_bytes: int
-    base_flops_per_token: int
-    lora_flops_per_token: int
+from .spec import Spec, TransformersSpec
 
 
 @dataclass(frozen=True)
@@ -114,7 +85,7 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     else:
         tensors = read_checkpoint(directory) if directory else None
         layers = tuple(
-            _plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers
+            plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers
         )
         _check_sites_differ(layers)
     adapters = tuple(
@@ -124,110 +95,6 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     seed = base.init.seed if base.kind == "layers" and base.init else 0
     source = base.path or f"init seed {seed}"
     return Plan(spec, num_slots, max_rank, layers, model, adapters, source, seed)
-
-
-def choose_strategy(
-    kind: Literal["linear", "embedding"], spec: Spec, num_slots: int, stack_width: int, in_size: int
-) -> tuple[Strategy, str]:
-    """The strategy of a layer, and why.
-
-    `auto` follows measurements on one H200 (float16, rank 16, layers of 4096 x 4096): augmented is
-    the fastest from 8 to 16,384 tokens, until the stack is as wide as a quarter of the layer and
-    each adapter has 64 tokens or more; there chunked wins (128 adapters, 8,192 tokens: 589
-    against 919 microseconds). On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
-    """
-    asked, tune = spec.export.strategy, spec.export.tune
-    if asked == "auto" and spec.base.kind == "transformers":
-        return "masked", "one mask, made once, serves every site of a whole model"
-    if asked == "augmented" and kind == "embedding":
-        return "masked", "an embedding has no [W ; B] product; masked is its nearest form"
-    if asked != "auto":
-        return asked, "the spec asks for it"
-    if tune.device == "cpu":
-        return "masked", "on a CPU masked costs least: augmented is never prepacked"
-    if kind == "embedding":
-        return "masked", "its shrink is a gather, so only the expand is a product"
-    many_tokens_each = tune.tokens >= 64 * num_slots
-    if 4 * stack_width >= in_size and many_tokens_each and num_slots > 32:
-        return "chunked", (
-            f"{num_slots} slots make a stack {stack_width} wide beside {in_size} features, and"
-            f" {tune.tokens} tokens fill whole chunks: it skips the other slots' products"
-        )
-    return "augmented", f"fastest on CUDA for {num_slots} slots and {tune.tokens} tokens"
-
-
-def _plan_layer(
-    layer: LayerSpec,
-    tensors: Mapping[str, TensorInfo] | None,
-    spec: Spec,
-    num_slots: int,
-    max_rank: int,
-) -> LayerPlan:
-    parts: tuple[SliceSpec | LinearSpec | EmbeddingSpec, ...]
-    parts = layer.slices if isinstance(layer, LinearSpec) and layer.slices else (layer,)
-    sources, slices, offset = [], [], 0
-    in_features = layer.in_features if isinstance(layer, LinearSpec) else layer.num_embeddings
-    for part in parts:
-        where = f"base layer {layer.name!r}"
-        where += f", slice {part.name!r}" if part is not layer else ""
-        source = _find_source(part, tensors, where)
-        asked = part.embedding_dim if isinstance(part, EmbeddingSpec) else part.out_features
-        transposed = isinstance(layer, EmbeddingSpec) or layer.fan_in_fan_out
-        in_features, width = _sizes(source, in_features, asked, transposed, where)
-        slices.append(Slice(part.name, source.site, offset, width))
-        sources.append(source)
-        offset += width
-    assert in_features is not None, "a layer has at least one slice, and that sets in_features"
-    formats = spec.export.formats
-    return _layer_plan(
-        Layer(
-            name=layer.name,
-            kind="linear" if isinstance(layer, LinearSpec) else "embedding",
-            in_features=in_features,
-            out_features=offset,
-            slices=tuple(slices),
-            max_rank=max_rank,
-            strategy="masked",
-            stacks=(),
-            base_rows=None,
-            onnx=f"graphs/{layer.name}.onnx" if "onnx" in formats else None,
-            torchscript=f"graphs/{layer.name}.ts" if "torchscript" in formats else None,
-        ),
-        tuple(sources),
-        isinstance(layer, LinearSpec) and layer.fan_in_fan_out,
-        spec,
-        num_slots,
-    )
-
-
-def _layer_plan(
-    layer: Layer,
-    sources: tuple[SiteSource, ...],
-    fan_in_fan_out: bool,
-    spec: Spec,
-    num_slots: int,
-) -> LayerPlan:
-    """Strategy, stacks and costs of a layer whose sizes are known."""
-    rows = len(layer.slices) * layer.max_rank
-    size_in, size_out = layer.in_features, layer.out_features
-    strategy, reason = choose_strategy(layer.kind, spec, num_slots, num_slots * rows, size_in)
-    base_rows = f"graphs/{layer.name}.base.safetensors" if strategy == "augmented" else None
-    stacks = _stacks(layer.name, layer.kind, strategy, num_slots, rows, size_in, size_out)
-    size = BYTES_PER_VALUE[spec.export.dtype]
-    is_embedding = layer.kind == "embedding"
-    lora_flops = 2 * rows * (size_out if is_embedding else size_in + size_out)
-    return LayerPlan(
-        layer=replace(layer, strategy=strategy, stacks=stacks, base_rows=base_rows),
-        sources=sources,
-        fan_in_fan_out=fan_in_fan_out,
-        strategy_reason=reason,
-        num_slots=num_slots,
-        base_bytes=size * size_in * size_out,
-        lora_bytes=size * num_slots * rows * (size_in + size_out),
-        base_flops_per_token=0 if is_embedding else 2 * size_in * size_out,
-        lora_flops_per_token=lora_flops
-        * (1 if strategy in ("segmented", "chunked") else num_slots),
-    )
 
 
 def _plan_model(
@@ -258,7 +125,7 @@ def _plan_model(
         )
         for site in _choose_sites(spec, skeleton.sites, skeleton.head, headers)
     ]
-    plans = tuple(_layer_plan(layer, (), False, spec, num_slots) for layer in layers)
+    plans = tuple(make_layer_plan(layer, (), False, spec, num_slots) for layer in layers)
     signature = skeleton.signature
     return plans, ModelPlan(directory, base.task, signature.inputs, signature.outputs)
 
@@ -285,102 +152,6 @@ def _choose_sites(
             )
         chosen.update(hits)
     return [site for site in known if site in chosen]
-
-
-def _stacks(
-    name: str,
-    kind: Literal["linear", "embedding"],
-    strategy: Strategy,
-    num_slots: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
-) -> tuple[Stack, ...]:
-    """The overridable initializers of a layer; every slot is one block of whole rows."""
-    if kind == "embedding":
-        a = Stack(f"{name}.lora_A", "lora_A", (num_slots * in_features, rows), in_features, 0)
-    else:
-        a = Stack(f"{name}.lora_A", "lora_A", (num_slots * rows, in_features), rows, 0)
-    offset = in_features if strategy == "augmented" else 0
-    b_name = f"{name}.weight_lora_B" if offset else f"{name}.lora_B"
-    b = Stack(b_name, "lora_B", (offset + num_slots * rows, out_features), rows, offset)
-    return (a, b)
-
-
-def _find_source(
-    part: SliceSpec | LinearSpec | EmbeddingSpec,
-    tensors: Mapping[str, TensorInfo] | None,
-    where: str,
-) -> SiteSource:
-    """The tensors of one slice: names default to `<site>.weight` and `<site>.bias`."""
-    bias = None if isinstance(part, EmbeddingSpec) else part.bias
-    site = part.site or (part.weight or "").removesuffix(".weight")
-    if tensors is None:
-        if part.weight is not None or isinstance(bias, str):
-            raise BaseModelError(f"{where}: names a tensor, but the base is `init`; give a path")
-        return SiteSource(site or part.name, None, None, bool(bias))
-    if not site:
-        raise BaseModelError(f"{where}: give site or weight, so that the tensor can be found")
-    weight = part.weight or f"{site}.weight"
-    found_weight = (weight, _tensor(tensors, weight, where))
-    if bias is False:
-        return SiteSource(site, found_weight, None, False)
-    bias_name = bias if isinstance(bias, str) else f"{site}.bias"
-    if bias is None and bias_name not in tensors:
-        return SiteSource(site, found_weight, None, False)
-    found_bias = (bias_name, _tensor(tensors, bias_name, where))
-    return SiteSource(site, found_weight, found_bias, True)
-
-
-def _tensor(tensors: Mapping[str, TensorInfo], name: str, where: str) -> TensorInfo:
-    if name in tensors:
-        if tensors[name].dtype not in FLOAT_DTYPES:
-            raise BaseModelError(
-                f"{where}: tensor {name!r} is {tensors[name].dtype}; dequantize the base first"
-            )
-        return tensors[name]
-    raise BaseModelError(
-        f"{where}: the base has no tensor {name!r}; of its {len(tensors)} the closest are"
-        f" {', '.join(_closest(name, tensors))}. Correct site or weight"
-    )
-
-
-def _closest(name: str, tensors: Iterable[str]) -> list[str]:
-    """Three names that a user may have meant: the same with another prefix, or alike."""
-    known = list(tensors)
-    tail = name.split(".", 1)[-1]
-    same_tail = [one for one in known if one.endswith(tail) or one.endswith("." + name)]
-    return (same_tail or difflib.get_close_matches(name, known, 3, 0.6) or known)[:3]
-
-
-def _sizes(
-    source: SiteSource,
-    in_features: int | None,
-    out_features: int | None,
-    transposed: bool,
-    where: str,
-) -> tuple[int, int]:
-    """(in, out) of one slice, held to what the spec says and to the other slices."""
-    if source.weight is None:
-        if in_features is None or out_features is None:
-            raise BaseModelError(f"{where}: with `init` both sizes must be given")
-        return in_features, out_features
-    name, info = source.weight
-    if len(info.shape) != 2:
-        raise BaseModelError(f"{where}: tensor {name!r} has shape {list(info.shape)}, not a matrix")
-    found_in, found_out = info.shape if transposed else info.shape[::-1]
-    for what, asked, found in (("in", in_features, found_in), ("out", out_features, found_out)):
-        if asked is not None and asked != found:
-            raise BaseModelError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}, so {found} {what}put"
-                f" features; expected {asked}, by the spec or by the layer's other slices"
-            )
-    if source.bias is not None and source.bias[1].shape != (found_out,):
-        raise BaseModelError(
-            f"{where}: bias {source.bias[0]!r} has shape {list(source.bias[1].shape)};"
-            f" expected [{found_out}]"
-        )
-    return found_in, found_out
 
 
 def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:

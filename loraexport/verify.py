@@ -4,19 +4,16 @@
 ONNX graphs run through loraexport_runtime, the code that services use.
 """
 
-import platform
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from safetensors.numpy import save
 
-from loraexport_runtime import AdapterError, ArtifactError, ProviderError, Session, WeightsError
-from loraexport_runtime.devices import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime import AdapterError, ArtifactError, Session, WeightsError
+from loraexport_runtime.devices import CPU, CUDA, normalise_providers
 from loraexport_runtime.manifest import Layer, Manifest, resolve
 from loraexport_runtime.weights import read_header, read_tensors
 
@@ -25,11 +22,18 @@ from .cases import Case, make_cases, make_input
 from .errors import BaseModelError, UsageError
 from .lora.reference import read_reference_adapter, reference_output
 from .plan import Plan, make_plan
+from .proof import (
+    CASES_FILE,
+    default_providers,
+    make_report,
+    open_plain_onnx,
+    open_torchscript,
+    slot_names,
+    tolerance_of,
+)
 from .report import TOLERANCES, Report, Row, Tolerance, compare
 from .spec import Spec, read_spec
 from .tensors import to_numpy, to_torch
-
-CASES_FILE = "parity/cases.safetensors"
 
 Run = Callable[[Layer, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(layer, x, seg_indptr, seg_slots) -> y."""
@@ -44,11 +48,6 @@ class Reference:
     """By layer: x [T, in] or ids [T]."""
     expected: dict[tuple[str, str], np.ndarray]
     """By (layer, case): y [tokens of the case, out]; by (layer, ""): y [T, out] of slot 0."""
-
-
-def slot_names(manifest: Manifest) -> dict[int, str]:
-    """Adapter name by slot, for the adapters that start loaded."""
-    return {entry.slot: entry.name for entry in manifest.adapters if entry.slot is not None}
 
 
 def make_reference(folder: Path, manifest: Manifest, spec: Spec, base: Base) -> Reference:
@@ -113,9 +112,7 @@ def check(
         providers: onnxruntime's names; torch's graphs follow to the same devices.
     """
     cases = make_cases(slot_names(manifest), spec.parity.tokens)
-    tolerance = TOLERANCES[manifest.dtype]
-    if spec.parity.tolerance is not None:
-        tolerance = replace(tolerance, error=spec.parity.tolerance)
+    tolerance = tolerance_of(spec, TOLERANCES)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     for name, run in _implementations(folder, manifest, modules, providers, skipped):
@@ -124,16 +121,7 @@ def check(
                 name, run, layer, cases, reference, slot_names(manifest), tolerance
             )
     has_onnx = any(layer.onnx for layer in manifest.layers)
-    ran_onnx = any(row.implementation.startswith("onnx") for row in rows)
-    return Report(
-        reference.source,
-        manifest.dtype,
-        tolerance.error,
-        tuple(rows),
-        skipped,
-        environment(),
-        deferred=has_onnx and not ran_onnx,
-    )
+    return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx)
 
 
 def verify_artifact(
@@ -209,36 +197,6 @@ def _require_same(base: Base, manifest: Manifest, plan: Plan) -> None:
         raise BaseModelError(
             f"{plan.base_source}: its weights differ from those that the artifact was built from"
         )
-
-
-def has_cuda() -> bool:
-    """Whether onnxruntime's CUDA provider can run here."""
-    try:
-        normalise_providers([CUDA])
-        require_device(("cuda", 0))
-    except ProviderError:
-        return False
-    return True
-
-
-def default_providers(dtype: str) -> list[str]:
-    """Every provider that can run an artifact of this dtype here, the CPU first."""
-    cpu = [] if dtype == "bfloat16" else [CPU]  # its CPU provider has no bfloat16 MatMul
-    return cpu + ([CUDA] if has_cuda() else [])
-
-
-def environment() -> dict[str, str]:
-    """What the figures depend on."""
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnxruntime": ort.__version__,
-        "numpy": np.__version__,
-        "machine": platform.machine(),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
 
 
 def _implementations(
@@ -331,14 +289,10 @@ def _run_stacked(modules: LayerModules, *inputs: np.ndarray) -> np.ndarray:
 
 
 def _torchscript_runner(folder: Path, manifest: Manifest, device: str) -> Run:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
-        graphs = {
-            layer.name: torch.jit.load(  # type: ignore[no-untyped-call]
-                str(resolve(folder, str(layer.torchscript)))
-            ).to(device)
-            for layer in manifest.layers
-        }
+    graphs = {
+        layer.name: open_torchscript(resolve(folder, str(layer.torchscript)), device)
+        for layer in manifest.layers
+    }
     return lambda layer, *inputs: _run_torch(graphs[layer.name], device, *inputs)
 
 
@@ -349,12 +303,8 @@ def _session_runner(session: Session) -> Run:
 
 
 def _plain_runner(folder: Path, manifest: Manifest) -> Run:
-    """The graphs without the runtime: their own stacks, as any onnxruntime session has them."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     graphs = {
-        layer.name: ort.InferenceSession(resolve(folder, str(layer.onnx)), options, providers=[CPU])
-        for layer in manifest.layers
+        layer.name: open_plain_onnx(resolve(folder, str(layer.onnx))) for layer in manifest.layers
     }
 
     def run(

@@ -5,14 +5,12 @@ adapter at a time, by the oracle's own reading of the adapters. Padding is not c
 """
 
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from safetensors.numpy import save
 
@@ -24,11 +22,18 @@ from .bases.pooling import SentencePooling
 from .bases.transformers import ModelModules, has_rotary_positions, load_plain_model
 from .errors import BaseModelError
 from .lora.reference import ReferenceAdapter, read_reference_adapter
+from .proof import (
+    CASES_FILE,
+    make_report,
+    open_plain_onnx,
+    open_torchscript,
+    slot_names,
+    tolerance_of,
+)
 from .quiet import quiet_models
 from .report import Report, Row, Tolerance, compare
 from .spec import Spec
 from .tensors import to_numpy, to_torch
-from .verify import CASES_FILE, environment, slot_names
 
 TOLERANCES = {
     # A dozen layers add up what one layer rounds (see report.TOLERANCES), and gain is not linear.
@@ -180,24 +185,14 @@ def check_model(
     Args:
         modules, directory: the eager model and the base's directory; None where it is not at hand.
     """
-    tolerance = TOLERANCES[manifest.dtype]
-    if spec.parity.tolerance is not None:
-        tolerance = replace(tolerance, error=spec.parity.tolerance)
+    tolerance = tolerance_of(spec, TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
     every = _implementations(folder, manifest, model, modules, directory, providers, skipped)
     for name, run in every:
         rows += _compare(name, run, manifest, model, reference, tolerance)
-    ran_onnx = any(row.implementation.startswith("onnx") for row in rows)
-    return Report(
-        reference.source,
-        manifest.dtype,
-        tolerance.error,
-        tuple(rows),
-        skipped,
-        environment(),
-        deferred=model.onnx is not None and not ran_onnx,
-    )
+    has_onnx = model.onnx is not None
+    return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx)
 
 
 class _Plain:
@@ -356,9 +351,7 @@ def _peft_runner(folder: Path, manifest: Manifest, model: Model, directory: Path
 
 
 def _torchscript_runner(path: Path, model: Model, device: str) -> Run:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
-        graph: Any = torch.jit.load(str(path)).to(device)  # type: ignore[no-untyped-call]
+    graph = open_torchscript(path, device)
 
     def run(inputs: Inputs, adapter_ids: np.ndarray) -> np.ndarray:
         arrays = [*(inputs[entry.name] for entry in model.inputs), adapter_ids]
@@ -378,10 +371,7 @@ def _session_runner(session: ModelSession, names: Mapping[int, str]) -> Run:
 
 
 def _plain_runner(path: Path) -> Run:
-    """The graph without the runtime: its own stacks, as any onnxruntime session has them."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    graph = ort.InferenceSession(path, options, providers=[CPU])
+    graph = open_plain_onnx(path)
 
     def run(inputs: Inputs, adapter_ids: np.ndarray) -> np.ndarray:
         y: np.ndarray = graph.run(None, {**inputs, "adapter_ids": adapter_ids})[0]

@@ -200,7 +200,7 @@ def test_parity_that_cannot_be_proven(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 ONNX graphs where there is no CUDA device."""
-    monkeypatch.setattr("loraexport.verify.has_cuda", lambda: False)
+    monkeypatch.setattr("loraexport.proof.has_cuda", lambda: False)
     spec = tiny_spec(tmp_path, export={"formats": ["onnx"], "dtype": "bfloat16"})
     done = run("build", spec, "--out", tmp_path / "out")
     assert_readable(done, 3, "ParityError")

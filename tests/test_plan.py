@@ -13,7 +13,8 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from loraexport.errors import BaseModelError
-from loraexport.plan import LayerPlan, Plan, choose_strategy, make_plan
+from loraexport.layer_plan import LayerPlan, choose_strategy
+from loraexport.plan import Plan, make_plan
 from loraexport.plan_view import plan_dict, print_plan
 from loraexport.spec import Spec, read_spec
 from loraexport_runtime.errors import AdapterError, AdapterWeightsError, WeightsError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loraexport.pipeline import build
-from loraexport.verify import has_cuda
+from loraexport.proof import has_cuda
 from loraexport_runtime import ArtifactError, ModelSession, load
 
 ROOT = Path(__file__).resolve().parent.parent

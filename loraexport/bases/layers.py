@@ -13,12 +13,13 @@ from loraexport_runtime.stacks import assemble, pack
 from loraexport_runtime.weights import digest_array, read_tensors
 
 from ..errors import BaseModelError
+from ..layer_plan import LayerPlan, SiteSource
 from ..lora import STRATEGIES
 from ..lora.embedding import MultiLoraEmbedding
 from ..lora.linear import MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
 from ..lora.strategy import EmbeddingBase, LinearBase
-from ..plan import LayerPlan, Plan, SiteSource
+from ..plan import Plan
 from ..tensors import to_torch
 
 

@@ -1,0 +1,99 @@
+"""What verifying layers and verifying whole models have in common."""
+
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from loraexport_runtime import ProviderError
+from loraexport_runtime.devices import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime.manifest import Manifest
+
+from .report import Report, Row, Tolerance
+from .spec import Spec
+
+CASES_FILE = "parity/cases.safetensors"
+
+
+def slot_names(manifest: Manifest) -> dict[int, str]:
+    """Adapter name by slot, for the adapters that start loaded."""
+    return {entry.slot: entry.name for entry in manifest.adapters if entry.slot is not None}
+
+
+def tolerance_of(spec: Spec, table: Mapping[str, Tolerance]) -> Tolerance:
+    """The dtype's own, unless the spec sets the error that it allows."""
+    tolerance = table[spec.export.dtype]
+    if spec.parity.tolerance is None:
+        return tolerance
+    return replace(tolerance, error=spec.parity.tolerance)
+
+
+def make_report(
+    source: str,
+    manifest: Manifest,
+    tolerance: Tolerance,
+    rows: Sequence[Row],
+    skipped: dict[str, str],
+    has_onnx: bool,
+) -> Report:
+    """The report of all rows; deferred, if there are ONNX graphs that nothing ran."""
+    ran_onnx = any(row.implementation.startswith("onnx") for row in rows)
+    return Report(
+        source,
+        manifest.dtype,
+        tolerance.error,
+        tuple(rows),
+        skipped,
+        environment(),
+        deferred=has_onnx and not ran_onnx,
+    )
+
+
+def open_torchscript(path: Path, device: str) -> Any:
+    """A TorchScript graph on a device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit announces its end
+        return torch.jit.load(str(path)).to(device)  # type: ignore[no-untyped-call]
+
+
+def open_plain_onnx(path: Path) -> ort.InferenceSession:
+    """A graph without the runtime: its own stacks, as any onnxruntime session has them."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(path, options, providers=[CPU])
+
+
+def has_cuda() -> bool:
+    """Whether onnxruntime's CUDA provider can run here."""
+    try:
+        normalise_providers([CUDA])
+        require_device(("cuda", 0))
+    except ProviderError:
+        return False
+    return True
+
+
+def default_providers(dtype: str) -> list[str]:
+    """Every provider that can run an artifact of this dtype here, the CPU first."""
+    cpu = [] if dtype == "bfloat16" else [CPU]  # its CPU provider has no bfloat16 MatMul
+    return cpu + ([CUDA] if has_cuda() else [])
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+    return found
