@@ -44,13 +44,12 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def options(
-    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    context.obj = debug
+    """What stands before a command. `main` reads --debug, as it needs it when typer has failed."""
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites, read_adapter
 
-from .errors import BaseModelError, UsageError
+from .errors import BaseModelError, SpecError, UsageError
 from .sources import resolve_directory
 from .spec import Spec, read_spec
 from .strict_yaml import to_yaml
@@ -28,6 +28,7 @@ def write_spec(base: str, adapters: Sequence[Path], path: Path) -> Spec:
 
     Raises:
         UsageError: `path` exists, or two adapters would have one name.
+        SpecError: the name of a folder, or of `path`, is no name for a spec.
         BaseModelError, AdapterError: the base or an adapter cannot be used, or do not fit.
     """
     if path.exists():
@@ -68,7 +69,11 @@ def write_spec(base: str, adapters: Sequence[Path], path: Path) -> Spec:
         "  tune: {device: cpu, tokens: 512} # on a GPU: {device: cuda, tokens: 4096}",
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return read_spec(path)
+    try:
+        return read_spec(path)
+    except SpecError:  # a folder's or the file's own name may be no name for a spec
+        path.unlink()
+        raise
 
 
 def find_task(directory: Path) -> str:

@@ -85,6 +85,11 @@ def default_providers(dtype: str) -> list[str]:
     return cpu + ([CUDA] if has_cuda() else [])
 
 
+def torch_devices(providers: Sequence[str]) -> list[str]:
+    """Where torch's graphs follow onnxruntime's: the CPU always, CUDA if both can use it."""
+    return ["cpu"] + (["cuda"] if CUDA in providers and torch.cuda.is_available() else [])
+
+
 def environment() -> dict[str, str]:
     """What the figures depend on."""
     found = {

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from loraexport_runtime import AdapterError, ArtifactError, Session, WeightsError
-from loraexport_runtime.devices import CPU, CUDA, normalise_providers
+from loraexport_runtime.devices import CPU, normalise_providers
 from loraexport_runtime.manifest import Layer, Manifest, resolve
-from loraexport_runtime.weights import read_header, read_tensors
 
 from .bases.layers import Base, LayerModules, build_modules, load_adapters, load_base
 from .cases import Case, make_cases, make_input
@@ -30,6 +29,7 @@ from .proof import (
     open_torchscript,
     slot_names,
     tolerance_of,
+    torch_devices,
 )
 from .report import TOLERANCES, Report, Row, Tolerance, compare
 from .spec import Spec, read_spec
@@ -86,14 +86,13 @@ def save_reference(reference: Reference, folder: Path) -> None:
 
 def load_reference(folder: Path) -> Reference:
     """The reference that a build kept: float32, so good to about 1e-7."""
-    file = resolve(folder, CASES_FILE)
     inputs, expected = {}, {}
-    for name, info in read_header(file).items():
+    for name, array in load_file(resolve(folder, CASES_FILE)).items():
         layer, kind, *case = name.split("/", 2)
         if kind == "x":
-            inputs[layer] = _read_input(file, name, info.dtype)
+            inputs[layer] = array
         else:
-            expected[layer, case[0]] = read_tensors([(name, info)])[name]
+            expected[layer, case[0]] = array
     return Reference("the stored cases", inputs, expected)
 
 
@@ -217,9 +216,8 @@ def _implementations(
     else:
         skipped["eager"] = "the base is not here"
     if all(layer.torchscript for layer in manifest.layers):
-        for device in ("cpu", "cuda"):
-            if device == "cpu" or (CUDA in names and torch.cuda.is_available()):
-                yield f"torchscript-{device}", _torchscript_runner(folder, manifest, device)
+        for device in torch_devices(names):
+            yield f"torchscript-{device}", _torchscript_runner(folder, manifest, device)
     else:
         skipped["torchscript"] = "the spec does not ask for it"
     if not all(layer.onnx for layer in manifest.layers):
@@ -315,12 +313,3 @@ def _plain_runner(folder: Path, manifest: Manifest) -> Run:
         return y
 
     return run
-
-
-def _read_input(file: Path, name: str, dtype: str) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as tensors:
-        array: np.ndarray = tensors.get_tensor(name)
-    assert dtype in ("I64", "F32", "F16", "BF16"), "cases hold ids or float inputs"
-    return array

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from loraexport_runtime import ModelSession
-from loraexport_runtime.devices import CPU, CUDA, normalise_providers
+from loraexport_runtime.devices import CPU, normalise_providers
 from loraexport_runtime.manifest import Manifest, Model, TensorEntry, resolve
 
 from .bases.pooling import SentencePooling
@@ -29,6 +29,7 @@ from .proof import (
     open_torchscript,
     slot_names,
     tolerance_of,
+    torch_devices,
 )
 from .quiet import quiet_models
 from .report import Report, Row, Tolerance, compare
@@ -153,8 +154,6 @@ def save_reference(reference: ModelReference, folder: Path) -> None:
 
 def load_reference(folder: Path) -> ModelReference:
     """The reference that a build kept."""
-    from safetensors.numpy import load_file
-
     arrays = load_file(resolve(folder, CASES_FILE))
     names = dict.fromkeys(name.split("/")[0] for name in arrays)
     inputs = {
@@ -293,10 +292,9 @@ def _implementations(
     else:
         yield "peft", _peft_runner(folder, manifest, model, directory)
     if model.torchscript is not None:
-        for device in ("cpu", "cuda"):
-            if device == "cpu" or (CUDA in names and torch.cuda.is_available()):
-                path = resolve(folder, model.torchscript)
-                yield f"torchscript-{device}", _torchscript_runner(path, model, device)
+        path = resolve(folder, model.torchscript)
+        for device in torch_devices(names):
+            yield f"torchscript-{device}", _torchscript_runner(path, model, device)
     else:
         skipped["torchscript"] = "the spec does not ask for it"
     if model.onnx is None:

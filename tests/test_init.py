@@ -8,7 +8,7 @@ from conftest import write_adapter, write_model_project
 from typer.testing import CliRunner
 
 from loraexport.cli import app
-from loraexport.errors import BaseModelError, UsageError
+from loraexport.errors import BaseModelError, SpecError, UsageError
 from loraexport.init import find_task, write_spec
 from loraexport.pipeline import build
 from loraexport.plan import make_plan
@@ -54,6 +54,9 @@ def test_what_does_not_fit_is_said_and_nothing_written(folder: Path) -> None:
         write_spec(str(folder / "bert"), [folder / "other"], path)
     with pytest.raises(UsageError, match="two adapters are named 'sql'"):
         write_spec(str(folder / "bert"), [folder / "sql", folder / "sql"], path)
+    (folder / "sql").rename(folder / "my sql")
+    with pytest.raises(SpecError, match="'my sql' is no name"):
+        write_spec(str(folder / "bert"), [folder / "my sql"], path)
     with pytest.raises(BaseModelError, match="no such directory"):
         write_spec("./nowhere", [folder / "sql"], path)
     assert not path.exists()

@@ -54,7 +54,6 @@ class Skeleton:
     """Module name -> (in_features, out_features), in the model's order."""
     head: tuple[str, ...]
     """The sites that `all-linear` leaves out: the output layer."""
-    has_bias: dict[str, bool]
     signature: Signature
 
 
@@ -82,7 +81,6 @@ def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
     return Skeleton(
         {name: _sizes(module) for name, module in linear.items()},
         head,
-        {name: module.bias is not None for name, module in linear.items()},
         _signature(model, config, task, dtype),
     )
 
