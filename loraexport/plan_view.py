@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from .layer_plan import LayerPlan
 from .plan import Plan
+from .tables import make_table, print_line
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan, console: Console) -> None:
     """Adapters, layers and their sites, one line each, and why each strategy."""
     data = plan_dict(plan)
-    _print_line(
+    print_line(
         console,
         f"{data['name']}: {data['dtype']}, {data['slots']} slots of rank {data['max_rank']},"
         f" base {data['base']}",
@@ -46,31 +45,18 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(_adapter_table(data["adapters"]))
     console.print(_layer_table(data["layers"], data["tokens"]))
     if plan.model is None:  # the sites of a whole model are its rows above
-        _print_line(console, "Sites:")
+        print_line(console, "Sites:")
         for layer in data["layers"]:
-            _print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
-    _print_line(console, "Strategies:")
+            print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
+    print_line(console, "Strategies:")
     reasons = _reasons(data["layers"])
     for reason, names in reasons.items():
         which = ", ".join(names) if len(reasons) > 1 or len(names) < 5 else "all of them"
-        _print_line(console, f"  {reason} ({which})")
-
-
-def _print_line(console: Console, line: str) -> None:
-    """A line as it is: a path may hold what rich takes for markup."""
-    console.print(Text(line), soft_wrap=True)
-
-
-def _table(*columns: str) -> Table:
-    """Cells fold where a terminal is narrow: nothing is cut off."""
-    table = Table(box=SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+        print_line(console, f"  {reason} ({which})")
 
 
 def _adapter_table(adapters: list[dict[str, Any]]) -> Table:
-    table = _table("adapter", "slot", "sites", "ranks", "scalings")
+    table = make_table("adapter", "slot", "sites", "ranks", "scalings")
     for adapter in adapters:
         sites = adapter["sites"].values()
         ranks = sorted({site["rank"] for site in sites})
@@ -82,7 +68,7 @@ def _adapter_table(adapters: list[dict[str, Any]]) -> Table:
 
 def _layer_table(layers: list[dict[str, Any]], tokens: int) -> Table:
     costs = ("MiB\nbase + LoRA", f"GFLOP, {tokens} tokens\nbase + LoRA")
-    table = _table("layer", "in", "out", "stack", "strategy", *costs)
+    table = make_table("layer", "in", "out", "stack", "strategy", *costs)
     for layer in layers:
         table.add_row(
             layer["name"],
