@@ -20,7 +20,7 @@ from loraexport_runtime.manifest import MANIFEST_FILE, Manifest
 from loraexport_runtime.peft_config import CONFIG_FILE
 
 from . import __version__
-from .errors import ParityError, UsageError, exit_code
+from .errors import BaseModelError, ParityError, UsageError, exit_code
 
 app = typer.Typer(
     help="One YAML spec and one command: multi-LoRA graphs for stock onnxruntime.",
@@ -128,15 +128,28 @@ def verify(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact, a PEFT adapter directory, or a spec.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare an adapter with this model: directory, hub id or package: path."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an artifact, an adapter directory or a spec."""
-    if (path / MANIFEST_FILE).is_file():
+    is_artifact = (path / MANIFEST_FILE).is_file()
+    if not is_artifact and (path / CONFIG_FILE).is_file():
+        _inspect_adapter(path, base, as_json)
+        return
+    if base is not None:
+        raise UsageError(
+            f"{path}: --base is what an adapter is compared with, and this is no adapter (a folder"
+            f" with {CONFIG_FILE}); give one, or leave --base out"
+        )
+    if is_artifact:
         manifest = Manifest.read(path)
         manifest.check_files(path)
         data = json.loads(manifest.to_json())
-    elif (path / CONFIG_FILE).is_file():
-        data = _adapter_dict(path)
     elif path.is_file():
         from .spec import read_spec
 
@@ -245,25 +258,25 @@ def _print_report(report: Any) -> None:
         out_console.print(f"not run: {name}: {why}")
 
 
-def _adapter_dict(path: Path) -> dict[str, Any]:
+def _inspect_adapter(path: Path, base: str | None, as_json: bool) -> None:
+    from .inspect_adapter import measure_deltas, measure_moves
+    from .inspect_view import deltas_dict, describe_zeros, moves_dict, print_moves
+    from .sources import resolve_directory
+
     header = read_adapter(path)
-    modules = {
-        name: {
-            "rank": module.rank,
-            "in": module.in_features,
-            "out": module.out_features,
-            "scaling": module.scaling,
-            "embedding": module.is_embedding,
-        }
-        for name, module in header.modules.items()
-    }
-    return {
-        "adapter": str(path),
-        "base_model": header.base_model,
-        "rslora": header.rslora,
-        "max_rank": header.max_rank,
-        "modules": modules,
-    }
+    if base is None:
+        deltas = measure_deltas(header)
+        (_print_json if as_json else _print_tree)(deltas_dict(header, deltas))
+    else:
+        moves = measure_moves(header, resolve_directory(base, Path(), BaseModelError))
+        deltas = tuple(move.delta for move in moves)
+        if as_json:
+            _print_json(moves_dict(header, base, moves))
+        else:
+            print_moves(header, base, moves, out_console)
+    zeros = describe_zeros(deltas)
+    if zeros:
+        err_console.print(f"warning: {zeros}")
 
 
 def _print_tree(data: Any) -> None:

@@ -1,0 +1,142 @@
+"""An adapter, and its base's checkpoint -> how far it moves every site. No torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loraexport_runtime.adapters import (
+    AdapterHeader,
+    AdapterModule,
+    match_sites,
+    read_lora_weights,
+)
+from loraexport_runtime.errors import AdapterWeightsError
+from loraexport_runtime.peft_config import CONFIG_FILE, read_config
+from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo, read_tensors
+
+from .checkpoint import read_checkpoint
+
+_WEIGHT = ".weight"
+_BLOCK_VALUES = 2**22
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one module of an adapter adds to the weight of its site."""
+
+    name: str
+    """The module as PEFT saved it."""
+    module: AdapterModule
+    norm: float
+    """||scaling B A||_F"""
+    adds_nothing: bool
+    """All of B is zero."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A delta beside the weight that it is added to."""
+
+    site: str
+    delta: Delta
+    base_norm: float
+    """||W||_F"""
+
+    @property
+    def percent(self) -> float | None:
+        """100 ||scaling B A||_F / ||W||_F; None where W is zero."""
+        return 100 * self.delta.norm / self.base_norm if self.base_norm else None
+
+
+def delta_norm(a: np.ndarray, b: np.ndarray, scaling: float) -> float:
+    """||s B A||_F = |s| sqrt(trace((B^T B) (A A^T))), without forming B A.
+
+    `a` [rank, in] and `b` [out, rank] of any float dtype; the products are [rank, rank] float64.
+    """
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    square = float(np.sum((b.T @ b) * (a @ a.T)))  # both are symmetric
+    return abs(scaling) * math.sqrt(max(square, 0.0))
+
+
+def frobenius_norm(weight: np.ndarray) -> float:
+    """sqrt(sum w^2) in float64 of a matrix in any float dtype, a block of rows at a time."""
+    rows = max(1, _BLOCK_VALUES // max(1, weight.shape[1]))
+    total = 0.0
+    for start in range(0, len(weight), rows):
+        block = weight[start : start + rows].astype(np.float64)
+        total += float(np.vdot(block, block))
+    return math.sqrt(total)
+
+
+def measure_deltas(header: AdapterHeader) -> tuple[Delta, ...]:
+    """Read an adapter's tensors and measure every module, in the header's order.
+
+    Raises:
+        WeightsError: a tensor holds NaN or Inf.
+    """
+    weights = read_lora_weights(header)
+    return tuple(
+        Delta(
+            name,
+            module,
+            delta_norm(weights[name].a, weights[name].b, module.scaling),
+            not weights[name].b.astype(bool).any(),
+        )
+        for name, module in header.modules.items()
+    )
+
+
+def measure_moves(header: AdapterHeader, base: Path) -> tuple[Move, ...]:
+    """Measure every module beside its site in a base's checkpoint, one weight in memory at a time.
+
+    A site is the name of a 2-D tensor without its `.weight`.
+
+    Raises:
+        BaseModelError: the directory holds no checkpoint.
+        AdapterWeightsError: a module has no site here, or its shape is another.
+        WeightsError: a tensor of either is not of a float type, or holds NaN or Inf.
+    """
+    tensors = {
+        name.removesuffix(_WEIGHT): (name, info)
+        for name, info in read_checkpoint(base).items()
+        if name.endswith(_WEIGHT) and len(info.shape) == 2
+    }
+    modules = match_sites(header, tensors)
+    _check_shapes(header, modules, tensors)
+    deltas = {delta.name: delta for delta in measure_deltas(header)}
+    moves = []
+    for site, module in modules.items():
+        weight = read_tensors([tensors[site]])[tensors[site][0]]
+        moves.append(Move(site, deltas[module], frobenius_norm(weight)))
+    return tuple(moves)
+
+
+def _check_shapes(
+    header: AdapterHeader, modules: Mapping[str, str], tensors: Mapping[str, tuple[str, TensorInfo]]
+) -> None:
+    """A linear weight is [out, in], with fan_in_fan_out also [in, out]; an embedding [in, out]."""
+    fan_in_fan_out = bool(read_config(header.path).get("fan_in_fan_out"))
+    for site, name in modules.items():
+        module, info = header.modules[name], tensors[site][1]
+        if info.dtype not in FLOAT_DTYPES:
+            continue  # quantized weights are packed into other shapes: reading them says so
+        sizes = (module.in_features, module.out_features)
+        allowed = [info.shape if module.is_embedding else info.shape[::-1]]
+        if fan_in_fan_out:
+            allowed.append(info.shape)
+        if sizes in allowed:
+            continue
+        hint = "the adapter belongs to another base"
+        if sizes == info.shape:
+            hint += (
+                ", or this one stores [in, out] as Conv1D does: then set fan_in_fan_out to true in"
+                f" {CONFIG_FILE}"
+            )
+        found = allowed[-1]
+        raise AdapterWeightsError(
+            f"{header.path}: module {name!r} maps {sizes[0]} to {sizes[1]} features, but site"
+            f" {site!r} maps {found[0]} to {found[1]}; {hint}"
+        )
