@@ -16,6 +16,8 @@ _TASKS = {
     "ForSequenceClassification": "sequence-classification",
     "ForTokenClassification": "token-classification",
     "ForCausalLM": "causal-lm",
+    "ForImageClassification": "image-classification",
+    "VisionModelWithProjection": "image-embedding",
 }
 
 

@@ -38,6 +38,8 @@ _TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 _TOOLS = ("loraexport", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
@@ -142,7 +144,7 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
 
 
 def _copy_tokenizer(directory: Path, folder: Path) -> None:
-    """Whatever the base has of its tokenizer, so that a service needs no other folder."""
+    """Whatever the base has of its tokenizer or image processor, for a service's use."""
     for pattern in _TOKENIZER_FILES:
         for file in sorted(directory.glob(pattern)):
             folder.mkdir(exist_ok=True)

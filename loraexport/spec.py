@@ -24,6 +24,8 @@ Task = Literal[
     "sequence-classification",
     "token-classification",
     "causal-lm",
+    "image-classification",
+    "image-embedding",
 ]
 
 

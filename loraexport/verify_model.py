@@ -15,11 +15,11 @@ import torch
 from safetensors.numpy import load_file, save
 
 from loraexport_runtime import ModelSession
-from loraexport_runtime.devices import CPU, normalise_providers
+from loraexport_runtime.devices import CPU, NUMPY_DTYPES, normalise_providers
 from loraexport_runtime.manifest import Manifest, Model, TensorEntry, resolve
 
 from .bases.pooling import SentencePooling
-from .bases.transformers import ModelModules, has_rotary_positions, load_plain_model
+from .bases.transformers import ModelModules, has_rotary_positions, load_plain_model, take_output
 from .errors import BaseModelError
 from .lora.reference import ReferenceAdapter, read_reference_adapter
 from .proof import (
@@ -49,7 +49,7 @@ Run = Callable[[Inputs, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class RowCase:
-    """A batch: the slot and the length of each row, padded on one side."""
+    """A batch: the slot of each row; of texts also the lengths, padded on one side."""
 
     name: str
     slots: tuple[int, ...]
@@ -67,18 +67,20 @@ class ModelReference:
     base_expected: dict[str, np.ndarray]
 
 
-def make_cases(names: Mapping[int, str]) -> tuple[RowCase, ...]:
-    """Every adapter alone, all mixed with either padding, base only, one row."""
+def make_cases(names: Mapping[int, str], entries: Sequence[TensorEntry]) -> tuple[RowCase, ...]:
+    """Every adapter alone, all mixed (texts with either padding), base only, one row."""
     slots = sorted(names)
     mixed = (*slots, 0, slots[0])
     lengths = tuple(3 + 4 * (index % 4) for index in range(len(mixed)))
-    return (
+    cases = (
         *(RowCase(f"alone-{names[slot]}", (slot, slot), (6, 10)) for slot in slots),
         RowCase("mixed", mixed, lengths),
         RowCase("mixed-left", mixed[::-1], lengths, left=True),
         RowCase("base-only", (0, 0), (5, 8)),
         RowCase("one-row", (slots[-1],), (9,)),
     )
+    texts = any("sequence" in entry.shape for entry in entries)
+    return tuple(case for case in cases if texts or not case.left)
 
 
 def make_inputs(
@@ -86,10 +88,15 @@ def make_inputs(
 ) -> Inputs:
     """Random ids other than `pad`, and the masks that the lengths and the padding's side ask for.
 
+    Images are standard normal, one per row; lengths mean nothing to them.
     Some models (RoBERTa) find positions, others (Llama, to classify) the last token, by `pad`.
     """
     generator = np.random.default_rng([seed, len(case.slots), *case.lengths, int(case.left)])
     shape = (len(case.slots), max(case.lengths))
+    for entry in entries:
+        if entry.name == "pixel_values":
+            pixels = generator.standard_normal(entry.sizes(*shape))
+            return {entry.name: pixels.astype(NUMPY_DTYPES[entry.dtype])}
     mask = np.zeros(shape, np.int64)
     for row, length in enumerate(case.lengths):
         mask[row, -length if case.left else 0 : None if case.left else length] = 1
@@ -107,7 +114,9 @@ def make_reference(
 ) -> ModelReference:
     """Run the float64 model, once for each adapter of each case."""
     plain = _Plain(directory, model.task)
-    vocabulary, pad = int(plain.model.config.vocab_size), plain.model.config.pad_token_id or 0
+    config = plain.model.config
+    # A model of images has neither.
+    vocabulary, pad = getattr(config, "vocab_size", 0), getattr(config, "pad_token_id", 0) or 0
     sites = [layer.slices[0].site for layer in manifest.layers]
     adapters = {
         entry.slot: read_reference_adapter(resolve(folder, entry.path), sites, entry.scale)
@@ -115,7 +124,7 @@ def make_reference(
         if entry.slot is not None
     }
     inputs, expected, base_expected = {}, {}, {}
-    for case in make_cases(slot_names(manifest)):
+    for case in make_cases(slot_names(manifest), model.inputs):
         values = make_inputs(case, model.inputs, vocabulary, spec.parity.seed, pad)
         base = plain(values)
         _require_finite(base, values, case, plain, model)
@@ -134,8 +143,9 @@ def _require_finite(
 ) -> None:
     keep: Any = inputs["attention_mask"] == 1 if "sequence" in model.outputs[0].shape else ...
     if not np.isfinite(y[keep]).all():
+        what = "padded texts" if "attention_mask" in inputs else "images"
         raise BaseModelError(
-            f"a model of type {plain.model.config.model_type!r} gives NaN or Inf for padded texts,"
+            f"a model of type {plain.model.config.model_type!r} gives NaN or Inf for {what},"
             f" in float64 and without adapters (case {case.name!r}), so there is nothing to compare"
             " its graphs with"
         )
@@ -199,16 +209,18 @@ class _Plain:
 
     def __init__(self, directory: Path, task: str, dtype: torch.dtype = torch.float64) -> None:
         self.model: Any = load_plain_model(directory, task).to(dtype)
+        self._dtype = dtype
         self.pooling = SentencePooling.read(directory) if task == "sentence-embedding" else None
 
     def __call__(self, inputs: Inputs, **arguments: Any) -> np.ndarray:
-        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        if has_rotary_positions(self.model.config):
+        tensors = {name: to_torch(value) for name, value in inputs.items()}
+        if "pixel_values" in tensors:
+            tensors["pixel_values"] = tensors["pixel_values"].to(self._dtype)
+        if "input_ids" in tensors and has_rotary_positions(self.model.config):
             batch, sequence = tensors["input_ids"].shape
             tensors["position_ids"] = torch.arange(sequence).expand(batch, -1)
         with torch.no_grad():
-            found = self.model(**tensors, **arguments, return_dict=True)
-            y = found["logits"] if "logits" in found else found["last_hidden_state"]
+            y = take_output(self.model(**tensors, **arguments, return_dict=True))
             if self.pooling is not None:
                 y = self.pooling(y, tensors["attention_mask"])
         return to_numpy(y)
@@ -252,7 +264,7 @@ def _compare(
     names = slot_names(manifest)
     output = model.outputs[0]
     parts: dict[int, list[list[np.ndarray]]] = {slot: [] for slot in (0, *sorted(names))}
-    for case in make_cases(names):
+    for case in make_cases(names, model.inputs):
         inputs = reference.inputs[case.name]
         adapter_ids = np.array(case.slots, dtype=np.int64)
         found = run(inputs, adapter_ids)
@@ -314,7 +326,7 @@ def _eager_runner(modules: ModelModules) -> Run:
     stacks = [to_torch(value) for value in modules.stacks.values()]
 
     def run(inputs: Inputs, adapter_ids: np.ndarray) -> np.ndarray:
-        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        tensors = {name: to_torch(value) for name, value in inputs.items()}
         with torch.no_grad():
             return to_numpy(modules.module(tensors, torch.from_numpy(adapter_ids), stacks))
 
@@ -354,7 +366,7 @@ def _torchscript_runner(path: Path, model: Model, device: str) -> Run:
     def run(inputs: Inputs, adapter_ids: np.ndarray) -> np.ndarray:
         arrays = [*(inputs[entry.name] for entry in model.inputs), adapter_ids]
         with torch.no_grad():
-            return to_numpy(graph(*(torch.from_numpy(array).to(device) for array in arrays)))
+            return to_numpy(graph(*(to_torch(array).to(device) for array in arrays)))
 
     return run
 

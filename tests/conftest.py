@@ -242,3 +242,27 @@ def write_model_project(folder: Path, **changes: Any) -> Path:
         write_adapter(folder / name, own, rank=2 << seed, seed=seed, config=config)
     base = {"kind": "transformers", "path": "bert", "task": "feature-extraction"}
     return Project(folder).spec(**({"base": base, "slots": 3, "max_rank": 8} | changes))
+
+
+def write_vit_project(folder: Path, **changes: Any) -> Path:
+    """A tiny ViT of images [3, 8, 12], its image processor, an adapter, and a spec."""
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=[8, 12],
+        patch_size=4,
+        initializer_range=0.2,
+    )
+    ViTModel(config).save_pretrained(folder / "vit")
+    (folder / "vit/preprocessor_config.json").write_text("{}")
+    sites = {"layers.0.attention.q_proj": (32, 32), "layers.1.mlp.fc2": (48, 32)}
+    write_adapter(folder / "birds", sites, config={"target_modules": list(sites)})
+    base = {"kind": "transformers", "path": "vit", "task": "feature-extraction"}
+    adapters = [{"name": "birds", "path": "birds"}]
+    return Project(folder).spec(**({"base": base, "adapters": adapters} | changes))

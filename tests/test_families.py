@@ -48,6 +48,14 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _ROBERTA: dict[str, Any] = {**_SIZES, "type_vocab_size": 1, "pad_token_id": 1}
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "patch_size": 4,
+}
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -61,6 +69,8 @@ _DECODER_SITES = (["q_proj", "v_proj"], ["k_proj", "o_proj", "down_proj"])
 
 FEATURES = "feature-extraction"
 CAUSAL = "causal-lm"
+IMAGE_CLASSES = "image-classification"
+IMAGE_EMBEDDING = "image-embedding"
 
 
 @dataclass(frozen=True)
@@ -188,6 +198,23 @@ FAMILIES: dict[str, Family] = {
         (["q", "v"], ["k", "wo"]),
         notes="of a whole T5 checkpoint",
     ),
+    "ViT": Family(
+        lambda: tf.ViTConfig(**_VISION, image_size=[8, 12], num_labels=5),
+        (["q_proj", "fc1", "classifier"], ["v_proj", "o_proj", "fc2"]),
+        (FEATURES, IMAGE_CLASSES),
+        "`pixel_values` of the config's size",
+    ),
+    "CLIP (vision)": Family(
+        lambda: tf.CLIPConfig(
+            text_config={**_SIZES, "bos_token_id": 1, "eos_token_id": 2},
+            vision_config={**_VISION, "image_size": 12, "projection_dim": 24, "num_channels": 1},
+            projection_dim=24,
+        ),
+        (["q_proj", "fc1", "visual_projection"], ["v_proj", "out_proj", "fc2"]),
+        (FEATURES, IMAGE_EMBEDDING),
+        "the vision tower, of a whole CLIP checkpoint or its own; embeddings as Hugging Face gives"
+        " them, not normalised",
+    ),
 }
 
 _CLASSES: dict[str, Any] = {
@@ -196,6 +223,14 @@ _CLASSES: dict[str, Any] = {
     "sequence-classification": tf.AutoModelForSequenceClassification,
     "token-classification": tf.AutoModelForTokenClassification,
     CAUSAL: tf.AutoModelForCausalLM,
+    IMAGE_CLASSES: tf.AutoModelForImageClassification,
+}
+_OF_WHOLE = {"t5": tf.T5Model, "clip": tf.CLIPModel}
+"""Checkpoints of which a task needs a part."""
+_PARTS: dict[tuple[str, str], Any] = {
+    ("t5", FEATURES): tf.T5EncoderModel,
+    ("clip", FEATURES): tf.CLIPVisionModel,
+    ("clip", IMAGE_EMBEDDING): tf.CLIPVisionModelWithProjection,
 }
 _SLOW_FAMILIES = ("GPT-NeoX",)
 _FAST_DECODER_TASKS = (("GPT-2", CAUSAL), ("Llama", CAUSAL))
@@ -292,6 +327,12 @@ def test_longrope_holds_past_its_first_length(tmp_path: Path) -> None:
         ),
         window=8,
     )
+    _prove(changed, FEATURES, tmp_path)
+
+
+def test_a_clip_vision_tower_of_its_own(tmp_path: Path) -> None:
+    family = FAMILIES["CLIP (vision)"]
+    changed = replace(family, config=lambda: family.config().vision_config)
     _prove(changed, FEATURES, tmp_path)
 
 
@@ -413,7 +454,7 @@ def _write_model(family: Family, task: str, folder: Path) -> None:
     """A random model, and two adapters with random A and B that PEFT made on it."""
     torch.manual_seed(0)
     config = family.config()
-    make = tf.T5Model if config.model_type == "t5" else _CLASSES[task].from_config
+    make = _OF_WHOLE.get(config.model_type) or _CLASSES[task].from_config
     make(config).float().save_pretrained(folder / "base")
     for index, name in enumerate(("first", "second")):
         lora = LoraConfig(
@@ -458,26 +499,35 @@ def _check(
     pool: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """Parity saw batches, both paddings and the window; and the runtime gives what PEFT gives."""
-    masks = [inputs["attention_mask"] for inputs in load_reference(artifact).inputs.values()]
-    batches = [mask for mask in masks if len(mask) >= 2]
-    assert any((mask[:, 0] == 0).any() for mask in batches), "no padding on the left"
-    assert any((mask[:, -1] == 0).any() for mask in batches), "no padding on the right"
-    assert max(mask.sum(1).max() for mask in masks) > family.window
+    cases = load_reference(artifact).inputs.values()
+    session: Any = loraexport_runtime.load(artifact)
+    images = session.model.inputs[0].name == "pixel_values"
+    if images:
+        # The example of the export has three rows.
+        assert {1, 2, 4} == {len(inputs["pixel_values"]) for inputs in cases}
+    else:
+        masks = [inputs["attention_mask"] for inputs in cases]
+        batches = [mask for mask in masks if len(mask) >= 2]
+        assert any((mask[:, 0] == 0).any() for mask in batches), "no padding on the left"
+        assert any((mask[:, -1] == 0).any() for mask in batches), "no padding on the right"
+        assert max(mask.sum(1).max() for mask in masks) > family.window
 
-    session = loraexport_runtime.load(artifact)
     with quiet_models():
         model = PeftModel.from_pretrained(_load_base(task, folder), folder / "first", "first")
         model.load_adapter(folder / "second", "second")
     adapters = ["second", None, "first", "second"]
-    for left in (False, True):
-        inputs = _inputs(model, [5, 12, 17, 9], left)
+    for left in (False,) if images else (False, True):
+        inputs = _images(session) if images else _inputs(model, [5, 12, 17, 9], left)
         found = session.run(_accepted(session, inputs), adapters)[session.model.outputs[0].name]
         for row, adapter in enumerate(adapters):
             expected = _run_peft(model.eval(), inputs, adapter)
-            mask = inputs["attention_mask"]
-            if pool is not None:
-                expected = pool(expected, mask)
-            keep: Any = mask[row] == 1 if found.ndim == 3 else ...
+            keep: Any = ...
+            if not images:
+                mask = inputs["attention_mask"]
+                if pool is not None:
+                    expected = pool(expected, mask)
+                keep = mask[row] == 1 if found.ndim == 3 else ...
+            assert found.shape == expected.shape
             scale = np.abs(expected[row][keep]).max()
             error = np.abs(found[row][keep] - expected[row][keep]).max() / scale
             assert error < 1e-4, f"row {row}, adapter {adapter}, left {left}: {error}"
@@ -485,7 +535,7 @@ def _check(
 
 def _load_base(task: str, folder: Path) -> Any:
     config = tf.AutoConfig.from_pretrained(folder / "base")
-    chosen = tf.T5EncoderModel if config.model_type == "t5" else _CLASSES[task]
+    chosen = _PARTS.get((config.model_type, task)) or _CLASSES[task]
     return chosen.from_pretrained(folder / "base").eval()
 
 
@@ -501,10 +551,16 @@ def _inputs(model: Any, lengths: Sequence[int], left: bool) -> dict[str, np.ndar
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _images(session: Any) -> dict[str, np.ndarray]:
+    sizes = [int(size) for size in session.model.inputs[0].shape[1:]]
+    generator = np.random.default_rng(7)
+    return {"pixel_values": generator.standard_normal((4, *sizes)).astype(np.float32)}
+
+
 def _accepted(session: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """With token types where the graph takes them."""
-    names = [entry.name for entry in session.model.inputs]
-    return {**dict.fromkeys(names, np.zeros_like(inputs["input_ids"])), **inputs}
+    types = {entry.name for entry in session.model.inputs} & {"token_type_ids"}
+    return {**{name: np.zeros_like(inputs["input_ids"]) for name in types}, **inputs}
 
 
 def _run_peft(model: Any, inputs: dict[str, np.ndarray], adapter: str | None) -> np.ndarray:
@@ -517,5 +573,6 @@ def _run_peft(model: Any, inputs: dict[str, np.ndarray], adapter: str | None) ->
         else:
             model.set_adapter(adapter)
             found = model(**tensors, return_dict=True)
-    y: torch.Tensor = found["logits"] if "logits" in found else found["last_hidden_state"]
+    names = ("logits", "image_embeds", "last_hidden_state")
+    y: torch.Tensor = next(found[name] for name in names if name in found)
     return y.numpy()

@@ -68,6 +68,9 @@ def test_what_does_not_fit_is_said_and_nothing_written(folder: Path) -> None:
         ("BertForSequenceClassification", "sequence-classification"),
         ("BertForTokenClassification", "token-classification"),
         ("LlamaForCausalLM", "causal-lm"),
+        ("ViTForImageClassification", "image-classification"),
+        ("CLIPVisionModelWithProjection", "image-embedding"),
+        ("CLIPModel", "feature-extraction"),
         ("BertModel", "feature-extraction"),
     ],
 )

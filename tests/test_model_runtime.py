@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conftest import write_model_project
+from conftest import write_model_project, write_vit_project
 
 from loraexport.bases.transformers import load_plain_model
 from loraexport.pipeline import build
@@ -118,6 +119,34 @@ def test_what_a_batch_must_be(session: ModelSession) -> None:
         session.run(values, ["nobody", None, None, None])
     with pytest.raises(SlotsExceededError, match="names 4 adapters"):
         session.run(values, ["a", "b", "c", "d"])
+
+
+def test_images_are_of_the_models_size_and_dtype(tmp_path: Path) -> None:
+    spec = write_vit_project(tmp_path, export={"formats": ["onnx"]})
+    artifact = build(spec, tmp_path / "artifacts")[0]
+    assert (artifact / "tokenizer/preprocessor_config.json").is_file()
+    session = load(artifact)
+    assert isinstance(session, ModelSession)
+    assert [(one.dtype, one.shape) for one in session.model.inputs] == [
+        ("float32", ("batch", "3", "8", "12"))
+    ]
+    pixels = np.random.default_rng(0).standard_normal((5, 3, 8, 12)).astype(np.float32)
+    values, names = {"pixel_values": pixels}, ["birds", None, "birds", None, None]
+    y = hidden(session, values, names)
+    assert y.shape == (5, 7, 32)
+    on_device = session.run({"pixel_values": torch.from_numpy(pixels)}, names)
+    assert torch.from_dlpack(on_device["last_hidden_state"]).numpy().tobytes() == y.tobytes()
+    expected = r"expected \[{}, 3, 8, 12\]"
+    with pytest.raises(InputError, match=r"has shape \[5, 3, 12, 8\]; " + expected.format(5)):
+        session.run({"pixel_values": pixels.swapaxes(2, 3)})
+    with pytest.raises(InputError, match=r"has shape \[5, 1, 8, 12\]; " + expected.format(5)):
+        session.run({"pixel_values": pixels[:, :1]})
+    with pytest.raises(InputError, match=r"has shape \[3, 8, 12\]; " + expected.format("batch")):
+        session.run({"pixel_values": pixels[0]})
+    for dtype in (np.float64, np.float16, ml_dtypes.bfloat16):
+        found = np.dtype(dtype).name
+        with pytest.raises(InputError, match=f"pixel_values is {found}; this model takes float32"):
+            session.run({"pixel_values": pixels.astype(dtype)})
 
 
 def test_a_model_without_an_onnx_graph(folder: Path) -> None:

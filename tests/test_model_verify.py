@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import write_adapter, write_bert, write_model_project
+import transformers as tf
+from conftest import write_adapter, write_bert, write_model_project, write_vit_project
 
 import loraexport.bases.transformers as transformers_module
 from loraexport.errors import BaseModelError, ParityError
@@ -141,6 +142,49 @@ def test_float16(tmp_path: Path) -> None:
     _, report = build(spec, tmp_path / "artifacts")
     assert report.status == "passed"
     assert {row.implementation for row in report.rows} >= {"torchscript-cpu", "onnx-cpu"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
+    """The graphs take pixels in their own dtype, and the stored cases keep them so."""
+    spec = write_vit_project(
+        tmp_path, export={"dtype": dtype, "strategy": "masked"}, parity={"onnx": "deferred"}
+    )
+    artifact, report = build(spec, tmp_path / "artifacts")
+    found = {row.implementation for row in report.rows}
+    onnx_too = {"onnx-cpu", "onnx-cpu-plain"} if dtype == "float16" else set()
+    assert found >= {"eager", "peft", "torchscript-cpu"} | onnx_too
+    manifest = Manifest.read(artifact)
+    assert manifest.model is not None
+    assert [entry.dtype for entry in manifest.model.inputs] == [dtype]
+    (tmp_path / "vit").rename(tmp_path / "moved")
+    stored = verify_artifact(artifact, manifest)
+    assert stored.reference.startswith("the stored cases (no base here")
+    assert not stored.failures
+    assert {row.implementation for row in stored.rows} == found - {"eager", "peft"}
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "message"),
+    [
+        (tf.ViTConfig(), "sentence-embedding", "type 'vit' takes images; task .* is of texts"),
+        (tf.ViTConfig(), "image-embedding", "is of CLIP's vision tower, and this is a model of"),
+        (tf.ViTConfig(), "causal-lm", "cannot build a model of type 'vit' for task 'causal-lm'"),
+        (tf.BertConfig(), "image-classification", "cannot build a model of type 'bert' for task"),
+        (tf.ResNetConfig(), "feature-extraction", "its config has no image_size and num_channels"),
+        (
+            tf.VideoMAEConfig(),
+            "feature-extraction",
+            r"type 'videomae' does not run on pixel_values of shape \[1, 3, 224, 224\] alone",
+        ),
+    ],
+)
+def test_images_and_tasks_that_do_not_fit(
+    config: Any, task: str, message: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(BaseModelError, match=message):
+        transformers_module.read_skeleton(tmp_path, task, "float32")
 
 
 class TestPlan:

@@ -35,6 +35,8 @@ _CLASSES: dict[str, Any] = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "token-classification": transformers.AutoModelForTokenClassification,
     "causal-lm": transformers.AutoModelForCausalLM,
+    "image-classification": transformers.AutoModelForImageClassification,
+    "image-embedding": transformers.CLIPVisionModelWithProjection,
 }
 
 
@@ -63,10 +65,13 @@ def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
     Raises:
         BaseModelError: transformers cannot build it.
     """
-    config = _read_config(directory)
+    config = _read_config(directory, task)
+    kind = _model_class(config, task)
     try:
         with torch.device("meta"):
-            model = _model_class(config, task).from_config(config)
+            # Only Auto classes have a public one.
+            make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+            model = make(config)
     except (ValueError, ImportError, RuntimeError) as error:
         raise BaseModelError(
             f"{directory}: transformers cannot build a model of type {config.model_type!r} for task"
@@ -173,16 +178,20 @@ class MultiLoraModel(nn.Module):
         """adapter_ids int64 [batch]; stacks in the order of the manifest's layers."""
         self._context.begin(adapter_ids, dict(zip(self._stack_names, stacks, strict=True)))
         arguments = {name: inputs[name] for name in self._input_names}
-        if self._position_ids:
+        if self._position_ids and "input_ids" in inputs:
             # Rotary models export right beyond one row only if each row brings its positions.
             ids = inputs["input_ids"]
             positions = torch.arange(ids.shape[1], device=ids.device)
             arguments["position_ids"] = positions.unsqueeze(0).expand(ids.shape[0], -1)
         found = self.model(**arguments, return_dict=True)
-        if "logits" in found:
-            return found["logits"]
-        hidden = found["last_hidden_state"]
-        return hidden if self.pooling is None else self.pooling(hidden, inputs["attention_mask"])
+        y = take_output(found)
+        return y if self.pooling is None else self.pooling(y, inputs["attention_mask"])
+
+
+def take_output(found: Mapping[str, Tensor]) -> Tensor:
+    """What a task gives, of all that the model's class gives."""
+    names = ("logits", "image_embeds", "last_hidden_state")
+    return next(found[name] for name in names if name in found)
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ def load_plain_model(directory: Path, task: str) -> nn.Module:
     Raises:
         BaseModelError: weights are missing, so that transformers would draw them at random.
     """
-    config = _read_config(directory)
+    config = _read_config(directory, task)
     try:
         with quiet_models(), _no_progress_bar():
             model, info = _model_class(config, task).from_pretrained(
@@ -314,7 +323,8 @@ def has_rotary_positions(config: Any) -> bool:
     return any(hasattr(config, name) for name in ("rope_theta", "rope_parameters"))
 
 
-def _read_config(directory: Path) -> Any:
+def _read_config(directory: Path, task: str) -> Any:
+    """The config of the model that a task needs: of a whole CLIP its vision tower's."""
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
     except (OSError, ValueError) as error:
@@ -327,6 +337,13 @@ def _read_config(directory: Path) -> Any:
             f"{directory}: a model of type {config.model_type!r} with rope_type 'dynamic' computes"
             " its frequencies anew when a longer text comes; a graph cannot. Use another rope_type,"
             " such as 'yarn' or 'linear'"
+        )
+    if config.model_type == "clip" and task in ("feature-extraction", "image-embedding"):
+        config = config.vision_config
+    if task == "image-embedding" and config.model_type != "clip_vision_model":
+        raise BaseModelError(
+            f"{directory}: task 'image-embedding' is of CLIP's vision tower, and this is a model of"
+            f" type {config.model_type!r}; use 'feature-extraction'"
         )
     # What a checkpoint says of its attention is of the machine that saved it.
     config._attn_implementation = None
@@ -354,6 +371,8 @@ def _no_progress_bar() -> Iterator[None]:
 def _signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
     import inspect
 
+    if model.main_input_name == "pixel_values":
+        return _vision_signature(model, config, task, dtype)
     accepted = inspect.signature(model.forward).parameters
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
@@ -369,6 +388,40 @@ def _signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
         "causal-lm": ("logits", ("batch", "sequence", vocabulary)),
     }[task]
     return Signature(inputs, (TensorEntry(name, dtype, shape),))  # type: ignore[arg-type]
+
+
+def _vision_signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
+    """pixel_values [batch, channels, height, width] of the config's size, and what they give.
+
+    Raises:
+        BaseModelError: the config names no size, or the model takes more than pixels.
+    """
+    label = f"a model of type {config.model_type!r}"
+    vision = getattr(config, "vision_config", config)
+    size, channels = (getattr(vision, name, None) for name in ("image_size", "num_channels"))
+    if task == "sentence-embedding":
+        raise BaseModelError(f"{label} takes images; task {task!r} is of texts")
+    if size is None or channels is None:
+        raise BaseModelError(
+            f"{label} takes images, but its config has no image_size and num_channels; the graph's"
+            " input needs a fixed size"
+        )
+    shape = (channels, *((size, size) if isinstance(size, int) else size))
+    try:
+        with torch.no_grad():
+            pixels = torch.empty(1, *shape, device="meta")
+            y = take_output(model.eval()(pixels, return_dict=True))
+    except Exception as error:
+        raise BaseModelError(
+            f"{label} does not run on pixel_values of shape {[1, *shape]} alone: {error}"
+        ) from error
+    names = {"image-classification": "logits", "image-embedding": "image_embeds"}
+    name = names.get(task, "last_hidden_state")
+    taken, given = (("batch", *map(str, sizes)) for sizes in (shape, y.shape[1:]))
+    return Signature(
+        (TensorEntry("pixel_values", dtype, taken),),  # type: ignore[arg-type]
+        (TensorEntry(name, dtype, given),),  # type: ignore[arg-type]
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

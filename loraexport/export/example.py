@@ -1,5 +1,6 @@
 """The inputs that tracing sees. No test or parity case uses these shapes or this pattern."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,10 @@ def try_example_rows(name: str, modules: "ModelModules") -> tuple[dict[str, Tens
 
 
 def example_rows(inputs: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], Tensor]:
-    """(a model's inputs by name, adapter_ids) for tracing: three rows, one padded on the right."""
+    """(a model's inputs by name, adapter_ids) for tracing: three rows, a text padded on the right.
+
+    Pixels count up from -1 to 1.
+    """
     mask = torch.ones(3, 7, dtype=torch.int64)
     mask[1, 4:] = 0
     values = {
@@ -62,4 +66,9 @@ def example_rows(inputs: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], Tens
         "attention_mask": mask,
         "token_type_ids": torch.zeros_like(mask),
     }
+    for entry in inputs:
+        if entry.name == "pixel_values":
+            sizes = entry.sizes(3, 1)
+            pixels = torch.linspace(-1, 1, math.prod(sizes)).view(sizes)
+            values[entry.name] = pixels.to(TORCH_DTYPES[entry.dtype])
     return {entry.name: values[entry.name] for entry in inputs}, torch.tensor([1, 0, 1])

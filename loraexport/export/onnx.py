@@ -82,10 +82,13 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
         ExportError: torch could not export it.
     """
     inputs, adapter_ids = try_example_rows(name, modules)
-    batch = torch.export.Dim("batch", min=1)
-    sequence = torch.export.Dim("sequence", min=1)
+    dynamic = {size: torch.export.Dim(size, min=1) for size in ("batch", "sequence")}
     stacks = [to_torch(value) for value in modules.stacks.values()]
-    shapes = ({key: {0: batch, 1: sequence} for key in inputs}, {0: batch}, [None] * len(stacks))
+    own = {
+        entry.name: {at: dynamic[size] for at, size in enumerate(entry.shape) if size in dynamic}
+        for entry in modules.signature.inputs
+    }
+    shapes = (own, {0: dynamic["batch"]}, [None] * len(stacks))
     names = [*inputs, "adapter_ids", *modules.stacks]
     outputs = [entry.name for entry in modules.signature.outputs]
     arguments = (inputs, adapter_ids, stacks)

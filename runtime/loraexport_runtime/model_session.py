@@ -48,9 +48,9 @@ class ModelSession(AdapterHost):
         """The model's outputs by name, every row with its own adapter.
 
         Args:
-            inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays, or
-                DLPack tensors on the session's device, used without a copy. Padding as the
-                attention mask says.
+            inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
+                (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors on the session's device, used
+                without a copy. Padding as the attention mask says.
             adapters: a loaded adapter's name for each row, None for the base; default: all None.
 
         Returns:
