@@ -1,7 +1,7 @@
 """One layer of a plan: where its tensors are, which strategy and why, its stacks and costs."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 from .errors import BaseModelError
 from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec
 
+LORA = ("lora_A", "lora_B")
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -50,6 +51,8 @@ def choose_strategy(
     against 919 microseconds). On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
     asked, tune = spec.export.strategy, spec.export.tune
+    if spec.export.blend:
+        return "masked", "the mask holds each row's weights of the slots"
     if asked == "auto" and spec.base.kind == "transformers":
         return "masked", "one mask, made once, serves every site of a whole model"
     if asked == "augmented" and kind == "embedding":
@@ -103,6 +106,8 @@ def plan_layer(
             strategy="masked",
             stacks=(),
             base_rows=None,
+            in_base=True,
+            labels=False,
             onnx=f"graphs/{layer.name}.onnx" if "onnx" in formats else None,
             torchscript=f"graphs/{layer.name}.ts" if "torchscript" in formats else None,
         ),
@@ -119,24 +124,38 @@ def make_layer_plan(
     fan_in_fan_out: bool,
     spec: Spec,
     num_slots: int,
+    roles: Collection[str] = LORA,
 ) -> LayerPlan:
-    """Strategy, stacks and costs of a layer whose sizes are known."""
-    rows = len(layer.slices) * layer.max_rank
+    """Strategy, stacks and costs of a layer whose sizes are known.
+
+    Args:
+        roles: of its stacks; beside LoRA those parameters that adapters replace.
+    """
+    rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
     size_in, size_out = layer.in_features, layer.out_features
     strategy, reason = choose_strategy(layer.kind, spec, num_slots, num_slots * rows, size_in)
-    base_rows = f"graphs/{layer.name}.base.safetensors" if strategy == "augmented" else None
-    stacks = _stacks(layer.name, layer.kind, strategy, num_slots, rows, size_in, size_out)
+    if strategy == "augmented" and set(roles) != set(LORA):
+        strategy, reason = "masked", "a slot's own base parameters leave no [W ; B] product"
+    stacks = _stacks(layer, strategy, num_slots, rows, roles)
+    has_base_rows = any(stack.row_offset for stack in stacks)
+    graph = layer.name if spec.base.kind == "layers" else "model"
     size = BYTES_PER_VALUE[spec.export.dtype]
     is_embedding = layer.kind == "embedding"
     lora_flops = 2 * rows * (size_out if is_embedding else size_in + size_out)
+    slot_values = sum(stack.rows_per_slot * stack.shape[1] for stack in stacks)
     return LayerPlan(
-        layer=replace(layer, strategy=strategy, stacks=stacks, base_rows=base_rows),
+        layer=replace(
+            layer,
+            strategy=strategy,
+            stacks=stacks,
+            base_rows=f"graphs/{graph}.base.safetensors" if has_base_rows else None,
+        ),
         sources=sources,
         fan_in_fan_out=fan_in_fan_out,
         strategy_reason=reason,
         num_slots=num_slots,
         base_bytes=size * size_in * size_out,
-        lora_bytes=size * num_slots * rows * (size_in + size_out),
+        lora_bytes=size * num_slots * slot_values,
         base_flops_per_token=0 if is_embedding else 2 * size_in * size_out,
         lora_flops_per_token=lora_flops
         * (1 if strategy in ("segmented", "chunked") else num_slots),
@@ -144,23 +163,28 @@ def make_layer_plan(
 
 
 def _stacks(
-    name: str,
-    kind: Literal["linear", "embedding"],
-    strategy: Strategy,
-    num_slots: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
+    layer: Layer, strategy: Strategy, num_slots: int, rows: int, roles: Collection[str]
 ) -> tuple[Stack, ...]:
     """The overridable initializers of a layer; every slot is one block of whole rows."""
-    if kind == "embedding":
-        a = Stack(f"{name}.lora_A", "lora_A", (num_slots * in_features, rows), in_features, 0)
-    else:
-        a = Stack(f"{name}.lora_A", "lora_A", (num_slots * rows, in_features), rows, 0)
-    offset = in_features if strategy == "augmented" else 0
-    b_name = f"{name}.weight_lora_B" if offset else f"{name}.lora_B"
-    b = Stack(b_name, "lora_B", (offset + num_slots * rows, out_features), rows, offset)
-    return (a, b)
+    size_in, size_out = layer.in_features, layer.out_features
+    offset = size_in if strategy == "augmented" else 0
+    # Role -> width, rows of a slot, rows of the base ahead of them.
+    sizes = {
+        "lora_A": (rows, size_in, 0) if layer.kind == "embedding" else (size_in, rows, 0),
+        "lora_B": (size_out, rows, offset),
+        "output_scale": (size_out, 1, 1),
+        "bias": (size_out, 1, 1),
+        "weight": (size_in, size_out, size_out),
+    }
+    stacks = []
+    for role, (width, per_slot, ahead) in sizes.items():
+        if role in roles:
+            name = f"{layer.name}.weight_lora_B" if role == "lora_B" and ahead else None
+            shape = (ahead + num_slots * per_slot, width)
+            stacks.append(
+                Stack(name or f"{layer.name}.{role}", role, shape, per_slot, ahead)  # type: ignore[arg-type]
+            )
+    return tuple(stacks)
 
 
 def _find_source(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors.numpy import save
 
 from loraexport_runtime.adapters import digest_adapter
+from loraexport_runtime.dora import SCALES_FILE
 from loraexport_runtime.manifest import (
     FORMAT_VERSION,
     AdapterEntry,
@@ -112,7 +113,7 @@ def _prove_layers(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifes
 
 def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
     """Read, export and verify a whole model, one graph."""
-    from . import proof, verify_model
+    from . import model_reference, proof, verify_model
     from .bases.transformers import load_model
     from .export.onnx import export_model_onnx
     from .export.torchscript import export_model_torchscript
@@ -129,13 +130,16 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     if model.onnx:
         progress(f"export the model to ONNX ({manifest.layers[0].strategy})")
         export_model_onnx(modules, plan.spec.name, folder / model.onnx)
-    for path, rows in modules.base_rows.items():
-        (folder / path).write_bytes(save(rows))
+    for path in {layer.base_rows for layer in manifest.layers if layer.base_rows}:
+        (folder / path).write_bytes(save(modules.base_rows))
+    for name, scales in modules.output_scales.items():
+        if scales:
+            (folder / "adapters" / name / SCALES_FILE).write_bytes(save(scales))
     directory = plan.model.directory
     _copy_tokenizer(directory, folder / "tokenizer")
     progress("verify")
-    reference = verify_model.make_reference(folder, directory, manifest, model, plan.spec)
-    verify_model.save_reference(reference, folder)
+    reference = model_reference.make_reference(folder, directory, manifest, model, plan.spec)
+    model_reference.save_reference(reference, folder)
     providers = proof.default_providers(plan.spec.export.dtype)
     report = verify_model.check_model(
         folder, manifest, model, plan.spec, reference, modules, directory, providers
@@ -181,6 +185,7 @@ def _manifest(plan: Plan, base: "Base") -> Manifest:
     if plan.model is not None:
         model = Model(
             plan.model.task,
+            plan.model.blend,
             plan.model.inputs,
             plan.model.outputs,
             onnx="graphs/model.onnx" if "onnx" in formats else None,
@@ -204,6 +209,7 @@ def _manifest(plan: Plan, base: "Base") -> Manifest:
                 scale=adapter.scale,
                 slot=adapter.slot,
                 sites=adapter.sites,
+                heads=adapter.heads,
             )
             for adapter in plan.adapters
         ),

@@ -4,20 +4,21 @@ No tensor data, and for layers no torch: it takes well under two seconds. A whol
 the meta device to see its sites, which imports transformers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites, read_adapter
-from loraexport_runtime.errors import AdapterError
-from loraexport_runtime.manifest import AdapterSite, Layer, Slice, TensorEntry
+from loraexport_runtime.errors import AdapterConfigError, AdapterError
+from loraexport_runtime.manifest import AdapterSite
 from loraexport_runtime.stacks import check_fit
 
 from .checkpoint import read_checkpoint
 from .errors import BaseModelError
-from .layer_plan import LayerPlan, make_layer_plan, plan_layer
+from .layer_plan import LayerPlan, plan_layer
+from .model_plan import ModelPlan, plan_model
 from .sources import resolve_directory
-from .spec import Spec, TransformersSpec
+from .spec import Spec
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,8 @@ class AdapterPlan:
     modules: dict[str, str]
     """Site -> module name in the adapter's files."""
     sites: dict[str, AdapterSite]
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """A whole model: where it lies, and what its graph takes and gives."""
-
-    directory: Path
-    task: str
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
+    heads: tuple[str, ...]
+    """The sites of which it brings a whole layer (modules_to_save)."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +74,14 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
         directory = resolve_directory(base.path, folder, BaseModelError)
     if base.kind == "transformers":
         assert directory is not None, "a whole model has a path"
-        layers, model = _plan_model(base, directory, headers, spec, num_slots, max_rank)
+        layers, model = plan_model(base, directory, headers, spec, num_slots, max_rank)
     else:
         tensors = read_checkpoint(directory) if directory else None
         layers = tuple(
             plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers
         )
         _check_sites_differ(layers)
+        _refuse_features(headers)
     adapters = tuple(
         _plan_adapter(spec, index, header, layers, num_slots)
         for index, header in enumerate(headers)
@@ -97,61 +91,14 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     return Plan(spec, num_slots, max_rank, layers, model, adapters, source, seed)
 
 
-def _plan_model(
-    base: TransformersSpec,
-    directory: Path,
-    headers: Sequence[AdapterHeader],
-    spec: Spec,
-    num_slots: int,
-    max_rank: int,
-) -> tuple[tuple[LayerPlan, ...], ModelPlan]:
-    """The sites of a whole model, built by transformers on the meta device: no weight is read."""
-    from .bases.transformers import read_skeleton
-
-    skeleton = read_skeleton(directory, base.task, spec.export.dtype)
-    layers = [
-        Layer(
-            name=site,
-            kind="linear",
-            in_features=skeleton.sites[site][0],
-            out_features=skeleton.sites[site][1],
-            slices=(Slice(site.rsplit(".", 1)[-1], site, 0, skeleton.sites[site][1]),),
-            max_rank=max_rank,
-            strategy="masked",
-            stacks=(),
-            base_rows=None,
-            onnx=None,
-            torchscript=None,
-        )
-        for site in _choose_sites(spec, skeleton.sites, skeleton.head, headers)
-    ]
-    plans = tuple(make_layer_plan(layer, (), False, spec, num_slots) for layer in layers)
-    signature = skeleton.signature
-    return plans, ModelPlan(directory, base.task, signature.inputs, signature.outputs)
-
-
-def _choose_sites(
-    spec: Spec,
-    known: Mapping[str, tuple[int, int]],
-    head: Sequence[str],
-    headers: Sequence[AdapterHeader],
-) -> list[str]:
-    """Where LoRA may apply, in the model's order: by `sites`, by default where the adapters do."""
-    if spec.sites == "all-linear":
-        return [site for site in known if site not in head]
-    if spec.sites is None:
-        used = {site for header in headers for site in match_sites(header, known)}
-        return [site for site in known if site in used]
-    chosen: set[str] = set()
-    for name in spec.sites:
-        hits = [site for site in known if site == name or site.endswith(f".{name}")]
-        if not hits:
-            raise BaseModelError(
-                f"sites: {name!r} is no linear layer of this model; it has {len(known)}, such as"
-                f" {', '.join(list(known)[:3])}"
+def _refuse_features(headers: Sequence[AdapterHeader]) -> None:
+    for header in headers:
+        if header.features:
+            raise AdapterConfigError(
+                f"{header.path}: it uses {', '.join(header.features)} (DoRA, a bias, or whole"
+                " modules), which the graph of a single layer has no place for; build the whole"
+                " model (base.kind: transformers)"
             )
-        chosen.update(hits)
-    return [site for site in known if site in chosen]
 
 
 def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:
@@ -187,6 +134,7 @@ def _plan_adapter(
             header.modules[module].rank, header.modules[module].scaling * adapter.scale
         )
         for site, module in modules.items()
+        if module in header.modules
     }
     slot = index + 1 if index < num_slots else None
     return AdapterPlan(
@@ -197,4 +145,5 @@ def _plan_adapter(
         header,
         modules,
         dict(sorted(effective.items())),
+        tuple(sorted(site for site, module in modules.items() if module in header.saved)),
     )

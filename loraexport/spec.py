@@ -132,6 +132,9 @@ class ExportSpec(_Model):
     dtype: DType = "float32"
     strategy: Literal["auto", "segmented", "masked", "augmented", "chunked"] = "auto"
     tune: TuneSpec = TuneSpec()
+    blend: bool = Field(
+        False, description="whole models: a row may use several adapters, each with its weight"
+    )
 
 
 class ParitySpec(_Model):
@@ -162,6 +165,11 @@ class Spec(_Model):
         None,
         description="where adapters loaded later may apply, by module name or its end; default:"
         " where these do",
+    )
+    features: tuple[Literal["dora", "bias", "heads"], ...] | None = Field(
+        None,
+        description="whole models: what adapters loaded later may bring beside A and B; what these"
+        " bring is always there",
     )
     export: ExportSpec = ExportSpec()
     parity: ParitySpec = ParitySpec()

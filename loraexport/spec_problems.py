@@ -18,9 +18,7 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
     layers = _items(base, "layers")
     problems = _same_names(_items(data, "adapters"), ("adapters",), lines)
     problems += _same_names(layers, ("base", "layers"), lines)
-    if _get(base, "kind") == "layers" and _get(data, "sites") is not None:
-        hint = "remove it; every listed layer is a site"
-        problems.append(Problem(lines[("sites",)], "sites", "for whole models only", hint))
+    problems += _model_keys(data, lines)
     if isinstance(base, dict) and base.get("kind") != "transformers":
         given = [key for key in ("path", "init") if base.get(key) is not None]
         if len(given) != 1:
@@ -42,6 +40,31 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
             message = f"{key} beside slices"
             hint = "move it into each of the slices"
             problems.append(Problem(lines[at], dotted(at), message, hint))
+    return problems
+
+
+def _model_keys(data: Any, lines: Lines) -> list[Problem]:
+    """Keys that only whole models have a place for, and those that exclude each other."""
+    hints = {
+        ("sites",): "remove it; every listed layer is a site",
+        ("features",): "remove it, or take the whole model as base.kind: transformers",
+        ("export", "blend"): "remove it, or take the whole model as base.kind: transformers",
+    }
+    problems = []
+    if _get(_get(data, "base"), "kind") == "layers":
+        for place, hint in hints.items():
+            value = data
+            for key in place:
+                value = _get(value, key)
+            if value is not None and value is not False:
+                problems.append(Problem(lines[place], dotted(place), "for whole models only", hint))
+    export = _get(data, "export")
+    strategy = _get(export, "strategy")
+    if _get(export, "blend") is True and strategy not in (None, "auto", "masked"):
+        message = f"{strategy!r} cannot blend slots"
+        hint = "remove it, or take masked"
+        place = ("export", "strategy")
+        problems.append(Problem(lines[place], dotted(place), message, hint))
     return problems
 
 

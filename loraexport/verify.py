@@ -159,9 +159,9 @@ def verify_artifact(
             raise
         source = f"the stored cases (no base here: {error}; give it with --base)"
     if manifest.model is not None:
-        from . import verify_model
+        from . import model_reference, verify_model
 
-        stored = replace(verify_model.load_reference(folder), source=source)
+        stored = replace(model_reference.load_reference(folder), source=source)
         return verify_model.check_model(
             folder, manifest, manifest.model, spec, stored, None, None, chosen
         )
@@ -173,14 +173,14 @@ def _check_with_base(
 ) -> Report:
     """Against the oracle. Raises BaseModelError if the base is not the artifact's."""
     if manifest.model is not None:
-        from . import verify_model
+        from . import model_reference, verify_model
         from .bases.transformers import load_model
 
         assert plan.model is not None, "spec and manifest are of one kind"
         base, model_modules = load_model(plan)
         _require_same(base, manifest, plan)
         directory, model = plan.model.directory, manifest.model
-        reference = verify_model.make_reference(folder, directory, manifest, model, plan.spec)
+        reference = model_reference.make_reference(folder, directory, manifest, model, plan.spec)
         return verify_model.check_model(
             folder, manifest, model, plan.spec, reference, model_modules, directory, providers
         )

@@ -65,7 +65,7 @@ def test_a_mixed_batch_is_what_each_row_gives_alone(session: ModelSession) -> No
 
 def test_the_base_is_the_plain_model(session: ModelSession, folder: Path) -> None:
     values = inputs(3, 14)
-    plain: Any = load_plain_model(folder / "bert", "feature-extraction")
+    plain: Any = load_plain_model(folder / "bert", "feature-extraction", {})
     with torch.no_grad():
         expected = plain(**{name: torch.from_numpy(one) for name, one in values.items()})
     y = hidden(session, values, None)
@@ -82,7 +82,7 @@ def test_hot_load_is_peft(session: ModelSession, folder: Path) -> None:
     values = inputs(2, 11)
     session.load_adapter("legal", folder / "legal")
     y = hidden(session, values, ["legal", None])
-    plain: Any = load_plain_model(folder / "bert", "feature-extraction")
+    plain: Any = load_plain_model(folder / "bert", "feature-extraction", {})
     wrapped = PeftModel.from_pretrained(plain, str(folder / "legal")).eval()
     with torch.no_grad():
         found = wrapped(**{name: torch.from_numpy(one) for name, one in values.items()})

@@ -1,14 +1,15 @@
 """`kind: transformers`: a whole Hugging Face model whose linear layers are multi-LoRA sites.
 
-The sites are found on the meta device, so a plan reads no weight. In the model each site becomes a
-`ModelSite`, which flattens rows and tokens to [tokens, in] and calls the strategies of layers.
+The sites are found on the meta device, so a plan reads no weight. In the model each becomes one of
+the modules of sites.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,19 +17,32 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loraexport_runtime.adapters import (
+    LoraWeights,
+    ModuleWeights,
+    check_base_copies,
+    read_site_weights,
+)
+from loraexport_runtime.devices import NUMPY_DTYPES
+from loraexport_runtime.dora import output_scale
 from loraexport_runtime.manifest import Layer, TensorEntry
-from loraexport_runtime.stacks import assemble, pack
+from loraexport_runtime.stacks import assemble, lowest, pack
 from loraexport_runtime.weights import digest_array
 
 from ..errors import BaseModelError
 from ..lora import STRATEGIES
-from ..lora.strategy import LinearBase, Routing, Strategy
+from ..lora.blended import Blended
+from ..lora.rows import RowBlend, RowSlots
+from ..lora.strategy import Base as SiteBase
+from ..lora.strategy import LinearBase
 from ..plan import Plan
 from ..quiet import quiet_models
 from ..tensors import TORCH_DTYPES, to_numpy
-from .layers import AdapterWeights, Base, SiteWeights, digest_of, load_adapters
+from .layers import Base, SiteWeights, digest_of
 from .pooling import SentencePooling
+from .sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
 
+_META_ROWS = (2, 8)
 _CLASSES: dict[str, Any] = {
     "feature-extraction": transformers.AutoModel,
     "sentence-embedding": transformers.AutoModel,
@@ -49,18 +63,32 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class SiteShape:
+    """A module where LoRA may apply."""
+
+    kind: Literal["linear", "embedding"]
+    in_features: int
+    """For an embedding: the vocabulary's size."""
+    out_features: int
+    is_conv1d: bool
+    """Its weight is stored [in, out]."""
+    input_id: int | None
+    """Sites with one number get the very same tensor; None: not known, or not for this kind."""
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """A model without weights: what a plan needs to know of it."""
 
-    sites: dict[str, tuple[int, int]]
-    """Module name -> (in_features, out_features), in the model's order."""
+    sites: dict[str, SiteShape]
+    """By module name, in the model's order."""
     head: tuple[str, ...]
     """The sites that `all-linear` leaves out: the output layer."""
     signature: Signature
 
 
 def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
-    """Build the model on the meta device and list its linear layers.
+    """Build the model on the meta device and list its linear layers and embeddings.
 
     Raises:
         BaseModelError: transformers cannot build it.
@@ -77,78 +105,50 @@ def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
             f"{directory}: transformers cannot build a model of type {config.model_type!r} for task"
             f" {task!r}: {str(error).splitlines()[0]}"
         ) from error
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    modules = {name: module for name, module in model.named_modules() if _is_site(module)}
+    signature = _signature(model, config, task, dtype)
+    inputs = _find_inputs(model.eval(), modules, signature)
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = ("classifier", "score")
     head = tuple(
-        name for name, module in linear.items() if module is output or name.split(".")[0] in heads
+        name
+        for name, module in modules.items()
+        if _is_linear(module) and (module is output or name.split(".")[0] in heads)
     )
-    return Skeleton(
-        {name: _sizes(module) for name, module in linear.items()},
-        head,
-        _signature(model, config, task, dtype),
-    )
+    sites = {name: _shape(module, inputs.get(name)) for name, module in modules.items()}
+    return Skeleton(sites, head, signature)
 
 
-class RowContext:
-    """What one forward of the model shares among its sites: routing by row, and the stacks."""
+def _find_inputs(
+    model: nn.Module, modules: Mapping[str, nn.Module], signature: Signature
+) -> dict[str, int]:
+    """Which linear layers get the very same tensor, by a number for each tensor.
 
-    def __init__(self, router: Strategy) -> None:
-        self.router = router
-        self.stacks: Mapping[str, Tensor] = {}
-        self._adapter_ids: Tensor | None = None
-        self._routings: dict[int, Routing] = {}
+    Seen in a forward without values; a model that cannot run so has none.
+    """
+    seen: list[Tensor] = []  # kept alive: another tensor could take a dead one's id
+    found: dict[str, int] = {}
+    hooks = []
+    for name, module in modules.items():
+        if type(module) is nn.Linear:
 
-    def begin(self, adapter_ids: Tensor, stacks: Mapping[str, Tensor]) -> None:
-        self._adapter_ids, self.stacks, self._routings = adapter_ids, stacks, {}
+            def note(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+                known = [index for index, tensor in enumerate(seen) if tensor is arguments[0]]
+                seen.append(arguments[0])
+                found[name] = known[0] if known else len(seen) - 1
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether the first dimension of x is the batch, so that rows can have adapters."""
-        assert self._adapter_ids is not None, "begin() starts a forward"
-        return x.dim() in (2, 3) and x.shape[0] == self._adapter_ids.shape[0]
-
-    def routing(self, x: Tensor) -> Routing:
-        """For x [batch, in] or [batch, n, in]: a row is a segment of 1 or n tokens.
-
-        Sites of one rank share the n of the first: a text model has one sequence length.
-        """
-        assert self._adapter_ids is not None, "begin() starts a forward"
-        if x.dim() not in self._routings:
-            batch, tokens = x.shape[0], x.shape[1] if x.dim() == 3 else 1
-            rows = torch.arange(batch + 1, device=x.device)
-            self._routings[x.dim()] = self.router.route(
-                rows * tokens, self._adapter_ids, batch * tokens
-            )
-        return self._routings[x.dim()]
-
-
-class ModelSite(nn.Module):
-    """y = W x + b + scaling[s] B[s] (A[s] x) for every token, s the slot of its row."""
-
-    def __init__(self, base: LinearBase, lora: Strategy, layer: Layer, context: RowContext) -> None:
-        super().__init__()
-        self.site = layer.name
-        self.base = base
-        self.lora = lora
-        self.stack_names = tuple(stack.name for stack in layer.stacks)
-        self.context = context
-
-    @property
-    def weight(self) -> Tensor | None:
-        """[out, in], for models that ask a layer's weight for its dtype (T5); None in a stack."""
-        return self.base.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [batch, in] or [batch, n, in] -> the same with out for in."""
-        if not self.context.fits(x):
-            raise BaseModelError(
-                f"site {self.site!r} gets a tensor of shape {list(x.shape)}, where a batch of rows"
-                " has to come first; its adapters cannot be told apart"
-            )
-        a, b = (self.context.stacks[name] for name in self.stack_names)
-        tokens = x.reshape(-1, x.shape[-1])
-        y = self.lora.linear(tokens, self.base, self.context.routing(x), a, b)
-        return y.view(*x.shape[:-1], -1)
+            hooks.append(module.register_forward_pre_hook(note))
+    entry = signature.inputs[0]  # masks are not needed, and their values would be looked at
+    kind = torch.int64 if entry.dtype == "int64" else torch.float32
+    try:
+        with torch.device("meta"), torch.no_grad(), quiet_models():
+            model(**{entry.name: torch.zeros(entry.sizes(*_META_ROWS), dtype=kind)})
+    except Exception:  # a plan goes on: without it, each site has a product of its own
+        return {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 class MultiLoraModel(nn.Module):
@@ -166,17 +166,23 @@ class MultiLoraModel(nn.Module):
         super().__init__()
         self.model = model
         self.pooling = pooling
-        self.routing = context.router
+        self.rows = context.rows
         self._context = context
         self._input_names = [entry.name for entry in signature.inputs]
         self._stack_names = list(stack_names)
         self._position_ids = position_ids
 
     def forward(
-        self, inputs: dict[str, Tensor], adapter_ids: Tensor, stacks: list[Tensor]
+        self,
+        inputs: dict[str, Tensor],
+        adapter_ids: Tensor,
+        stacks: list[Tensor],
+        adapter_weights: Tensor | None = None,
     ) -> Tensor:
-        """adapter_ids int64 [batch]; stacks in the order of the manifest's layers."""
-        self._context.begin(adapter_ids, dict(zip(self._stack_names, stacks, strict=True)))
+        """adapter_ids int64 [batch]; stacks in the order of the manifest's layers; with a blend
+        adapter_weights float32 [batch, S]."""
+        named = dict(zip(self._stack_names, stacks, strict=True))
+        self._context.begin(adapter_ids, adapter_weights, named)
         arguments = {name: inputs[name] for name in self._input_names}
         if self._position_ids and "input_ids" in inputs:
             # Rotary models export right beyond one row only if each row brings its positions.
@@ -203,13 +209,20 @@ class ModelModules:
     """Of the config, such as `bert`."""
     layers: tuple[Layer, ...]
     signature: Signature
+    blend_slots: int | None
+    """The slots of adapter_weights, if rows may blend."""
     stacks: dict[str, np.ndarray] = field(repr=False)
-    base_rows: dict[str, dict[str, np.ndarray]] = field(repr=False)
-    """File inside the artifact -> the base's part of a stack, for augmented sites."""
+    base_rows: dict[str, np.ndarray] = field(repr=False)
+    """The base's rows by stack, for the stacks that have any."""
+    output_scales: dict[str, dict[str, np.ndarray]] = field(repr=False)
+    """Adapter -> site -> DoRA's g."""
 
 
-def load_plain_model(directory: Path, task: str) -> nn.Module:
+def load_plain_model(directory: Path, task: str, headless: Mapping[str, int]) -> nn.Module:
     """The model in float32, evaluation mode, from safetensors only.
+
+    Args:
+        headless: linear layers that the checkpoint lacks, with their outputs; they become zero.
 
     Raises:
         BaseModelError: weights are missing, so that transformers would draw them at random.
@@ -226,17 +239,34 @@ def load_plain_model(directory: Path, task: str) -> nn.Module:
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise BaseModelError(f"{directory}: transformers cannot load it: {error}") from error
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    drawn = {f"{site}.{part}" for site in headless for part in ("weight", "bias")}
+    missing = sorted(
+        name
+        for name in info["missing_keys"]
+        if not name.startswith("pooler.") and name not in drawn
+    )
     if missing:
         raise BaseModelError(
             f"{directory}: {len(missing)} weights are missing for task {task!r}, first"
-            f" {missing[0]!r}; the checkpoint is of another task"
+            f" {missing[0]!r}; the checkpoint is of another task, or every adapter has to bring"
+            " them (modules_to_save)"
         )
+    for site, width in headless.items():
+        _put_zeros(model, site, width)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise BaseModelError(f"{directory}: {name!r} holds NaN or Inf")
     model.config.use_cache = False
     return model.eval()
+
+
+def _put_zeros(model: Any, site: str, width: int) -> None:
+    own = model.get_submodule(site)
+    zeros = nn.Linear(own.in_features, width, own.bias is not None)
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    parent, _, child = site.rpartition(".")
+    setattr(model.get_submodule(parent), child, zeros)
 
 
 def load_model(plan: Plan) -> tuple[Base, ModelModules]:
@@ -248,74 +278,148 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
     """
     assert plan.model is not None, "the plan is of a whole model"
     layers = [one.layer for one in plan.layers]
-    model: Any = load_plain_model(plan.model.directory, plan.model.task)
+    headless = {one.slices[0].site: one.out_features for one in layers if not one.in_base}
+    model: Any = load_plain_model(plan.model.directory, plan.model.task, headless)
     base = _read_base(model, layers)
-    adapters = load_adapters(plan, base)
-    slots = {
-        adapter.slot: (adapters[adapter.name], adapter.scale)
-        for adapter in plan.adapters
-        if adapter.slot is not None
-    }
     dtype = plan.spec.export.dtype
+    slots: dict[int, _Slot] = {}
+    scales: dict[str, dict[str, np.ndarray]] = {}
+    for adapter in plan.adapters:
+        check_base_copies(adapter.header, adapter.modules, base.digests)
+        weights = read_site_weights(adapter.header, adapter.modules)
+        scales[adapter.name] = _output_scales(weights, adapter.scale, base, layers)
+        if adapter.slot is not None:
+            slots[adapter.slot] = _Slot(weights, adapter.scale, scales[adapter.name])
     model = model.to(TORCH_DTYPES[dtype])
-    first = layers[0]
-    router = STRATEGIES[first.strategy](plan.num_slots, first.max_rank, first.in_features)
-    context = RowContext(router)
+    blend = plan.spec.export.blend
+    make_rows = partial(RowBlend, dtype=TORCH_DTYPES[dtype]) if blend else RowSlots
+    context = RowContext(make_rows(plan.num_slots))
     stacks: dict[str, np.ndarray] = {}
-    base_rows: dict[str, dict[str, np.ndarray]] = {}
+    base_rows: dict[str, np.ndarray] = {}
     for layer in layers:
-        stacks |= _replace_site(model, layer, slots, plan.num_slots, context)
-        if layer.base_rows is not None:
-            b = layer.stacks[1]
-            base_rows[layer.base_rows] = {b.name: stacks[b.name][: b.row_offset]}
+        rows = _base_rows(layer, base, NUMPY_DTYPES[dtype])
+        base_rows |= rows
+        blocks = {
+            slot: pack(layer, one.weights, one.scale, NUMPY_DTYPES[dtype], rows, one.output_scales)
+            for slot, one in slots.items()
+        }
+        for stack in layer.stacks:
+            value = assemble(stack, NUMPY_DTYPES[dtype], rows.get(stack.name), blocks)
+            stacks[stack.name] = value
+        _replace_sites(model, layer, plan.num_slots, context, blend)
     pooling = None
     if plan.model.task == "sentence-embedding":
         pooling = SentencePooling.read(plan.model.directory)
     signature = Signature(plan.model.inputs, plan.model.outputs)
     rotary = has_rotary_positions(model.config)
     module = MultiLoraModel(model, signature, pooling, context, list(stacks), rotary)
-    kind = model.config.model_type
-    return base, ModelModules(module.eval(), kind, tuple(layers), signature, stacks, base_rows)
+    return base, ModelModules(
+        module.eval(),
+        model.config.model_type,
+        tuple(layers),
+        signature,
+        plan.num_slots if blend else None,
+        stacks,
+        base_rows,
+        scales,
+    )
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What fills a slot: everything that an adapter brings, by site."""
+
+    weights: Mapping[str, ModuleWeights]
+    scale: float
+    output_scales: Mapping[str, np.ndarray]
 
 
 def _read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
     """The frozen weights of every site, [out, in], and the digest of the whole model."""
     sites = {}
     for layer in layers:
-        module: Any = model.get_submodule(layer.slices[0].site)
-        bias = None if module.bias is None else to_numpy(module.bias)
-        sites[layer.slices[0].site] = SiteWeights(to_numpy(_weight(module)), bias)
+        for part in layer.slices:
+            module: Any = model.get_submodule(part.site)
+            bias = getattr(module, "bias", None)
+            weight = to_numpy(_weight(module))
+            sites[part.site] = SiteWeights(weight, None if bias is None else to_numpy(bias))
     every = {name: digest_array(to_numpy(one)) for name, one in model.state_dict().items()}
     digests = {site: digest_array(one.weight) for site, one in sites.items()}
     return Base(sites, digests, digest_of(every))
 
 
-def _replace_site(
-    model: Any,
-    layer: Layer,
-    slots: Mapping[int, tuple[AdapterWeights, float]],
-    num_slots: int,
-    context: RowContext,
+def _output_scales(
+    weights: Mapping[str, ModuleWeights], scale: float, base: Base, layers: Sequence[Layer]
 ) -> dict[str, np.ndarray]:
-    """Put a ModelSite in a linear layer's place; give the initial value of its stacks."""
-    site = layer.slices[0].site
-    linear: Any = model.get_submodule(site)
-    weight = _weight(linear)
-    bias = None if linear.bias is None else linear.bias.detach()
-    rows = to_numpy(weight)
-    blocks = {
-        slot: pack(layer, weights, scale, rows.dtype) for slot, (weights, scale) in slots.items()
-    }
-    stacks = {
-        stack.name: assemble(stack, rows.dtype, rows.T if stack.row_offset else None, blocks)
-        for stack in layer.stacks
-    }
-    in_stack = any(stack.row_offset for stack in layer.stacks)
-    lora = STRATEGIES[layer.strategy](num_slots, layer.max_rank, layer.in_features)
-    parent, _, child = site.rpartition(".")
-    replaced = ModelSite(LinearBase(None if in_stack else weight, bias), lora, layer, context)
-    setattr(model.get_submodule(parent), child, replaced)
-    return stacks
+    """DoRA's g, for the sites where an adapter uses it."""
+    embeddings = {layer.slices[0].site for layer in layers if layer.kind == "embedding"}
+    found = {}
+    for site, lora in weights.items():
+        if isinstance(lora, LoraWeights) and lora.magnitude is not None:
+            weight = base.sites[site].weight
+            found[site] = output_scale(weight.T if site in embeddings else weight, lora, scale)
+    return found
+
+
+def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """What stands ahead of the slots in each stack: W^T, or the base's own parameter."""
+    rows = {}
+    for stack in layer.stacks:
+        if stack.row_offset:
+            value = np.zeros((stack.row_offset, stack.shape[1]))
+            if stack.role == "output_scale":
+                value[:] = 1
+            for part in layer.slices:
+                one = base.sites[part.site]
+                columns = slice(part.offset, part.offset + part.width)
+                if stack.role == "lora_B":
+                    value[:, columns] = one.weight.T
+                elif stack.role == "weight":
+                    value[: len(one.weight)] = one.weight
+                elif stack.role == "bias":
+                    # Labels that the base lacks, as in stacks.pack.
+                    value[:, columns] = lowest(dtype)
+                    own = slice(part.offset, part.offset + len(one.weight))
+                    value[:, own] = 0 if one.bias is None else one.bias
+            rows[stack.name] = value.astype(dtype)
+    return rows
+
+
+def _replace_sites(
+    model: Any, layer: Layer, num_slots: int, context: RowContext, blend: bool
+) -> None:
+    """Put a ModelSite in a linear layer's place, or a SlicedSite in the place of each."""
+    modules: list[Any] = [model.get_submodule(part.site) for part in layer.slices]
+    weight = torch.cat([_weight(module) for module in modules])
+    biases = [getattr(module, "bias", None) for module in modules]
+    bias = None
+    if any(one is not None for one in biases):
+        pieces = [
+            weight.new_zeros(len(_weight(module))) if one is None else one.detach()
+            for module, one in zip(modules, biases, strict=True)
+        ]
+        bias = torch.cat(pieces)
+    roles = {stack.role for stack in layer.stacks}
+    base: SiteBase
+    if "weight" in roles:
+        base = RowHead(weight, bias, layer, context)
+    elif layer.kind == "embedding":
+        base = RowEmbedding(weight, None, layer, context)
+    elif roles & {"output_scale", "bias"}:
+        base = RowLinear(weight, bias, layer, context)
+    else:
+        in_stack = any(stack.row_offset for stack in layer.stacks)
+        base = LinearBase(None if in_stack else weight, bias)
+    lora = None
+    if "lora_A" in roles:
+        make = Blended if blend else STRATEGIES[layer.strategy]
+        lora = make(num_slots, len(layer.slices) * layer.max_rank, layer.in_features)
+    factor = float(getattr(modules[0], "embed_scale", 1.0))
+    whole = ModelSite(base, lora, layer, context, factor)
+    for part in layer.slices:
+        parent, _, child = part.site.rpartition(".")
+        sliced = SlicedSite(whole, part.offset, part.width, context)
+        setattr(model.get_submodule(parent), child, whole if len(layer.slices) == 1 else sliced)
 
 
 def has_rotary_positions(config: Any) -> bool:
@@ -428,12 +532,26 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def _is_site(module: nn.Module) -> bool:
+    """Linear layers, and embeddings that are a plain look-up, at most times a factor."""
+    if isinstance(module, nn.Embedding):
+        plain = type(module) is nn.Embedding or hasattr(module, "embed_scale")
+        return plain and module.max_norm is None
+    return _is_linear(module)
+
+
+def _shape(module: Any, input_id: int | None) -> SiteShape:
+    if isinstance(module, nn.Embedding):
+        return SiteShape("embedding", module.num_embeddings, module.embedding_dim, False, None)
+    return SiteShape("linear", *_sizes(module), isinstance(module, Conv1D), input_id)
+
+
 def _sizes(module: Any) -> tuple[int, int]:
     rows, columns = module.weight.shape
     return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
 
 
 def _weight(module: Any) -> Tensor:
-    """[out, in], whatever the module stores."""
+    """[out, in] whatever the module stores; an embedding's [vocabulary, dim]."""
     weight: Tensor = module.weight.detach()
     return weight.T.contiguous() if isinstance(module, Conv1D) else weight

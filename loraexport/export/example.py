@@ -46,12 +46,22 @@ def try_example_rows(name: str, modules: "ModelModules") -> tuple[dict[str, Tens
     stacks = [to_torch(value) for value in modules.stacks.values()]
     try:
         with torch.no_grad():
-            modules.module(inputs, adapter_ids, stacks)
+            weights = None
+            if modules.blend_slots is not None:
+                weights = example_weights(adapter_ids, modules.blend_slots)
+            modules.module(inputs, adapter_ids, stacks, weights)
     except Exception as error:
         raise BaseModelError(
             f"{model_label(name, modules)} does not run with multi-LoRA sites: {error}"
         ) from error
     return inputs, adapter_ids
+
+
+def example_weights(adapter_ids: Tensor, num_slots: int) -> Tensor:
+    """adapter_weights float32 [batch, slots] for tracing: a quarter of slot 1 for each row."""
+    weights = torch.zeros(adapter_ids.shape[0], num_slots)
+    weights[:, 0] = 0.25
+    return weights
 
 
 def example_rows(inputs: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], Tensor]:

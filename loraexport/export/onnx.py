@@ -23,12 +23,13 @@ from ..bases.layers import LayerModules
 from ..errors import ExportError
 from ..quiet import quiet_models
 from ..tensors import to_torch
-from .example import example_inputs, model_label, try_example_rows
+from .example import example_inputs, example_weights, model_label, try_example_rows
 
 if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.transformers import ModelModules
 
 OPSET = 23
+WEIGHTS = "adapter_weights"
 EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of initializers from which on they go to a file beside the graph (protobuf: 2 GiB)."""
 
@@ -75,7 +76,8 @@ def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
 
 
 def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
-    """Export a whole model likewise. Inputs: the model's own, adapter_ids, and the stacks.
+    """Export a whole model likewise. Inputs: the model's own, adapter_ids, and the stacks; with a
+    blend adapter_weights [batch, slots], which need not be fed either.
 
     Raises:
         BaseModelError: the model does not run with multi-LoRA sites.
@@ -88,10 +90,15 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
         entry.name: {at: dynamic[size] for at, size in enumerate(entry.shape) if size in dynamic}
         for entry in modules.signature.inputs
     }
-    shapes = (own, {0: dynamic["batch"]}, [None] * len(stacks))
+    shapes: tuple[Any, ...] = (own, {0: dynamic["batch"]}, [None] * len(stacks))
     names = [*inputs, "adapter_ids", *modules.stacks]
     outputs = [entry.name for entry in modules.signature.outputs]
-    arguments = (inputs, adapter_ids, stacks)
+    arguments: tuple[Any, ...] = (inputs, adapter_ids, stacks)
+    defaults = {}
+    if modules.blend_slots is not None:
+        arguments = (*arguments, example_weights(adapter_ids, modules.blend_slots))
+        shapes, names = (*shapes, {0: dynamic["batch"]}), [*names, WEIGHTS]
+        defaults[WEIGHTS] = np.zeros((1, modules.blend_slots), np.float32)
     graph = _Graph(
         name=name,
         label=model_label(name, modules),
@@ -100,7 +107,7 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
         dynamic_shapes=shapes,
         input_names=names,
         output_names=outputs,
-        stacks=modules.stacks,
+        stacks={**modules.stacks, **defaults},
     )
     _export(graph, path)
 
@@ -183,6 +190,10 @@ def _role(node: ir.Node) -> str:
 def _make_overridable(graph: ir.Graph, stacks: Mapping[str, np.ndarray]) -> None:
     """Give each stack, an input so far, its initial value: then it need not be fed, but may be."""
     for value in graph.inputs:
+        if value.name == WEIGHTS:
+            # No weights for anyone, one row for the whole batch: by another name than `batch`, as
+            # onnxruntime takes dimensions of one name to be equal.
+            value.shape = ir.Shape(["weight_rows", stacks[WEIGHTS].shape[1]])
         if value.name is not None and value.name in stacks:
             value.const_value = ir.Tensor(stacks[value.name], name=value.name)
             graph.register_initializer(value)

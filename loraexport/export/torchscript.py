@@ -19,7 +19,7 @@ from ..errors import ExportError
 from ..lora.segmented import SegmentedLayer, add_segmented_lora
 from ..quiet import quiet_models
 from ..tensors import to_torch
-from .example import example_inputs, model_label, try_example_rows
+from .example import example_inputs, example_weights, model_label, try_example_rows
 
 if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.transformers import ModelModules
@@ -44,7 +44,8 @@ def export_torchscript(layer: Layer, module: SegmentedLayer, dtype: str, path: P
 def export_model_torchscript(modules: "ModelModules", name: str, path: Path) -> None:
     """Trace a whole model and write `path`; it holds its stacks.
 
-    Graph inputs, by position: the model's own as the manifest lists them, adapter_ids [batch].
+    Graph inputs, by position: the model's own as the manifest lists them, adapter_ids [batch], and
+    with a blend adapter_weights [batch, slots].
 
     Raises:
         BaseModelError: the model does not run with multi-LoRA sites.
@@ -52,7 +53,10 @@ def export_model_torchscript(modules: "ModelModules", name: str, path: Path) -> 
     """
     inputs, adapter_ids = try_example_rows(name, modules)
     label = model_label(name, modules)
-    _trace(_WithOwnStacks(modules).eval(), (*inputs.values(), adapter_ids), label, path)
+    arguments = (*inputs.values(), adapter_ids)
+    if modules.blend_slots is not None:
+        arguments = (*arguments, example_weights(adapter_ids, modules.blend_slots))
+    _trace(_WithOwnStacks(modules).eval(), arguments, label, path)
 
 
 class _WithOwnStacks(nn.Module):
@@ -66,9 +70,11 @@ class _WithOwnStacks(nn.Module):
             self.register_buffer(f"stack{index}", to_torch(value))
         self._num_stacks = len(modules.stacks)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *arguments: Tensor) -> Tensor:
         stacks = [getattr(self, f"stack{index}") for index in range(self._num_stacks)]
-        return self.module(dict(zip(self._names, inputs[:-1], strict=True)), inputs[-1], stacks)
+        inputs = dict(zip(self._names, arguments, strict=False))
+        adapter_ids, *weights = arguments[len(self._names) :]
+        return self.module(inputs, adapter_ids, stacks, *weights)
 
 
 def _trace(module: nn.Module, arguments: tuple[Tensor, ...], label: str, path: Path) -> None:

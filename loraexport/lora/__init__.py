@@ -3,6 +3,7 @@
 segments.py     segments -> slot of each token
 strategy.py     the interface of a strategy, and the choice among the four
 segmented.py, masked.py, augmented.py, chunked.py
+rows.py, blended.py         whole models: what a row uses, and rows that blend several slots
 linear.py, embedding.py     the modules that replace a site
 reference.py    the float64 oracle; it shares nothing with the rest
 """

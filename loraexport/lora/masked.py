@@ -46,7 +46,12 @@ class Masked(Strategy):
         self.expand = Expand()
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
-        slots = self.slots(seg_indptr, seg_slots, num_tokens)
+        return self._route_tokens(self.slots(seg_indptr, seg_slots, num_tokens))
+
+    def route_rows(self, slots: Tensor, per_row: int) -> Routing:
+        return self._route_tokens(slots.unsqueeze(1).expand(-1, per_row).flatten())
+
+    def _route_tokens(self, slots: Tensor) -> Routing:
         return slots, self.own(slots)
 
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:

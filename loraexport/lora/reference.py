@@ -17,9 +17,38 @@ from safetensors import safe_open
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
-    """One adapter in float64: site -> (A [rank, in], B [out, rank], scaling times scale)."""
+    """One adapter in float64, by site."""
 
     sites: dict[str, tuple[np.ndarray, np.ndarray, float]]
+    """A [rank, in], B [out, rank], scaling times scale."""
+    extras: dict[str, dict[str, np.ndarray]]
+    """Beside A and B, each [out]: `magnitude` (DoRA), `lora_bias`, `base_bias`."""
+    heads: dict[str, tuple[np.ndarray, np.ndarray | None]]
+    """Whole layers: weight [out, in], bias [out]."""
+
+    def merge(
+        self, site: str, weight: np.ndarray, bias: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The (W, b) with which a plain layer is this adapter's: W [out, in], b [out].
+
+        V = W + s B A;  with DoRA W' = m V / ||V||, the norms over the inputs, else W' = V;
+        b' = (the trained bias or b) + s b_B.
+        """
+        if site in self.heads:
+            return self.heads[site]
+        if site not in self.sites:
+            return weight, bias
+        a, b, scaling = self.sites[site]
+        extras = self.extras.get(site, {})
+        merged = weight + scaling * (b @ a)
+        if "magnitude" in extras:
+            lengths = np.sqrt((merged**2).sum(axis=1))
+            merged = merged * (extras["magnitude"] / lengths)[:, None]
+        bias = extras.get("base_bias", bias)
+        if "lora_bias" in extras:
+            shift = scaling * extras["lora_bias"]
+            bias = shift if bias is None else bias + shift
+        return merged, bias
 
 
 def read_reference_adapter(
@@ -28,18 +57,32 @@ def read_reference_adapter(
     """Read a PEFT directory for some sites, a module's name ending in a site's or the reverse."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
+    extras: dict[str, dict[str, np.ndarray]] = {}
+    heads: dict[str, dict[str, np.ndarray]] = {}
+    roles = {
+        "lora_magnitude_vector": "magnitude",
+        "lora_magnitude_vector.weight": "magnitude",
+        "lora_B.bias": "lora_bias",
+        "base_layer.bias": "base_bias",
+    }
     with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
-        names = set(file.keys())
-        for name in names:
-            match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?A(\.weight)?", name)
-            if not match:
-                continue
-            module = match[1]
-            a = file.get_tensor(name).astype(np.float64)
-            b = file.get_tensor(name.replace("lora_A", "lora_B").replace("_A", "_B"))
-            site = _find(module, sites)
-            found[site] = (a, b.astype(np.float64), scale * reference_scaling(config, module))
-    return ReferenceAdapter(found)
+        for name in file.keys():  # noqa: SIM118
+            key = name.removeprefix("base_model.model.")
+            value = file.get_tensor(name).astype(np.float64)
+            match = re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", key)
+            extra = next((end for end in roles if key.endswith("." + end)), None)
+            if match:
+                b = file.get_tensor(name.replace("lora_A", "lora_B").replace("_A", "_B"))
+                scaling = scale * reference_scaling(config, match[1])
+                found[_find(match[1], sites)] = (value, b.astype(np.float64), scaling)
+            elif extra:
+                site = _find(key.removesuffix("." + extra), sites)
+                extras.setdefault(site, {})[roles[extra]] = value
+            elif "lora_" not in key and "base_layer" not in key:
+                module, _, parameter = key.rpartition(".")
+                heads.setdefault(_find(module, sites), {})[parameter] = value
+    whole = {site: (parts["weight"], parts.get("bias")) for site, parts in heads.items()}
+    return ReferenceAdapter(found, extras, whole)
 
 
 def reference_scaling(config: Mapping[str, object], module: str) -> float:

@@ -5,6 +5,7 @@ Stacks: a [S * W, in] (embedding: [S * vocabulary, W]), b [S * W, out]; scaling 
 Slot s, counted from 1, owns the block s - 1 of whole rows; slot 0 is the base and has none.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, addmm, nn
 
@@ -51,7 +52,13 @@ class Strategy(nn.Module):
         self.in_features = in_features
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
+        """From segments: seg_indptr int64 [n + 1], seg_slots int64 [n]."""
         raise NotImplementedError
+
+    def route_rows(self, slots: Tensor, per_row: int) -> Routing:
+        """From rows of `per_row` tokens each: slots int64 [batch]."""
+        bounds = torch.arange(slots.shape[0] + 1, device=slots.device) * per_row
+        return self.route(bounds, slots, slots.shape[0] * per_row)
 
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError

@@ -1,11 +1,15 @@
-"""Adapter names per segment -> `seg_indptr` and `seg_slots`, checked."""
+"""Adapter names per segment -> `seg_indptr` and `seg_slots`, per row -> `adapter_ids`; checked."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .errors import SegmentsError
+from .errors import InputError, SegmentsError
+
+Row = str | Mapping[str, float] | None
+"""One adapter, a blend of several with their weights, or the base."""
 
 Segments = Sequence[tuple[str | None, int]]
 """(adapter name or None for the base, number of tokens) in the order of the tokens."""
@@ -78,6 +82,61 @@ def check_segments(seg_indptr: np.ndarray, seg_slots: np.ndarray, num_tokens: in
             f" {int(seg_indptr[high])} at entry {high}; expected offsets that never fall"
         )
     _check_sum(int(seg_indptr[-1]), num_tokens)
+
+
+def read_rows(adapters: Any, batch: int) -> list[Row]:
+    """What each row of a batch uses, checked.
+
+    Raises:
+        InputError: an entry is no name, no blend and no None, a weight is no finite number, or
+            the entries do not match the rows.
+    """
+    rows = [None] * batch if adapters is None else list(adapters)
+    if len(rows) != batch:
+        raise InputError(
+            f"adapters names {len(rows)} rows, but the inputs have {batch}; give one name, or"
+            " None for the base, for each row"
+        )
+    for index, row in enumerate(rows):
+        if row is not None and not isinstance(row, str | Mapping):
+            raise InputError(
+                f"adapters[{index}] is {row!r}; expected an adapter's name, a blend such as"
+                " {'a': 0.7, 'b': 0.3}, or None for the base"
+            )
+        for name, weight in row.items() if isinstance(row, Mapping) else ():
+            is_number = isinstance(weight, int | float | np.number)
+            if not isinstance(name, str) or not is_number or not math.isfinite(weight):
+                raise InputError(
+                    f"adapters[{index}]: weight {weight!r} of adapter {name!r}; expected a finite"
+                    " number for each name"
+                )
+    return rows
+
+
+def row_names(rows: Sequence[Row]) -> list[str]:
+    """Every adapter that the rows name."""
+    return [
+        name
+        for row in rows
+        for name in (row if isinstance(row, Mapping) else [row])
+        if name is not None
+    ]
+
+
+def row_arrays(
+    rows: Sequence[Row], slots: Mapping[str | None, int], num_slots: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`adapter_ids int64 [batch]`, and `adapter_weights float32 [batch, slots]` if a row blends."""
+    adapter_ids = np.zeros(len(rows), dtype=np.int64)
+    weights = np.zeros((len(rows), num_slots), dtype=np.float32)
+    for index, row in enumerate(rows):
+        if isinstance(row, Mapping):
+            for name, weight in row.items():
+                weights[index, slots[name] - 1] = weight
+        else:
+            adapter_ids[index] = slots[row]
+    blends = any(isinstance(row, Mapping) for row in rows)
+    return adapter_ids, weights if blends else None
 
 
 def _is_segment(entry: Any) -> bool:

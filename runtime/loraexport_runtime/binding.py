@@ -20,7 +20,7 @@ def run_bound(
 
     Args:
         tensors: name -> (numpy array or DLPack tensor on `device`, dtype); all of one of the two.
-        control: int64 arrays on the host: segments, adapter ids.
+        control: arrays on the host: segments, adapter ids and weights.
         outputs: name -> (shape, dtype).
 
     Returns:
@@ -38,7 +38,8 @@ def run_bound(
             binding.bind_ortvalue_input(name, alive[-1])
     for name, array in control.items():
         alive.append(np.ascontiguousarray(array))
-        binding.bind_cpu_input(name, alive[-1])
+        # As an OrtValue: a numpy array is not taken for an input that need not be fed.
+        binding.bind_ortvalue_input(name, host_value(alive[-1], str(array.dtype)))
     found = {}
     for name, (shape, dtype) in outputs.items():
         found[name] = empty_output(shape, dtype, on_host, device)

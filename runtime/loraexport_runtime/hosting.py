@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from . import adapters as peft
+from .adapters import LoraWeights, ModuleWeights
 from .devices import NUMPY_DTYPES, StackBuffer
+from .dora import SCALES_FILE, find_base_weights, output_scale
 from .errors import AdapterError, ArtifactError
 from .manifest import AdapterEntry, Manifest, Stack, resolve
 from .onnx_adapter import write_onnx_adapters
@@ -31,6 +33,7 @@ class AdapterHost:
         self.folder = folder
         self.manifest = manifest
         self._dtype = NUMPY_DTYPES[manifest.dtype]
+        self._base_rows = self._read_base_rows()
         loaded = {entry.name: entry.slot for entry in manifest.adapters if entry.slot is not None}
         adapters = {
             entry.name: self._read_carried(entry)
@@ -57,7 +60,14 @@ class AdapterHost:
         """Every adapter that a run may name: its slot if it is in one, pinned or not, its ranks."""
         return self.slots.listing()
 
-    def load_adapter(self, name: str, path: str | Path | None = None, *, scale: float = 1.0) -> int:
+    def load_adapter(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        *,
+        scale: float = 1.0,
+        base: str | Path | None = None,
+    ) -> int:
         """Put an adapter into a slot, in place; other rows are undisturbed. Returns the slot.
 
         The name of a loaded adapter replaces it: a run sees the old weights or the new ones. With
@@ -68,6 +78,8 @@ class AdapterHost:
             path: a PEFT directory; default: the adapter of this name that the artifact carries,
                 with the scale of its spec.
             scale: multiplies the adapter's scaling.
+            base: the base's directory, which an adapter with DoRA needs: its outputs are scaled by
+                m / ||W + s B A||. W is found there by its digest.
 
         Raises:
             AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
@@ -75,9 +87,10 @@ class AdapterHost:
         """
         if not isinstance(name, str) or not name:
             raise AdapterError(f"expected a name for the adapter, got {name!r}")
+        folder = None if base is None else Path(base)
         if path is not None:
-            return self.slots.fill(name, self._read_adapter(Path(path), scale))
-        return self.slots.fill(name, self._read_carried(self._carried(name), scale))
+            return self.slots.fill(name, self._read_adapter(Path(path), scale, folder))
+        return self.slots.fill(name, self._read_carried(self._carried(name), scale, folder))
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter, in host memory too; runs that use it finish, and a pin ends.
@@ -138,38 +151,93 @@ class AdapterHost:
         assert blocks is not None, "what has just been read"
         return blocks
 
-    def _read_carried(self, entry: AdapterEntry, scale: float = 1.0) -> HostAdapter:
+    def _read_carried(
+        self, entry: AdapterEntry, scale: float = 1.0, base: Path | None = None
+    ) -> HostAdapter:
         path = resolve(self.folder, entry.path)
         if peft.digest_adapter(path) != entry.digest:
             raise ArtifactError(
                 f"{path}: its digest differs from the manifest's; the artifact was damaged, or"
                 " replaced since this session opened it: open it again"
             )
-        return self._read_adapter(path, entry.scale * scale)
+        scales = resolve(self.folder, f"{entry.path}/{SCALES_FILE}")
+        known = read_tensors(read_header(scales).items()) if scales.is_file() and scale == 1 else {}
+        return self._read_adapter(path, entry.scale * scale, base, known)
 
-    def _read_adapter(self, path: Path, scale: float) -> HostAdapter:
+    def _read_adapter(
+        self,
+        path: Path,
+        scale: float,
+        base: Path | None,
+        output_scales: Mapping[str, np.ndarray] | None = None,
+    ) -> HostAdapter:
         """A PEFT directory -> one slot's rows of every stack."""
         header = peft.read_adapter(path)
         layers = self.manifest.layers
         matched = peft.match_sites(header, [part.site for one in layers for part in one.slices])
         check_fit(header, matched, layers)
         peft.check_base_copies(header, matched, self.manifest.base.weights)
-        tensors = peft.read_lora_weights(header)
-        weights = {site: tensors[module] for site, module in matched.items()}
+        weights = peft.read_site_weights(header, matched)
+        scales = output_scales or self._output_scales(path, weights, scale, base)
         blocks: dict[str, np.ndarray] = {}
         for layer in layers:
-            blocks |= pack(layer, weights, scale, self._dtype)
-        ranks = {site: header.modules[module].rank for site, module in sorted(matched.items())}
+            blocks |= pack(layer, weights, scale, self._dtype, self._base_rows, scales)
+        modules = {site: header.modules.get(module) for site, module in sorted(matched.items())}
+        ranks = {site: module.rank for site, module in modules.items() if module is not None}
         return HostAdapter(ranks, blocks)
 
+    def _output_scales(
+        self, path: Path, weights: Mapping[str, ModuleWeights], scale: float, base: Path | None
+    ) -> dict[str, np.ndarray]:
+        """DoRA's g by site, for an adapter that comes without them."""
+        dora = {
+            site: one
+            for site, one in weights.items()
+            if isinstance(one, LoraWeights) and one.magnitude is not None
+        }
+        if not dora:
+            return {}
+        if base is None:
+            raise AdapterError(
+                f"{path}: uses DoRA, which scales outputs by m / ||W + s B A||, and the artifact"
+                " does not keep W apart: pass base=, the directory of the model it was built from"
+            )
+        digests = {site: self.manifest.base.weights[site] for site in dora}
+        embeddings = {
+            part.site
+            for layer in self.manifest.layers
+            if layer.kind == "embedding"
+            for part in layer.slices
+        }
+        found = find_base_weights(base, digests)
+        return {
+            site: output_scale(found[site].T if site in embeddings else found[site], lora, scale)
+            for site, lora in dora.items()
+        }
+
+    def _read_base_rows(self) -> dict[str, np.ndarray]:
+        """The base's rows of the stacks that replace its parameters; W^T stays in its file."""
+        roles = ("output_scale", "bias", "weight")
+        wanted = {
+            stack.name: layer.base_rows
+            for layer in self.manifest.layers
+            for stack in layer.stacks
+            if stack.role in roles and layer.base_rows is not None
+        }
+        return self._rows_of(wanted)
+
+    def _rows_of(self, files: Mapping[str, str]) -> dict[str, np.ndarray]:
+        """Rows by stack name; `files`: stack name -> file in the artifact."""
+        headers = {file: read_header(resolve(self.folder, file)) for file in set(files.values())}
+        return read_tensors((stack, headers[file][stack]) for stack, file in files.items())
+
     def _whole_stacks(self, blocks: Mapping[int, Blocks]) -> dict[str, np.ndarray]:
-        """Every stack with some slots filled and the others zero, as the graphs' initializers."""
+        """Every stack with some slots filled and the others as the graphs' initializers."""
         stacks: dict[str, np.ndarray] = {}
         for layer in self.manifest.layers:
-            base_rows: dict[str, np.ndarray] = {}
-            if layer.base_rows is not None:
-                header = read_header(resolve(self.folder, layer.base_rows))
-                base_rows = read_tensors(header.items())
             for stack in layer.stacks:
-                stacks[stack.name] = assemble(stack, self._dtype, base_rows.get(stack.name), blocks)
+                rows = self._base_rows.get(stack.name)
+                if rows is None and stack.row_offset and layer.base_rows is not None:
+                    rows = self._rows_of({stack.name: layer.base_rows})[stack.name]
+                stacks[stack.name] = assemble(stack, self._dtype, rows, blocks)
         return stacks

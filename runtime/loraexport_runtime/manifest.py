@@ -35,14 +35,15 @@ class Slice:
 
 @dataclass(frozen=True)
 class Stack:
-    """One overridable initializer that holds a factor of every slot.
+    """One overridable initializer that holds a factor or parameter of every slot.
 
-    Slot s (1-based; slot 0 is the base and has no rows) owns the `rows_per_slot` rows from
-    `row_offset + (s - 1) * rows_per_slot` on.
+    Slot s, from 1 on, owns the `rows_per_slot` rows from `row_offset + (s - 1) * rows_per_slot`
+    on. The rows ahead of `row_offset` are the base's: W^T where base and expand are one product
+    (augmented), its own value where a role replaces a parameter of the base.
     """
 
     name: str
-    role: Literal["lora_A", "lora_B"]
+    role: Literal["lora_A", "lora_B", "output_scale", "bias", "weight"]
     shape: tuple[int, int]
     rows_per_slot: int
     row_offset: int
@@ -69,7 +70,11 @@ class Layer:
     strategy: Strategy
     stacks: tuple[Stack, ...]
     base_rows: str | None
-    """Safetensors file with the base rows ahead of a stack's slots (augmented: W^T), by stack."""
+    """Safetensors file with the base's rows of those stacks that have any, by stack."""
+    in_base: bool
+    """False: a head that the base lacks, so every row needs an adapter that brings it."""
+    labels: bool
+    """Its outputs are labels, of which an adapter's own head may have fewer."""
     onnx: str | None
     """Path of the ONNX graph inside the artifact; None if the spec asks for none."""
     torchscript: str | None
@@ -77,6 +82,10 @@ class Layer:
     @property
     def input_name(self) -> str:
         return "ids" if self.kind == "embedding" else "x"
+
+    def stack(self, role: str) -> Stack | None:
+        """The stack of a role, where the layer has one."""
+        return next((stack for stack in self.stacks if stack.role == role), None)
 
     def files(self) -> list[str]:
         """The paths of this layer's files inside the artifact."""
@@ -101,6 +110,8 @@ class Model:
     """One graph of a whole model. One more input: adapter_ids int64 [batch], each row's slot."""
 
     task: str
+    blend: bool
+    """Another input, optional: adapter_weights float32 [batch, slots], what to add of each slot."""
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     onnx: str | None
@@ -128,6 +139,8 @@ class AdapterEntry:
     scale: float
     slot: int | None
     sites: dict[str, AdapterSite]
+    heads: tuple[str, ...]
+    """The sites whose weight and bias it replaces (modules_to_save)."""
 
 
 @dataclass(frozen=True)

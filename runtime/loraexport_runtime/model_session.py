@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from . import devices
+from .batch import Row, read_rows, row_arrays, row_names
 from .binding import run_bound
 from .errors import ArtifactError, InputError
 from .hosting import AdapterHost
@@ -43,7 +43,7 @@ class ModelSession(AdapterHost):
         )
 
     def run(
-        self, inputs: Mapping[str, Any], adapters: Sequence[str | None] | None = None
+        self, inputs: Mapping[str, Any], adapters: Sequence[Row] | None = None
     ) -> dict[str, Any]:
         """The model's outputs by name, every row with its own adapter.
 
@@ -51,7 +51,9 @@ class ModelSession(AdapterHost):
             inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
                 (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors on the session's device, used
                 without a copy. Padding as the attention mask says.
-            adapters: a loaded adapter's name for each row, None for the base; default: all None.
+            adapters: for each row a loaded adapter's name, None for the base, or (export.blend) a
+                blend `{"sql": 0.7, "chat": 0.3}`: at every site base + sum of w_i (y_i - base).
+                A weight may be negative; 0 selects nothing. Default: all None.
 
         Returns:
             numpy arrays for numpy inputs, else `onnxruntime.OrtValue`s on the device.
@@ -60,20 +62,33 @@ class ModelSession(AdapterHost):
             BatchError: one of UnknownAdapterError, SlotsExceededError, InputError.
         """
         batch, sequence = self._check_inputs(inputs)
-        names = [None] * batch if adapters is None else list(adapters)
-        if len(names) != batch:
-            raise InputError(
-                f"adapters names {len(names)} rows, but the inputs have {batch}; give one name, or"
-                " None for the base, for each row"
-            )
+        rows = read_rows(adapters, batch)
+        self._check_rows(rows)
         tensors = {entry.name: (inputs[entry.name], entry.dtype) for entry in self.model.inputs}
         outputs = {
             entry.name: (entry.sizes(batch, sequence), entry.dtype) for entry in self.model.outputs
         }
-        with self.slots.lease(names) as slots:
-            adapter_ids = np.array([slots[name] for name in names], dtype=np.int64)
+        with self.slots.lease(row_names(rows)) as slots:
+            adapter_ids, weights = row_arrays(rows, slots, self.manifest.num_slots)
             control = {"adapter_ids": adapter_ids}
+            if weights is not None:
+                control["adapter_weights"] = weights
             return run_bound(self._session, tensors, control, outputs, self._device)
+
+    def _check_rows(self, rows: Sequence[Row]) -> None:
+        """Refuse what this graph cannot give. Raises InputError."""
+        headless = [layer.name for layer in self.manifest.layers if not layer.in_base]
+        for index, row in enumerate(rows):
+            if isinstance(row, Mapping) and not self.model.blend:
+                raise InputError(
+                    f"adapters[{index}] is a blend, which this graph has no input for; add"
+                    " export: {blend: true} to the spec and build again"
+                )
+            if not row and headless:
+                raise InputError(
+                    f"adapters[{index}] names no adapter, but the base has no {headless[0]!r} of"
+                    " its own; name an adapter for every row"
+                )
 
     def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
         return {"model": tuple(stack for layer in self.manifest.layers for stack in layer.stacks)}

@@ -39,6 +39,9 @@ FIELDS: dict[str, str | Refused] = {
     "rank_pattern": _READ,
     "alpha_pattern": _READ,
     "init_lora_weights": _READ,
+    "use_dora": _READ,
+    "lora_bias": _READ,
+    "modules_to_save": _READ,
     "task_type": _NO_EFFECT,
     "auto_mapping": _NO_EFFECT,
     "peft_version": _NO_EFFECT,
@@ -59,10 +62,10 @@ FIELDS: dict[str, str | Refused] = {
     "eva_config": _TRAINING,
     "corda_config": "no effect: init_lora_weights says whether CorDA was used",
     "lora_ga_config": "no effect: init_lora_weights says whether LoRA-GA was used",
-    "bias": Refused("the adapter brings biases of its own", ("none",)),
-    "use_dora": Refused("DoRA rescales every output by a learned magnitude"),
-    "lora_bias": Refused("B has a bias of its own"),
-    "modules_to_save": Refused("whole modules were trained beside the LoRA", (None, [])),
+    "bias": Refused(
+        "it trains the bias of every module, of LayerNorms too; 'lora_only' is supported",
+        ("none", "lora_only"),
+    ),
     "trainable_token_indices": Refused("single token embeddings were trained", (None, [], {})),
     "target_parameters": Refused("LoRA sits on bare parameters, not on modules", (None, [])),
     "layer_replication": Refused("the base's layers are repeated", (None, [])),
@@ -124,6 +127,10 @@ def read_config(path: Path) -> dict[str, Any]:
         "use_rslora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "bias": "none",
+        "use_dora": False,
+        "lora_bias": False,
+        "modules_to_save": [],
     }
     for key, default in defaults.items():
         if config.get(key) is None:
@@ -174,6 +181,13 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
             "a finite number",
         ),
         "use_rslora": (isinstance(config["use_rslora"], bool), "true or false"),
+        "use_dora": (isinstance(config["use_dora"], bool), "true or false"),
+        "lora_bias": (isinstance(config["lora_bias"], bool), "true or false"),
+        "modules_to_save": (
+            isinstance(config["modules_to_save"], list)
+            and all(isinstance(name, str) and name for name in config["modules_to_save"]),
+            "a list of module names",
+        ),
         "rank_pattern": (
             isinstance(config["rank_pattern"], dict)
             and all(map(is_rank, config["rank_pattern"].values())),

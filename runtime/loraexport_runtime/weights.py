@@ -106,3 +106,14 @@ def digest_array(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
     digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def digests_of(array: np.ndarray) -> set[str]:
+    """Its digests in every dtype that holds its values exactly: a copy may have been widened."""
+    digests = set()
+    for name in FLOAT_DTYPES.values():
+        with np.errstate(over="ignore"):
+            cast = array.astype(name)
+        if np.array_equal(cast.astype(np.float64), array.astype(np.float64)):
+            digests.add(digest_array(cast))
+    return digests

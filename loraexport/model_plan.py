@@ -1,0 +1,194 @@
+"""The sites of a whole model: where LoRA applies, which share an input, which are heads.
+
+The model is built on the meta device, which imports transformers; no weight is read.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraexport_runtime.adapters import AdapterHeader, match_sites
+from loraexport_runtime.errors import AdapterWeightsError
+from loraexport_runtime.manifest import Layer, Slice, TensorEntry
+
+from .checkpoint import read_checkpoint
+from .errors import BaseModelError
+from .layer_plan import LORA, LayerPlan, make_layer_plan
+from .spec import Spec, TransformersSpec
+
+if TYPE_CHECKING:  # it imports torch
+    from .bases.transformers import SiteShape, Skeleton
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A whole model: where it lies, and what its graph takes and gives."""
+
+    directory: Path
+    task: str
+    blend: bool
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A linear layer of which an adapter may bring a whole one of its own."""
+
+    width: int
+    """Outputs of the widest."""
+    in_base: bool
+    labels: bool
+
+
+def plan_model(
+    base: TransformersSpec,
+    directory: Path,
+    headers: Sequence[AdapterHeader],
+    spec: Spec,
+    num_slots: int,
+    max_rank: int,
+) -> tuple[tuple[LayerPlan, ...], ModelPlan]:
+    """Plan a whole model's sites, a layer each or one for several that share their input.
+
+    Raises:
+        BaseModelError: the model cannot be built, or `sites` names none of its layers.
+        AdapterWeightsError: an adapter has modules that the model lacks, or heads that do not fit.
+    """
+    from .bases.transformers import read_skeleton
+
+    skeleton = read_skeleton(directory, base.task, spec.export.dtype)
+    lora, saved = _used_sites(headers, skeleton)
+    if spec.sites is not None:
+        lora = _named_sites(spec, skeleton)
+    heads = _plan_heads(base.task, directory, headers, spec, skeleton, saved)
+    features = set(spec.features or ()).union(*(header.features for header in headers))
+    plans = []
+    for group in _share_inputs(skeleton, lora, heads):
+        shape, head = skeleton.sites[group[0]], heads.get(group[0])
+        widths = [head.width if head else skeleton.sites[site].out_features for site in group]
+        layer = Layer(
+            name=_group_name(group),
+            kind=shape.kind,
+            in_features=shape.in_features,
+            out_features=sum(widths),
+            slices=tuple(
+                Slice(site.rsplit(".", 1)[-1], site, sum(widths[:index]), widths[index])
+                for index, site in enumerate(group)
+            ),
+            max_rank=max_rank,
+            strategy="masked",
+            stacks=(),
+            base_rows=None,
+            in_base=head is None or head.in_base,
+            labels=head is not None and head.labels,
+            onnx=None,
+            torchscript=None,
+        )
+        roles = set(LORA if group[0] in lora else ())
+        roles |= {"weight", "bias"} if head else _feature_roles(features, shape)
+        plans.append(make_layer_plan(layer, (), False, spec, num_slots, roles))
+    inputs, outputs = skeleton.signature.inputs, skeleton.signature.outputs
+    for plan in plans:
+        if plan.layer.labels:
+            width = str(plan.layer.out_features)
+            outputs = tuple(replace(one, shape=(*one.shape[:-1], width)) for one in outputs)
+    return tuple(plans), ModelPlan(directory, base.task, spec.export.blend, inputs, outputs)
+
+
+def _used_sites(
+    headers: Iterable[AdapterHeader], skeleton: "Skeleton"
+) -> tuple[set[str], dict[str, int]]:
+    """The sites of the adapters' LoRA, and of the layers that they bring whole: their widths."""
+    lora: set[str] = set()
+    saved: dict[str, int] = {}
+    for header in headers:
+        for site, module in match_sites(header, skeleton.sites).items():
+            if module in header.modules:
+                lora.add(site)
+                continue
+            if skeleton.sites[site].kind != "linear" or skeleton.sites[site].is_conv1d:
+                raise AdapterWeightsError(
+                    f"{header.path}: it brings {module!r}, trained whole (modules_to_save), which"
+                    " is no torch.nn.Linear; only these can differ by row"
+                )
+            width = header.saved[module].out_features
+            saved[site] = max(width, saved.get(site, 0))
+    return lora, saved
+
+
+def _named_sites(spec: Spec, skeleton: "Skeleton") -> set[str]:
+    """Where the spec's `sites` say that later adapters may apply."""
+    known = skeleton.sites
+    if spec.sites == "all-linear":
+        linear = {site for site, shape in known.items() if shape.kind == "linear"}
+        return linear - set(skeleton.head)
+    chosen: set[str] = set()
+    for name in spec.sites or ():
+        hits = [site for site in known if site == name or site.endswith(f".{name}")]
+        if not hits:
+            raise BaseModelError(
+                f"sites: {name!r} is no linear layer of this model; it has {len(known)}, such as"
+                f" {', '.join(list(known)[:3])}"
+            )
+        chosen.update(hits)
+    return chosen
+
+
+def _plan_heads(
+    task: str,
+    directory: Path,
+    headers: Sequence[AdapterHeader],
+    spec: Spec,
+    skeleton: "Skeleton",
+    saved: Mapping[str, int],
+) -> dict[str, _Head]:
+    """The layers that may differ whole. The last one of a classifier gives the labels.
+
+    An adapter may have fewer labels than another; with a blend all have the same.
+    """
+    classifies = task.endswith("-classification")
+    own_heads = skeleton.head if classifies else ()
+    sites = set(saved) | set(own_heads if "heads" in (spec.features or ()) else ())
+    stored = read_checkpoint(directory) if sites & set(own_heads) else {}
+    heads = {}
+    for site in sites:
+        own_width = skeleton.sites[site].out_features
+        is_labels = site in own_heads[-1:]
+        in_base = site not in own_heads or any(
+            f".{name}".endswith(f".{site}.weight") for name in stored
+        )
+        width = own_width
+        if is_labels and site in saved:
+            width = max(saved[site], own_width if in_base else 0)
+        heads[site] = _Head(width, in_base, is_labels and not spec.export.blend)
+    return heads
+
+
+def _feature_roles(features: Collection[str], shape: "SiteShape") -> set[str]:
+    roles = {"output_scale"} if "dora" in features else set()
+    if "bias" in features and shape.kind == "linear":
+        roles.add("bias")
+    return roles
+
+
+def _share_inputs(
+    skeleton: "Skeleton", lora: Collection[str], heads: Collection[str]
+) -> list[tuple[str, ...]]:
+    """The sites in the model's order; those that get the very same tensor together."""
+    groups: dict[object, list[str]] = {}
+    for site, shape in skeleton.sites.items():
+        if site in lora or site in heads:
+            alone = shape.input_id is None or site in heads
+            groups.setdefault(site if alone else shape.input_id, []).append(site)
+    return [tuple(group) for group in groups.values()]
+
+
+def _group_name(group: Sequence[str]) -> str:
+    """`…self.query+key+value` for sites of one parent."""
+    parents = {site.rpartition(".")[0] for site in group}
+    if len(parents) > 1 or len(group) == 1:
+        return "+".join(group)
+    parent = group[0].rpartition(".")[0]
+    return f"{parent}.{'+'.join(site.rsplit('.', 1)[-1] for site in group)}".lstrip(".")
