@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ import numpy as np
 from loraexport_runtime.adapters import (
     AdapterHeader,
     AdapterModule,
+    LoraWeights,
     match_sites,
     read_lora_weights,
 )
+from loraexport_runtime.dora import output_scale
 from loraexport_runtime.errors import AdapterWeightsError
 from loraexport_runtime.peft_config import CONFIG_FILE, read_config
 from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo, read_tensors
@@ -25,7 +27,7 @@ _BLOCK_VALUES = 2**22
 
 @dataclass(frozen=True)
 class Delta:
-    """What one module of an adapter adds to the weight of its site."""
+    """What one module of an adapter adds to the weight of its site, before DoRA scales it."""
 
     name: str
     """The module as PEFT saved it."""
@@ -44,11 +46,13 @@ class Move:
     delta: Delta
     base_norm: float
     """||W||_F"""
+    norm: float
+    """||W' - W||_F: of the delta, but with DoRA W' = g (W + scaling B A) by rows."""
 
     @property
     def percent(self) -> float | None:
-        """100 ||scaling B A||_F / ||W||_F; None where W is zero."""
-        return 100 * self.delta.norm / self.base_norm if self.base_norm else None
+        """100 ||W' - W||_F / ||W||_F; None where W is zero."""
+        return 100 * self.norm / self.base_norm if self.base_norm else None
 
 
 def delta_norm(a: np.ndarray, b: np.ndarray, scaling: float) -> float:
@@ -104,14 +108,33 @@ def measure_moves(header: AdapterHeader, base: Path) -> tuple[Move, ...]:
         for name, info in read_checkpoint(base).items()
         if name.endswith(_WEIGHT) and len(info.shape) == 2
     }
-    modules = match_sites(header, tensors)
+    modules = match_sites(replace(header, saved={}), tensors)  # a base may lack heads
     _check_shapes(header, modules, tensors)
     deltas = {delta.name: delta for delta in measure_deltas(header)}
+    lora = read_lora_weights(header)
     moves = []
-    for site, module in modules.items():
+    for site, name in modules.items():
         weight = read_tensors([tensors[site]])[tensors[site][0]]
-        moves.append(Move(site, deltas[module], frobenius_norm(weight)))
+        norm = deltas[name].norm
+        if lora[name].magnitude is not None:
+            own = weight.T if _is_turned(weight, header, header.modules[name]) else weight
+            norm = _dora_norm(own.astype(np.float64), lora[name])
+        moves.append(Move(site, deltas[name], frobenius_norm(weight), norm))
     return tuple(moves)
+
+
+def _is_turned(weight: np.ndarray, header: AdapterHeader, module: AdapterModule) -> bool:
+    """Whether a weight is stored [in, out]."""
+    if weight.shape[0] == weight.shape[1] and not module.is_embedding:
+        return bool(read_config(header.path).get("fan_in_fan_out"))
+    return weight.shape != (module.out_features, module.in_features)
+
+
+def _dora_norm(weight: np.ndarray, lora: LoraWeights) -> float:
+    """||W' - W||_F with W' = g (W + scaling B A), g of each output; W [out, in] float64."""
+    delta = lora.scaling * (lora.b.astype(np.float64) @ lora.a.astype(np.float64))
+    g = output_scale(weight, lora, 1.0).astype(np.float64)
+    return float(np.linalg.norm(g[:, None] * (weight + delta) - weight))
 
 
 def _check_shapes(

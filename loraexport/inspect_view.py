@@ -23,17 +23,17 @@ def moves_dict(header: AdapterHeader, base: str, moves: Sequence[Move]) -> dict[
     sites = {
         move.site: {"module": move.delta.name}
         | _delta_dict(move.delta)
-        | {"base_norm": move.base_norm, "percent": move.percent}
+        | {"base_norm": move.base_norm, "norm": move.norm, "percent": move.percent}
         for move in moves
     }
     return _header_dict(header) | {"base": base, "sites": sites}
 
 
 def print_moves(header: AdapterHeader, base: str, moves: Sequence[Move], console: Console) -> None:
-    """One row a site: its weight, what the adapter adds to it, and their ratio."""
+    """One row a site: its weight, how far the adapter moves it, and their ratio."""
     trained = f", trained on {header.base_model}" if header.base_model else ""
     print_line(console, f"{header.path} on {base}{trained}")
-    table = make_table("site", "rank", "scaling", "norm\nW", "norm\ns B A", "\n%")
+    table = make_table("site", "rank", "scaling", "norm\nW", "norm\nmove", "\n%")
     for move in moves:
         delta = move.delta
         table.add_row(
@@ -41,10 +41,13 @@ def print_moves(header: AdapterHeader, base: str, moves: Sequence[Move], console
             str(delta.module.rank),
             f"{delta.module.scaling:g}",
             f"{move.base_norm:.4g}",
-            f"{delta.norm:.4g}",
+            f"{move.norm:.4g}",
             "" if move.percent is None else f"{move.percent:.3g}",
         )
     console.print(table)
+    for name, saved in header.saved.items():
+        line = f"trained whole: {name} [{saved.out_features}, {saved.in_features}]"
+        print_line(console, line)
 
 
 def describe_zeros(deltas: Sequence[Delta]) -> str | None:
@@ -62,6 +65,8 @@ def _header_dict(header: AdapterHeader) -> dict[str, Any]:
         "base_model": header.base_model,
         "rslora": header.rslora,
         "max_rank": header.max_rank,
+        "features": list(header.features),
+        "heads": {name: [one.out_features, one.in_features] for name, one in header.saved.items()},
     }
 
 
@@ -73,4 +78,5 @@ def _delta_dict(delta: Delta) -> dict[str, Any]:
         "scaling": delta.module.scaling,
         "embedding": delta.module.is_embedding,
         "delta_norm": delta.norm,
+        "dora": delta.module.magnitude is not None,
     }

@@ -1,8 +1,8 @@
 """PEFT's own outputs for an artifact's adapters, to hold the graphs to.
 
 Plain LoRA goes through PEFT's mixed batch (`adapter_names`). What PEFT cannot mix (DoRA, trained
-biases, whole modules) or finds under other names than this model's is merged by PEFT, one adapter
-at a time.
+biases, whole modules) or finds under other names than this model's has a model of its own, with one
+adapter: not merged, which PEFT cannot do without a bias, and which would change tied weights too.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ class PeftReference:
     def __init__(self, folder: Path, manifest: Manifest, model: Model, directory: Path) -> None:
         self._plain = PlainModel(directory, manifest, model, torch.float32)
         self._names: dict[int, str] = {}
-        self._merged: dict[int, PlainModel] = {}
+        self._alone: dict[int, PlainModel] = {}
         base = self._plain.model
         wrapped: Any = None
         for entry in manifest.adapters:
@@ -35,8 +35,8 @@ class PeftReference:
             header = read_adapter(path)
             if header.features or not _same_names(header, base):
                 alone = PlainModel(directory, manifest, model, torch.float32)
-                _merge(alone.model, path, header, entry)
-                self._merged[entry.slot] = alone
+                _put_adapter(alone.model, path, header, entry)
+                self._alone[entry.slot] = alone
             else:
                 wrapped = _add(wrapped, base, path, entry)
                 self._names[entry.slot] = entry.name
@@ -47,7 +47,7 @@ class PeftReference:
         """The output for a case's rows; the base's for rows that blend."""
         slots = [row[0][0] if len(row) == 1 and row[0][1] == 1 else 0 for row in case.rows]
         y = self._run_mixed(inputs, slots)
-        for slot, model in self._merged.items():
+        for slot, model in self._alone.items():
             rows = np.array(slots) == slot
             if rows.any():
                 y[rows] = model(inputs)[rows]
@@ -81,8 +81,8 @@ def _add(wrapped: Any, base: nn.Module, path: Path, entry: AdapterEntry) -> Any:
     return wrapped
 
 
-def _merge(model: nn.Module, path: Path, header: AdapterHeader, entry: AdapterEntry) -> None:
-    """Merge one adapter into a model's modules, in place."""
+def _put_adapter(model: nn.Module, path: Path, header: AdapterHeader, entry: AdapterEntry) -> None:
+    """Put one adapter beside a model's modules, in place."""
     from peft import PeftConfig, PeftModel
 
     for name, saved in header.saved.items():
@@ -102,7 +102,7 @@ def _merge(model: nn.Module, path: Path, header: AdapterHeader, entry: AdapterEn
             config=config,
         )
         _scale(wrapped, entry)
-        wrapped.eval().merge_and_unload()
+        wrapped.eval()
 
 
 def _holder(model: nn.Module, header: AdapterHeader) -> nn.Module:

@@ -1,5 +1,7 @@
 """A Plan as a table for people and as a dictionary for programs."""
 
+import re
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -48,6 +50,11 @@ def print_plan(plan: Plan, console: Console) -> None:
         print_line(console, "Sites:")
         for layer in data["layers"]:
             print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
+    shared = Counter(_pattern(one["name"]) for one in data["layers"] if len(one["sites"]) > 1)
+    if plan.model is not None and shared:
+        print_line(console, "One input, so one shrink and one base product for all:")
+        for name, count in shared.items():
+            print_line(console, f"  {name} ({count} times)")
     print_line(console, "Strategies:")
     reasons = _reasons(data["layers"])
     for reason, names in reasons.items():
@@ -91,6 +98,7 @@ def _layer_dict(one: LayerPlan, tokens: int) -> dict[str, Any]:
         "out_features": layer.out_features,
         "sites": [part.site for part in layer.slices],
         "stack_width": layer.max_rank * len(layer.slices) * one.num_slots,
+        "stacks": [stack.role for stack in layer.stacks],
         "strategy": layer.strategy,
         "reason": one.strategy_reason,
         "base_bytes": one.base_bytes,
@@ -105,6 +113,11 @@ def _reasons(layers: list[dict[str, Any]]) -> dict[str, list[str]]:
     for layer in layers:
         grouped.setdefault(f"{layer['strategy']}: {layer['reason']}", []).append(layer["name"])
     return grouped
+
+
+def _pattern(name: str) -> str:
+    """A layer's name with its numbers left open, which most of a model's have in common."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _join(values: list[Any]) -> str:

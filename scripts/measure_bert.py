@@ -1,5 +1,8 @@
 """Time a BERT-base shape on CUDA: base alone, mixed rows, and PEFT's mixed batch, in one run.
 
+Then the mixed graph by its parts: sites apart, so that q, k and v share nothing; places for DoRA
+and biases; a blend.
+
     python scripts/measure_bert.py
 
 Random weights, float16, 8 adapters of rank 16 on every linear layer, a row per adapter in turn.
@@ -20,6 +23,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
 
+from loraexport import model_plan
 from loraexport.bases.transformers import load_model
 from loraexport.export.onnx import export_model_onnx
 from loraexport.plan import make_plan
@@ -27,6 +31,24 @@ from loraexport.spec import read_spec
 
 SHAPES = ((8, 64), (32, 128), (64, 512))
 ADAPTERS, RANK, ROUNDS, RUNS = 8, 16, 5, 10
+
+
+Share = Callable[..., list[tuple[str, ...]]]
+
+
+def apart(share: Share) -> Share:
+    """Every site by itself."""
+    return lambda *args: [(site,) for group in share(*args) for site in group]
+
+
+def export_mixed(folder: Path, spec: Path, name: str, **changes: Any) -> None:
+    """The mixed graph of a spec with some keys changed, as `name`.onnx."""
+    data = yaml.safe_load(spec.read_text())
+    data["export"] |= changes.pop("export", {})
+    changed = folder / f"{name}.yaml"
+    changed.write_text(yaml.safe_dump({**data, **changes}))
+    _, modules = load_model(make_plan(read_spec(changed), folder))
+    export_model_onnx(modules, name, folder / f"{name}.onnx")
 
 
 def make_project(folder: Path) -> Path:
@@ -107,9 +129,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        plan = make_plan(read_spec(make_project(folder)), folder)
-        _, modules = load_model(plan)
-        export_model_onnx(modules, "bert", folder / "mixed.onnx")
+        spec = make_project(folder)
+        export_mixed(folder, spec, "mixed")
+        export_mixed(folder, spec, "features", features=["dora", "bias"])
+        export_mixed(folder, spec, "blend", export={"blend": True})
+        model_plan._share_inputs = apart(model_plan._share_inputs)
+        export_mixed(folder, spec, "apart")
         plain = BertModel.from_pretrained(folder / "bert", dtype=torch.half).eval()
         ids = torch.ones(3, 7, dtype=torch.int64)
         batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
@@ -125,19 +150,21 @@ def main() -> None:
             verbose=False,
         )
         print(f"{torch.cuda.get_device_name(0)}, onnxruntime {ort.__version__}, float16")
+        variants = ("apart", "features", "blend")
         columns = ("rows x tokens", "base", "mixed", "PEFT mixed", "mixed / base", "PEFT / mixed")
-        print(f"| {' | '.join(columns)} |")
+        print(f"| {' | '.join((*columns, *variants))} |")
         for rows, tokens in SHAPES:
-            found = median_ms(
-                {
-                    "base": onnx_runner(folder / "base.onnx", rows, tokens, False),
-                    "mixed": onnx_runner(folder / "mixed.onnx", rows, tokens, True),
-                    "peft": peft_runner(folder, rows, tokens),
-                }
-            )
+            graphs = ("base", "mixed", *variants)
+            runners = {
+                name: onnx_runner(folder / f"{name}.onnx", rows, tokens, name != "base")
+                for name in graphs
+            }
+            found = median_ms({**runners, "peft": peft_runner(folder, rows, tokens)})
             base, mixed, peft = found["base"], found["mixed"], found["peft"]
-            cells = (f"{rows} x {tokens}", f"{base:.2f}", f"{mixed:.2f}", f"{peft:.2f}")
-            print(f"| {' | '.join(cells)} | {mixed / base:.2f} | {peft / mixed:.1f} |")
+            cells = [f"{rows} x {tokens}", f"{base:.2f}", f"{mixed:.2f}", f"{peft:.2f}"]
+            cells += [f"{mixed / base:.2f}", f"{peft / mixed:.1f}"]
+            cells += [f"{found[name]:.2f}" for name in variants]
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def spoil_base_file(folder: Path) -> Path:
 
 def spoil_adapter(folder: Path) -> Path:
     spec = tiny_spec(folder)
-    write_adapter(folder / "sql", {"q": (8, 6)}, rank=2, config={"use_dora": True})
+    write_adapter(folder / "sql", {"q": (8, 6)}, rank=2, config={"alora_invocation_tokens": [5]})
     return spec
 
 
@@ -118,7 +118,7 @@ SPOILED = [
     (spoil_spec, 2, "SpecError", "nmae: unknown key (did you mean 'name'?)"),
     (spoil_base, 4, "BaseModelError", "the base has no tensor 'q.weight'"),
     (spoil_base_file, 4, "WeightsError", "not a whole safetensors file"),
-    (spoil_adapter, 4, "AdapterConfigError", "use_dora = True is not supported"),
+    (spoil_adapter, 4, "AdapterConfigError", "alora_invocation_tokens = [5] is not supported"),
     (spoil_adapter_tensors, 4, "AdapterWeightsError", "the adapter belongs to another base"),
 ]
 
@@ -310,7 +310,8 @@ def test_inspect_adapter(run: Run, tmp_path: Path) -> None:
     assert (done.code, done.err) == (0, "")
     (module,) = done.data["modules"].values()
     assert module.pop("delta_norm") > 0
-    assert module == {"rank": 2, "in": 8, "out": 6, "scaling": 4.0, "embedding": False}
+    sizes = {"rank": 2, "in": 8, "out": 6, "scaling": 4.0}
+    assert module == {**sizes, "embedding": False, "dora": False}
     assert (done.data["max_rank"], done.data["rslora"]) == (2, False)
     assert yaml.safe_load(run("inspect", tmp_path / "sql").out) == done.data
 

@@ -486,7 +486,7 @@ def _build(task: str, folder: Path, *formats: str) -> Path:
     _write_spec(task, folder, *formats)
     artifact, report = build(folder / "spec.yaml", folder / "out")
     assert report.status == "passed"
-    assert report.summary().checked == IMPLEMENTATIONS
+    assert set(report.summary().checked) >= set(IMPLEMENTATIONS)
     assert report.silent_adapters == ()
     return artifact
 

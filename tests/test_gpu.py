@@ -12,6 +12,7 @@ from loraexport.bases.layers import LayerModules, build_modules, load_adapters, 
 from loraexport.lora.segmented import SegmentedLayer
 from loraexport.pipeline import build
 from loraexport.plan import make_plan
+from loraexport.proof import open_torchscript
 from loraexport.spec import read_spec
 from loraexport.tensors import to_numpy
 from loraexport_runtime import InputError, ModelSession, Session, load
@@ -182,3 +183,22 @@ def test_a_whole_model(tmp_path: Path, dtype: str) -> None:
         paged["last_hidden_state"].astype(np.float64) - on_host["last_hidden_state"]
     )
     assert difference.max() <= {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_model_in_torchscript_makes_no_sync(tmp_path: Path, dtype: str) -> None:
+    export = {"dtype": dtype, "formats": ["torchscript"]}
+    artifact, _ = build(write_model_project(tmp_path, export=export), tmp_path / "artifacts")
+    graph = open_torchscript(artifact / "graphs/model.ts", "cuda")
+    ids = torch.randint(1, 60, (4, 9), device="cuda")
+    arguments = (ids, torch.ones_like(ids), torch.zeros_like(ids), torch.arange(4, device="cuda"))
+    with torch.no_grad():
+        for _ in range(3):  # torch.jit specialises, cuBLAS sets itself up
+            expected = graph(*arguments)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            y = graph(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(y, expected)

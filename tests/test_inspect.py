@@ -110,7 +110,7 @@ def test_the_table() -> None:
     assert first == (
         f"{ADAPTERS / 'topics'} on {MINILM}, trained on sentence-transformers/all-MiniLM-L6-v2"
     )
-    cells = [row.split() for row in rows]
+    cells = [row.split() for row in rows if row]
     site = "encoder.layer.5.attention.self.value"
     assert [site, "8", "5.65685", "24.07", "3.257", "13.5"] in cells
 
@@ -182,6 +182,44 @@ def test_scalings_and_norms_are_those_of_peft(tmp_path: Path, config: dict[str, 
         assert move.delta.norm == pytest.approx(delta, rel=1e-5)
         assert move.base_norm == pytest.approx(norm, rel=1e-5)
         assert move.percent == pytest.approx(100 * delta / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_dora_moves_a_weight_as_peft_merges_it(tmp_path: Path, fan_in_fan_out: bool) -> None:
+    targets = ["conv", "square"] if fan_in_fan_out else ["q", "v", "words"]
+    torch.manual_seed(0)
+    model = Model()
+    model.square = Conv1D(8, 8)
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    write_base(tmp_path / "base", {name: one.numpy() for name, one in weights.items()})
+    config = peft.LoraConfig(
+        r=3, target_modules=targets, use_dora=True, fan_in_fan_out=fan_in_fan_out
+    )
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_" in name:
+                value.add_(0.3 * torch.rand_like(value))
+    wrapped.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    merged = dict(wrapped.merge_and_unload().named_parameters())
+    moves = measure_moves(read_adapter(tmp_path / "adapter"), tmp_path / "base")
+    assert len(moves) == 2 * len(targets) - 1
+    for move in moves:
+        before, after = (one[f"{move.site}.weight"].detach() for one in (weights, merged))
+        assert move.norm == pytest.approx((after - before).norm().item(), rel=1e-4)
+        assert move.norm != pytest.approx(move.delta.norm, rel=1e-2)
+
+
+def test_layers_trained_whole_are_listed(tmp_path: Path) -> None:
+    model = Model()
+    write_base(tmp_path / "base", {n: p.detach().numpy() for n, p in model.named_parameters()})
+    config = peft.LoraConfig(r=3, target_modules=["q"], modules_to_save=["1.v"])
+    peft.get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"))
+    done = inspect(tmp_path / "adapter", "--base", tmp_path / "base")
+    assert "trained whole: blocks.1.v [4, 8]" in done.stdout.splitlines()
+    data = json.loads(inspect(tmp_path / "adapter", "--json").stdout)
+    assert data["heads"] == {"blocks.1.v": [4, 8]}
+    assert data["features"] == ["heads"]
 
 
 # ---------------------------------------------------------------- names and shapes

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 import loraexport_runtime as lr
-from loraexport_runtime.manifest import MANIFEST_FILE, Manifest, ParitySummary, digest_file
+from loraexport_runtime.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    Manifest,
+    ParitySummary,
+    digest_file,
+)
 
 GRAPH = "graphs/up.onnx"
 
@@ -167,6 +173,11 @@ class TestPathsThatLeave:
         assert "up" in lr.load(link, threads=1)
 
 
+def replace_b_by_bias(layer: dict[str, Any]) -> None:
+    """A well-formed stack of biases, in a layer that names no file of the base's rows."""
+    layer["stacks"][1].update(role="bias", shape=[3, 48], rows_per_slot=1, row_offset=1)
+
+
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown key": (
         lambda data: data.update(extra=1),
@@ -233,12 +244,17 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         r"manifest\.dtype: expected one of .*, got \['float32'\]",
     ),
     "newer format": (
-        lambda data: data.update(format_version=2),
-        "format_version is 2, this runtime reads 1; build the artifact again, or install the",
+        lambda data: data.update(format_version=FORMAT_VERSION + 1),
+        f"format_version is {FORMAT_VERSION + 1}, this runtime reads {FORMAT_VERSION}; build the"
+        " artifact again, or install the",
+    ),
+    "older format": (
+        lambda data: data.update(format_version=FORMAT_VERSION - 1),
+        f"format_version is {FORMAT_VERSION - 1}, this runtime reads {FORMAT_VERSION}; build the",
     ),
     "format as text": (
-        lambda data: data.update(format_version="1"),
-        "format_version is '1', this runtime reads 1",
+        lambda data: data.update(format_version=str(FORMAT_VERSION)),
+        f"format_version is '{FORMAT_VERSION}', this runtime reads {FORMAT_VERSION}",
     ),
     "no format": (lambda data: data.pop("format_version"), "format_version is None, this runtime"),
     "graph that nothing vouches for": (
@@ -264,6 +280,26 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "stack too small": (
         lambda data: data["layers"][1]["stacks"][1].update(rows_per_slot=9),
         r"manifest\.layers: stack 'up\.lora_B' has 16 rows, which 2 slots do not fill",
+    ),
+    "unknown role of a stack": (
+        lambda data: data["layers"][1]["stacks"][0].update(role="gate"),
+        r"stacks\[0\]\.role: expected one of \('lora_A', .*'weight'\), got 'gate'",
+    ),
+    "parameter without the base's own": (
+        lambda data: data["layers"][1]["stacks"][1].update(role="bias"),
+        r"manifest\.layers: stack 'up\.lora_B' replaces the base's bias, which it does not have",
+    ),
+    "parameter without a file of the base's rows": (
+        lambda data: replace_b_by_bias(data["layers"][1]),
+        r"manifest\.layers: stack 'up\.lora_B' replaces the base's bias, which it does not have",
+    ),
+    "head that may be absent or not": (
+        lambda data: data["layers"][1].update(in_base=None),
+        r"manifest\.layers\[1\]\.in_base: expected bool, got None",
+    ),
+    "no heads": (
+        lambda data: data["adapters"][0].pop("heads"),
+        r"manifest\.adapters\[0\]: key 'heads' is missing",
     ),
     "more slots than the stacks have": (
         lambda data: data.update(num_slots=3),
@@ -303,7 +339,7 @@ class TestEditedManifest:
     @pytest.mark.parametrize("text", ["[]", "3", "null", '"manifest"'])
     def test_no_object(self, artifact: Path, text: str) -> None:
         (artifact / MANIFEST_FILE).write_text(text)
-        refuse(artifact, "format_version is None, this runtime reads 1")
+        refuse(artifact, f"format_version is None, this runtime reads {FORMAT_VERSION}")
 
 
 class TestNoArtifact:

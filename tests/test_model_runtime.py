@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +21,7 @@ from loraexport_runtime import (
     UnknownAdapterError,
     load,
 )
+from loraexport_runtime.batch import read_rows, row_arrays, row_names
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,81 @@ def test_what_a_batch_must_be(session: ModelSession) -> None:
         session.run(values, ["nobody", None, None, None])
     with pytest.raises(SlotsExceededError, match="names 4 adapters"):
         session.run(values, ["a", "b", "c", "d"])
+
+
+def test_a_graph_without_a_blend_refuses_one(session: ModelSession) -> None:
+    blend = {"sql": 0.5, "chat": 0.5}
+    with pytest.raises(InputError, match=r"adapters\[1\] is a blend, .* export: \{blend: true\}"):
+        session.run(inputs(2), ["sql", blend])
+
+
+class TestRows:
+    """What each row uses, as arrays: a slot, or the weights of a blend."""
+
+    SLOTS: ClassVar = {None: 0, "sql": 2, "chat": 1, "legal": 4}
+
+    def test_no_adapters_are_the_base(self) -> None:
+        assert read_rows(None, 3) == [None, None, None]
+
+    @pytest.mark.parametrize(
+        "rows", [("sql", None), iter(["sql", None]), np.array(["sql", "chat"])]
+    )
+    def test_rows_may_be_any_iterable(self, rows: Any) -> None:
+        assert read_rows(rows, 2)[0] == "sql"
+
+    @pytest.mark.parametrize(("rows", "batch"), [([], 1), (["sql"], 2), (["sql", None, None], 2)])
+    def test_one_entry_for_each_row(self, rows: list[Any], batch: int) -> None:
+        expected = f"adapters names {len(rows)} rows, but the inputs have {batch}; give one name"
+        with pytest.raises(InputError, match=expected):
+            read_rows(rows, batch)
+
+    @pytest.mark.parametrize("rows", ["sql", {"sql": 0.5}, 3, 0.5])
+    def test_what_is_no_list(self, rows: Any) -> None:
+        """A name or a blend would be taken for its letters or its keys."""
+        with pytest.raises(
+            InputError, match="expected a list with an entry for each of the 1 rows"
+        ):
+            read_rows(rows, 1)
+
+    @pytest.mark.parametrize("row", [1, 0.5, b"sql", ["sql"], ("sql", 0.5), True])
+    def test_entry_of_another_type(self, row: Any) -> None:
+        expected = r"adapters\[1\] is .*; expected an adapter's name, a blend such as"
+        with pytest.raises(InputError, match=expected):
+            read_rows([None, row], 2)
+
+    @pytest.mark.parametrize(
+        "weight",
+        [np.nan, np.inf, -np.inf, 1e39, 10**400, "0.5", None, True, 1j, np.float32("nan"), [0.5]],
+        ids=str,
+    )
+    def test_weight_that_is_no_finite_number(self, weight: Any) -> None:
+        expected = r"adapters\[0\]: weight .* of adapter 'chat'; expected a finite number"
+        with pytest.raises(InputError, match=expected):
+            read_rows([{"sql": 0.5, "chat": weight}], 1)
+
+    @pytest.mark.parametrize("name", [None, 1])
+    def test_blend_of_what_is_no_name(self, name: Any) -> None:
+        with pytest.raises(InputError, match=f"weight 0.5 of adapter {name}; expected a finite"):
+            read_rows([{name: 0.5}], 1)
+
+    def test_names_of_plain_and_blended_rows(self) -> None:
+        rows = read_rows(["sql", None, {"chat": 1, "sql": 0}, {}], 4)
+        assert row_names(rows) == ["sql", "chat", "sql"]
+
+    def test_plain_rows_need_no_weights(self) -> None:
+        adapter_ids, weights = row_arrays(["legal", None, "sql"], self.SLOTS, 4)
+        assert (adapter_ids.dtype, adapter_ids.tolist()) == (np.int64, [4, 0, 2])
+        assert weights is None
+
+    def test_weights_stand_at_their_slots(self) -> None:
+        """Rows that blend have id 0, plain rows no weight: the graph adds the two."""
+        rows = read_rows(["chat", {"sql": 0.75, "legal": np.float16(-2)}, None, {"chat": 3}, {}], 5)
+        adapter_ids, weights = row_arrays(rows, self.SLOTS, 4)
+        assert adapter_ids.tolist() == [1, 0, 0, 0, 0]
+        assert weights is not None
+        assert weights.dtype == np.float32
+        zeros = [0.0] * 4
+        assert weights.tolist() == [zeros, [0, 0.75, 0, -2], zeros, [3, 0, 0, 0], zeros]
 
 
 def test_images_are_of_the_models_size_and_dtype(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from loraexport.plan import make_plan
 from loraexport.spec import read_spec
 from loraexport.verify import verify_artifact
 from loraexport_runtime import AdapterError
-from loraexport_runtime.manifest import Manifest
+from loraexport_runtime.manifest import Layer, Manifest
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +189,12 @@ def test_images_and_tasks_that_do_not_fit(
 
 
 class TestPlan:
-    def sites(self, folder: Path, **changes: Any) -> list[str]:
+    def layers(self, folder: Path, **changes: Any) -> list[Layer]:
         plan = make_plan(read_spec(write_model_project(folder, **changes)), folder)
-        return [one.layer.name for one in plan.layers]
+        return [one.layer for one in plan.layers]
+
+    def sites(self, folder: Path, **changes: Any) -> list[str]:
+        return [part.site for layer in self.layers(folder, **changes) for part in layer.slices]
 
     def test_sites_are_where_the_adapters_are(self, tmp_path: Path) -> None:
         assert self.sites(tmp_path) == [
@@ -200,6 +203,23 @@ class TestPlan:
             "encoder.layer.1.attention.self.query",
             "encoder.layer.1.attention.self.value",
         ]
+
+    def test_sites_that_share_an_input_are_slices_of_one_layer(self, tmp_path: Path) -> None:
+        layers = self.layers(tmp_path, sites="all-linear")
+        parent = "encoder.layer.0.attention.self"
+        assert [one.name for one in layers[:4]] == [
+            f"{parent}.query+key+value",
+            "encoder.layer.0.attention.output.dense",
+            "encoder.layer.0.intermediate.dense",
+            "encoder.layer.0.output.dense",
+        ]
+        fused = layers[0]
+        assert [(part.name, part.site, part.offset, part.width) for part in fused.slices] == [
+            (name, f"{parent}.{name}", 32 * index, 32)
+            for index, name in enumerate(("query", "key", "value"))
+        ]
+        stacks = {stack.role: (stack.shape, stack.rows_per_slot) for stack in fused.stacks}
+        assert stacks == {"lora_A": ((3 * 24, 32), 24), "lora_B": ((3 * 24, 96), 24)}
 
     def test_sites_by_rule(self, tmp_path: Path) -> None:
         named = self.sites(tmp_path, sites=["query", "value", "output.dense"])
@@ -213,6 +233,29 @@ class TestPlan:
     def test_an_adapter_beyond_the_sites(self, tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="have no site in this base"):
             self.sites(tmp_path, sites=["query"])
+
+    @pytest.mark.parametrize("features", [None, ["dora"], ["bias", "heads"]])
+    def test_features_are_places_for_later_adapters(
+        self, tmp_path: Path, features: list[str] | None
+    ) -> None:
+        roles = {"lora_A", "lora_B"}
+        roles |= {"output_scale"} if "dora" in (features or ()) else set()
+        roles |= {"bias"} if "bias" in (features or ()) else set()
+        for layer in self.layers(tmp_path, features=features):
+            assert {stack.role for stack in layer.stacks} == roles
+
+    def test_an_embedding_trained_whole(self, tmp_path: Path) -> None:
+        spec = write_model_project(tmp_path)
+        name = "embeddings.word_embeddings"
+        write_adapter(
+            tmp_path / "sql",
+            {"encoder.layer.0.attention.self.query": (32, 32)},
+            config={"modules_to_save": ["word_embeddings"]},
+            tensors={f"base_model.model.{name}.weight": np.ones((60, 32), np.float32)},
+        )
+        expected = rf"brings '{name}', trained whole .* no torch\.nn\.Linear; only these can differ"
+        with pytest.raises(AdapterError, match=expected):
+            make_plan(read_spec(spec), tmp_path)
 
     def test_an_adapter_of_another_base_names_the_first_site_that_differs(
         self, tmp_path: Path

@@ -17,7 +17,12 @@ from loraexport.layer_plan import LayerPlan, choose_strategy
 from loraexport.plan import Plan, make_plan
 from loraexport.plan_view import plan_dict, print_plan
 from loraexport.spec import Spec, read_spec
-from loraexport_runtime.errors import AdapterError, AdapterWeightsError, WeightsError
+from loraexport_runtime.errors import (
+    AdapterConfigError,
+    AdapterError,
+    AdapterWeightsError,
+    WeightsError,
+)
 
 
 def plan_of(project: Project, **changes: Any) -> Plan:
@@ -575,6 +580,34 @@ def test_linear_adapter_on_an_embedding(project: Project) -> None:
     expected = "'words' is a linear LoRA, but layer 'words' is of kind embedding"
     with pytest.raises(AdapterWeightsError, match=expected):
         plan_adapter(project, {"words": (40, 32)}, base=layers(WORDS))
+
+
+@pytest.mark.parametrize(
+    ("feature", "config", "tensor"),
+    [
+        ("dora", {"use_dora": True}, "blocks.0.q.lora_magnitude_vector"),
+        ("bias", {"lora_bias": True}, "blocks.0.q.lora_B.bias"),
+        ("bias", {"bias": "lora_only"}, "blocks.0.q.base_layer.bias"),
+    ],
+)
+def test_what_a_single_layer_has_no_place_for(
+    project: Project, feature: str, config: dict[str, Any], tensor: str
+) -> None:
+    tensors = {f"base_model.model.{tensor}": np.ones(32, np.float32)}
+    expected = rf"it uses {feature} .*single layer has no place for; .*base\.kind: transformers"
+    with pytest.raises(AdapterConfigError, match=expected):
+        plan_adapter(project, {"blocks.0.q": (32, 32)}, config=config, tensors=tensors)
+
+
+def test_head_for_a_single_layer(project: Project) -> None:
+    tensors = {"base_model.model.blocks.0.up.weight": np.ones((48, 32), np.float32)}
+    with pytest.raises(AdapterConfigError, match=r"it uses heads .*no place for"):
+        plan_adapter(
+            project,
+            {"blocks.0.q": (32, 32)},
+            config={"modules_to_save": ["up"]},
+            tensors=tensors,
+        )
 
 
 def test_adapter_of_the_causal_lm(project: Project) -> None:

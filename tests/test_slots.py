@@ -265,6 +265,11 @@ class TestLease:
         with pytest.raises(lr.UnknownAdapterError, match=text), slots.lease(["a"]):
             pass
 
+    def test_no_names_are_the_base(self) -> None:
+        """Rows that only blend, and of nothing, name no adapter."""
+        with make(1, {"a": 1}).lease([]) as held:
+            assert held == {None: 0}
+
     def test_a_failing_run_gives_its_slots_back(self, pool: ThreadPoolExecutor) -> None:
         slots = make(1, {"a": 1})
         with pytest.raises(RuntimeError, match="the run failed"), slots.lease(["a"]):

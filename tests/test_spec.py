@@ -88,8 +88,13 @@ def test_spec_is_frozen(tmp_path: Path) -> None:
         ),
         (
             "version: 1\n",
-            "version: 1\nfeatures: [dora]\n",
-            "2: features: unknown key (remove it; 'loraexport schema' lists the keys)",
+            "version: 1\nmagic: [dora]\n",
+            "2: magic: unknown key (remove it; 'loraexport schema' lists the keys)",
+        ),
+        (
+            "version: 1\n",
+            "version: 1\nfeature: [dora]\n",
+            "2: feature: unknown key (did you mean 'features'?)",
         ),
         ("version: 1\n", "", "1: version: required key is missing (add it)"),
         (
@@ -236,6 +241,73 @@ def test_one_problem(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert any(problem.startswith(expected) for problem in found), found
     mistyped = new.startswith(("nmae", "  paht"))  # the key that was meant is then missing too
     assert len(found) == (2 if mistyped else 1), found
+
+
+WHOLE = """\
+version: 1
+name: tiny
+base:
+  kind: transformers
+  path: base
+  task: feature-extraction
+adapters:
+  - {name: sql, path: sql}
+"""
+
+
+def test_features_and_blend_of_a_whole_model(tmp_path: Path) -> None:
+    plain = read(tmp_path, WHOLE)
+    assert (plain.features, plain.export.blend) == (None, False)
+    text = WHOLE + "features: [dora, bias, heads]\nexport: {blend: true, strategy: masked}\n"
+    spec = read(tmp_path, text)
+    assert (spec.features, spec.export.blend) == (("dora", "bias", "heads"), True)
+    assert read(tmp_path, spec.to_yaml()) == spec
+    assert read(tmp_path, WHOLE + "features: []\n").features == ()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("features: [dora]", "12: features: for whole models only (remove it, or take the whole"),
+        ("features: []", "12: features: for whole models only (remove it"),
+        ("sites: all-linear", "12: sites: for whole models only (remove it; every listed layer"),
+        ("export: {blend: true}", "12: export.blend: for whole models only (remove it, or take"),
+    ],
+)
+def test_key_of_a_whole_model_beside_layers(tmp_path: Path, line: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, f"{GOOD}{line}\n")
+    assert problem.startswith(expected)
+
+
+def test_defaults_written_out_are_no_keys_of_a_whole_model(tmp_path: Path) -> None:
+    """The resolved copy in an artifact of layers has them all."""
+    spec = read(tmp_path, GOOD)
+    assert "blend: false" in spec.to_yaml()
+    assert read(tmp_path, spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "features: [dora, doras]",
+            "9: features[1]: expected 'dora', 'bias' or 'heads', got 'doras' (choose one)",
+        ),
+        ("features: dora", "9: features: expected list, got 'dora' (start each item with '- ')"),
+        ("export: {blend: 1}", "9: export.blend: expected true or false, got 1 (write true or"),
+        (
+            "export: {blend: true, strategy: segmented}",
+            "9: export.strategy: 'segmented' cannot blend slots (remove it, or take masked)",
+        ),
+        (
+            "export: {strategy: augmented, blend: true}",
+            "9: export.strategy: 'augmented' cannot blend slots (remove it, or take masked)",
+        ),
+    ],
+)
+def test_problem_of_a_whole_model(tmp_path: Path, line: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, f"{WHOLE}{line}\n")
+    assert problem.startswith(expected)
 
 
 def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -434,6 +506,8 @@ def test_schema_accepts_what_the_reader_accepts(
         {"export": {"dtype": "fp16"}},
         {"base": {"kind": "layers", "path": "b", "layers": [{"type": "conv", "name": "x"}]}},
         {"parity": {"tolerance": 0}},
+        {"features": ["lora"]},
+        {"export": {"blend": "yes"}},
     ],
 )
 def test_schema_refuses_what_the_reader_refuses(

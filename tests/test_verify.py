@@ -112,8 +112,8 @@ def test_dropped_segment_fails(project: Project, monkeypatch: pytest.MonkeyPatch
 def test_fault_of_the_runtime_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     read_adapter = Session._read_adapter
 
-    def mutated(self: Session, path: Path, scale: float) -> Any:
-        return read_adapter(self, path, scale * 1.01)
+    def mutated(self: Session, path: Path, scale: float, *rest: Any) -> Any:
+        return read_adapter(self, path, scale * 1.01, *rest)
 
     monkeypatch.setattr(Session, "_read_adapter", mutated)
     expect_failure(up_only(project), "onnx-cpu")

@@ -8,7 +8,7 @@ role being the place of its module (base, lora/shrink, …).
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,7 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
 def _export(graph: _Graph, path: Path) -> None:
     model = _trace(graph)
     _name_by_role(model.graph, graph.name)
-    _make_overridable(model.graph, graph.stacks)
+    make_overridable(model.graph, graph.stacks)
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "loraexport", ""
     model.graph.name = graph.name
@@ -127,23 +127,45 @@ def _export(graph: _Graph, path: Path) -> None:
 
 
 def _trace(graph: _Graph) -> ir.Model:
+    return export_program(
+        graph.label,
+        graph.module,
+        graph.arguments,
+        graph.dynamic_shapes,
+        input_names=graph.input_names,
+        output_names=graph.output_names,
+    )
+
+
+def export_program(
+    label: str,
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+    opset: int = OPSET,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> ir.Model:
+    """torch.onnx.export, quietly.
+
+    Raises:
+        ExportError: with what went wrong at first; `label` says where.
+    """
     try:
         with quiet_models(), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # they speak of torch's own code, not of ours
             program = torch.onnx.export(
-                graph.module,
-                graph.arguments,
+                module,
+                arguments,
                 dynamo=True,
-                opset_version=OPSET,
-                input_names=graph.input_names,
-                output_names=graph.output_names,
-                dynamic_shapes=graph.dynamic_shapes,
+                opset_version=opset,
+                dynamic_shapes=dynamic_shapes,
                 verbose=False,
+                input_names=input_names,
+                output_names=output_names,
             )
     except Exception as error:
-        raise ExportError(
-            f"{graph.label}: torch.onnx.export failed: {_first_cause(error)}"
-        ) from error
+        raise ExportError(f"{label}: torch.onnx.export failed: {_first_cause(error)}") from error
     assert program is not None, "export gives a program unless told to write a file"
     return program.model
 
@@ -187,7 +209,7 @@ def _role(node: ir.Node) -> str:
     return paths[-1].replace(".", "/") + "/" if paths else ""
 
 
-def _make_overridable(graph: ir.Graph, stacks: Mapping[str, np.ndarray]) -> None:
+def make_overridable(graph: ir.Graph, stacks: Mapping[str, np.ndarray]) -> None:
     """Give each stack, an input so far, its initial value: then it need not be fed, but may be."""
     for value in graph.inputs:
         if value.name == WEIGHTS:

@@ -151,7 +151,12 @@ def read_adapter(path: Path) -> AdapterHeader:
             base_copies[module] = (name, info)
         else:
             kind = whole if role.startswith("saved") else factors
-            kind.setdefault(module, {})[role] = (name, info)
+            parts = kind.setdefault(module, {})
+            if role in parts:
+                raise AdapterWeightsError(
+                    f"{weights}: {parts[role][0]!r} and {name!r} are one and the same; remove one"
+                )
+            parts[role] = (name, info)
     if not factors:
         raise AdapterWeightsError(f"{weights}: holds no LoRA tensor at all")
     return AdapterHeader(
@@ -333,7 +338,8 @@ def _saved(module: str, parts: dict[str, _Tensor], file: Path) -> SavedModule:
     if bias is not None and bias[1].shape != (out_features,):
         raise AdapterWeightsError(
             f"{where} has a weight of shape {[out_features, in_features]} and a bias of"
-            f" {list(bias[1].shape)}; expected [{out_features}]"
+            f" {list(bias[1].shape)}; expected [{out_features}], as of a torch.nn.Linear (a Conv1D"
+            " stores [in, out], and cannot differ by row)"
         )
     return SavedModule(in_features, out_features, weight, bias)
 

@@ -1,7 +1,6 @@
 """Adapter names per segment -> `seg_indptr` and `seg_slots`, per row -> `adapter_ids`; checked."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +90,10 @@ def read_rows(adapters: Any, batch: int) -> list[Row]:
         InputError: an entry is no name, no blend and no None, a weight is no finite number, or
             the entries do not match the rows.
     """
+    if isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable | None):
+        raise InputError(
+            f"adapters is {adapters!r}; expected a list with an entry for each of the {batch} rows"
+        )
     rows = [None] * batch if adapters is None else list(adapters)
     if len(rows) != batch:
         raise InputError(
@@ -104,11 +107,10 @@ def read_rows(adapters: Any, batch: int) -> list[Row]:
                 " {'a': 0.7, 'b': 0.3}, or None for the base"
             )
         for name, weight in row.items() if isinstance(row, Mapping) else ():
-            is_number = isinstance(weight, int | float | np.number)
-            if not isinstance(name, str) or not is_number or not math.isfinite(weight):
+            if not isinstance(name, str) or not _is_weight(weight):
                 raise InputError(
                     f"adapters[{index}]: weight {weight!r} of adapter {name!r}; expected a finite"
-                    " number for each name"
+                    " number, as float32 holds it, for each name"
                 )
     return rows
 
@@ -137,6 +139,12 @@ def row_arrays(
             adapter_ids[index] = slots[row]
     blends = any(isinstance(row, Mapping) for row in rows)
     return adapter_ids, weights if blends else None
+
+
+def _is_weight(weight: Any) -> bool:
+    value = weight.item() if isinstance(weight, np.number) else weight
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= float(np.finfo(np.float32).max)  # NaN is not
 
 
 def _is_segment(entry: Any) -> bool:

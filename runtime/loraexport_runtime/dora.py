@@ -7,7 +7,7 @@ import numpy as np
 
 from .adapters import LoraWeights
 from .errors import WeightsError
-from .weights import TensorInfo, digests_of, read_header, read_tensors
+from .weights import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
 
 SCALES_FILE = "output_scales.safetensors"
 """Of an adapter that an artifact carries: site -> g float32 [out], with the scale of the spec."""
@@ -22,11 +22,19 @@ def output_scale(weight: np.ndarray, lora: LoraWeights, scale: float) -> np.ndar
         weight: W [out, in]; for an embedding its transpose, [dim, vocabulary].
         lora: with its magnitude m [out].
         scale: multiplies the adapter's scaling.
+
+    Raises:
+        WeightsError: a row of W + scale * scaling B A is zero.
     """
     assert lora.magnitude is not None, "the adapter uses DoRA at this site"
     a, b = lora.a.astype(np.float64), lora.b.astype(np.float64)
     merged = weight.astype(np.float64) + scale * lora.scaling * (b @ a)
     norms = np.linalg.norm(merged, axis=1)
+    if not norms.all():
+        raise WeightsError(
+            f"DoRA: row {int(np.argmin(norms))} of W + scaling B A is zero, so its magnitude has no"
+            " direction; the adapter was trained on another base, or has diverged"
+        )
     return (lora.magnitude.astype(np.float64) / norms).astype(np.float32)
 
 
@@ -67,7 +75,7 @@ def _is_named(tensor: str, site: str) -> bool:
 
 def _with_digest(tensors: Iterable[tuple[str, TensorInfo]], digest: str) -> Iterator[np.ndarray]:
     for name, info in tensors:
-        if len(info.shape) == 2:
+        if len(info.shape) == 2 and info.dtype in FLOAT_DTYPES:  # not ids of positions
             array = read_tensors([(name, info)])[name]
             for matrix in (array, np.ascontiguousarray(array.T)):  # a Conv1D stores [in, out]
                 if digest in digests_of(matrix):

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from .errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
@@ -255,6 +255,12 @@ class Manifest:
                     raise ValueError(
                         f"manifest.layers: stack {stack.name!r} has {stack.shape[0]} rows, which"
                         f" {self.num_slots} slots do not fill"
+                    )
+                has_own = layer.base_rows is not None and stack.row_offset == stack.rows_per_slot
+                if stack.role not in ("lora_A", "lora_B") and not has_own:
+                    raise ValueError(
+                        f"manifest.layers: stack {stack.name!r} replaces the base's {stack.role},"
+                        " which it does not have"
                     )
 
     def check_files(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from .binding import run_bound
 from .errors import ArtifactError, InputError
 from .hosting import AdapterHost
 from .manifest import Manifest, Model, Stack, resolve
+from .stacks import lowest
 
 
 class ModelSession(AdapterHost):
@@ -84,7 +85,15 @@ class ModelSession(AdapterHost):
                     f"adapters[{index}] is a blend, which this graph has no input for; add"
                     " export: {blend: true} to the spec and build again"
                 )
-            if not row and headless:
+            largest = -lowest(devices.NUMPY_DTYPES[self.manifest.dtype])
+            for name, weight in row.items() if isinstance(row, Mapping) else ():
+                if abs(weight) > largest:
+                    raise InputError(
+                        f"adapters[{index}]: weight {weight!r} of adapter {name!r} is too large for"
+                        f" {self.manifest.dtype}"
+                    )
+            names_one = any(row.values()) if isinstance(row, Mapping) else row is not None
+            if headless and not names_one:
                 raise InputError(
                     f"adapters[{index}] names no adapter, but the base has no {headless[0]!r} of"
                     " its own; name an adapter for every row"

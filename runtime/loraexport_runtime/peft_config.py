@@ -136,6 +136,11 @@ def read_config(path: Path) -> dict[str, Any]:
         if config.get(key) is None:
             config[key] = default
     _check_types(config, file)
+    if config["use_dora"] and config["lora_bias"]:
+        raise AdapterConfigError(
+            f"{file}: use_dora and lora_bias are both true, which peft itself refuses; config and"
+            " weights are not of one training"
+        )
     return config
 
 

@@ -38,6 +38,11 @@ def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> 
     where = f"{header.path}: module {name!r}"
     saved = header.saved.get(name)
     if saved is not None:
+        if layer.kind == "embedding":
+            raise AdapterWeightsError(
+                f"{where} is an embedding that was trained whole; only linear layers can differ by"
+                " row. Retrain it with LoRA on the embedding, or merge it into a base of its own"
+            )
         if layer.stack("weight") is None:
             raise AdapterWeightsError(_missing_feature(where, "was trained whole", "heads"))
         # Narrower heads are padded; layers inside a head are as the base has them.
@@ -47,7 +52,8 @@ def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> 
             raise AdapterWeightsError(
                 f"{where} maps {saved.in_features} to {saved.out_features} features, but site"
                 f" {part.site!r} maps {layer.in_features} to {part.width}; the adapter belongs to"
-                " another base, or needs a build with an adapter whose head is as wide"
+                " another base, or needs a build with an adapter whose head is as wide. Only labels"
+                " may be fewer, and not where rows blend (export.blend)"
             )
         return
     module = header.modules[name]
@@ -62,6 +68,7 @@ def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> 
             f"{where} maps {module.in_features} to {module.out_features} features, but site"
             f" {part.site!r} maps {layer.in_features} to {part.width};"
             " the adapter belongs to another base"
+            + (", or its head has fewer labels than another's here" if layer.labels else "")
         )
     if module.rank > layer.max_rank:
         raise AdapterWeightsError(
