@@ -39,7 +39,7 @@ def write_spec(base: str, adapters: Sequence[Path], path: Path) -> Spec:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"two adapters are named {twice[0]!r} by their folders; rename one")
-    from .bases.transformers import read_skeleton
+    from .bases.skeleton import read_skeleton
 
     directory = resolve_directory(base, Path(), BaseModelError)
     task = find_task(directory)

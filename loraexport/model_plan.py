@@ -18,7 +18,7 @@ from .layer_plan import LORA, LayerPlan, make_layer_plan
 from .spec import Spec, TransformersSpec
 
 if TYPE_CHECKING:  # it imports torch
-    from .bases.transformers import SiteShape, Skeleton
+    from .bases.skeleton import SiteShape, Skeleton
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def plan_model(
         BaseModelError: the model cannot be built, or `sites` names none of its layers.
         AdapterWeightsError: an adapter has modules that the model lacks, or heads that do not fit.
     """
-    from .bases.transformers import read_skeleton
+    from .bases.skeleton import read_skeleton
 
     skeleton = read_skeleton(directory, base.task, spec.export.dtype)
     lora, saved = _used_sites(headers, skeleton)

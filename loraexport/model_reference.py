@@ -19,8 +19,8 @@ from loraexport_runtime.devices import NUMPY_DTYPES
 from loraexport_runtime.manifest import Manifest, Model, TensorEntry, resolve
 from loraexport_runtime.stacks import lowest
 
+from .bases.plain import has_rotary_positions, load_plain_model, take_output
 from .bases.pooling import SentencePooling
-from .bases.transformers import has_rotary_positions, load_plain_model, take_output
 from .errors import BaseModelError
 from .lora.reference import ReferenceAdapter, read_reference_adapter
 from .proof import CASES_FILE, slot_names

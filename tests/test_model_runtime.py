@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import write_model_project, write_vit_project
 
-from loraexport.bases.transformers import load_plain_model
+from loraexport.bases.plain import load_plain_model
 from loraexport.pipeline import build
 from loraexport_runtime import (
     ArtifactError,

@@ -14,6 +14,7 @@ import transformers as tf
 from conftest import write_adapter, write_bert, write_model_project, write_vit_project
 
 import loraexport.bases.transformers as transformers_module
+from loraexport.bases.skeleton import read_skeleton
 from loraexport.errors import BaseModelError, ParityError
 from loraexport.pipeline import build
 from loraexport.plan import make_plan
@@ -185,7 +186,7 @@ def test_images_and_tasks_that_do_not_fit(
 ) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(BaseModelError, match=message):
-        transformers_module.read_skeleton(tmp_path, task, "float32")
+        read_skeleton(tmp_path, task, "float32")
 
 
 class TestPlan:
