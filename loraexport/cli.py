@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,6 +124,36 @@ def verify(
         _print_report(report)
     if report.failures:
         raise ParityError(f"{len(report.failures)} of {len(report.rows)} comparisons failed")
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; give it for each row.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter for each prompt in order, or 'base'; default: base."),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Generate from one batch of prompts, each with its own adapter, for a look."""
+    from loraexport_runtime.generate import load_generator
+
+    names = [None if name == "base" else name for name in adapter or ["base"] * len(prompt)]
+    generator = load_generator(artifact, provider)
+    found = generator.generate(
+        prompt, adapters=names, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    if as_json:
+        rows = zip(prompt, names, found, strict=True)
+        _print_json([{"prompt": text, "adapter": name, **asdict(one)} for text, name, one in rows])
+        return
+    for text, name, one in zip(prompt, names, found, strict=True):
+        out_console.print(Text(f"[{name or 'base'}] {text}", style="bold"))
+        out_console.print(Text(one.text))
 
 
 @app.command()

@@ -5,6 +5,7 @@ LoraexportError                     runtime's root; exit code 1 if nothing below
 ├── UsageError          2           a command's arguments do not fit together
 │   └── BuildBusyError  2           another build of the same artifact is running
 ├── ProviderError       2           (runtime) a provider was asked for that cannot run here
+├── BatchError          2           (runtime) a batch cannot be served as asked
 ├── ParityError         3           a graph disagrees with the reference; nothing was published
 ├── BaseModelError      4           the base cannot be used
 ├── WeightsError        4           (runtime) a weight file is damaged, unsafe or not finite
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from loraexport_runtime.errors import (
     AdapterError,
     ArtifactError,
+    BatchError,
     LoraexportError,
     ProviderError,
     WeightsError,
@@ -71,6 +73,7 @@ _EXIT_CODES: tuple[tuple[type[LoraexportError], int], ...] = (
     (SpecError, 2),
     (UsageError, 2),
     (ProviderError, 2),
+    (BatchError, 2),
     (ParityError, 3),
     (BaseModelError, 4),
     (WeightsError, 4),

@@ -61,22 +61,19 @@ def plan_model(
     skeleton = read_skeleton(directory, base.task, spec.export.dtype)
     lora, saved = _used_sites(headers, skeleton)
     if spec.sites is not None:
-        lora = _named_sites(spec, skeleton)
+        lora = named_sites(spec, skeleton)
     heads = _plan_heads(base.task, directory, headers, spec, skeleton, saved)
     features = set(spec.features or ()).union(*(header.features for header in headers))
     plans = []
-    for group in _share_inputs(skeleton, lora, heads):
+    for group in share_inputs(skeleton, lora, heads):
         shape, head = skeleton.sites[group[0]], heads.get(group[0])
         widths = [head.width if head else skeleton.sites[site].out_features for site in group]
         layer = Layer(
-            name=_group_name(group),
+            name=group_name(group),
             kind=shape.kind,
             in_features=shape.in_features,
             out_features=sum(widths),
-            slices=tuple(
-                Slice(site.rsplit(".", 1)[-1], site, sum(widths[:index]), widths[index])
-                for index, site in enumerate(group)
-            ),
+            slices=slices_of(group, widths),
             max_rank=max_rank,
             strategy="masked",
             stacks=(),
@@ -118,7 +115,7 @@ def _used_sites(
     return lora, saved
 
 
-def _named_sites(spec: Spec, skeleton: "Skeleton") -> set[str]:
+def named_sites(spec: Spec, skeleton: "Skeleton") -> set[str]:
     """Where the spec's `sites` say that later adapters may apply."""
     known = skeleton.sites
     if spec.sites == "all-linear":
@@ -173,7 +170,7 @@ def _feature_roles(features: Collection[str], shape: "SiteShape") -> set[str]:
     return roles
 
 
-def _share_inputs(
+def share_inputs(
     skeleton: "Skeleton", lora: Collection[str], heads: Collection[str]
 ) -> list[tuple[str, ...]]:
     """The sites in the model's order; those that get the very same tensor together."""
@@ -185,7 +182,15 @@ def _share_inputs(
     return [tuple(group) for group in groups.values()]
 
 
-def _group_name(group: Sequence[str]) -> str:
+def slices_of(group: Sequence[str], widths: Sequence[int]) -> tuple[Slice, ...]:
+    """The sites of a layer side by side."""
+    return tuple(
+        Slice(site.rsplit(".", 1)[-1], site, sum(widths[:index]), widths[index])
+        for index, site in enumerate(group)
+    )
+
+
+def group_name(group: Sequence[str]) -> str:
     """`…self.query+key+value` for sites of one parent."""
     parents = {site.rpartition(".")[0] for site in group}
     if len(parents) > 1 or len(group) == 1:

@@ -5,7 +5,7 @@ one adapter has w = 1. So a blend is base + sum_i w_i (y_i - base) at each site.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,29 +245,35 @@ class PlainModel:
             y = nn.functional.pad(y, lacking, value=self._missing_label)
         return to_numpy(y)
 
-    @contextmanager
-    def merged(self, adapters: Mapping[int, ReferenceAdapter], mix: Mix) -> Iterator[None]:
-        """W + sum_i w_i (W_i - W) and its bias in every site, undone at the end."""
-        sites = {
-            site: None for slot, _ in mix for site in (*adapters[slot].sites, *adapters[slot].heads)
-        }
-        kept = {}
-        for site in sites:
-            module = self.model.get_submodule(site)
-            kept[site] = (module.weight, getattr(module, "bias", None))
-            weight, bias = _blend(module, site, adapters, mix)
-            # Parameters of its own: an embedding may be tied to this one, and stays as it is.
-            module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
-            if bias is not None:
-                module.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
-        try:
-            yield
-        finally:
-            for site, (own_weight, own_bias) in kept.items():
-                module = self.model.get_submodule(site)
-                module.weight = own_weight
-                if own_bias is not None or hasattr(module, "bias"):
-                    module.bias = own_bias
+    def merged(
+        self, adapters: Mapping[int, ReferenceAdapter], mix: Mix
+    ) -> AbstractContextManager[None]:
+        """See `merged_into`."""
+        return merged_into(self.model, adapters, mix)
+
+
+@contextmanager
+def merged_into(model: Any, adapters: Mapping[int, ReferenceAdapter], mix: Mix) -> Iterator[None]:
+    """W + sum_i w_i (W_i - W) and its bias in every site of a float64 model, undone at the end."""
+    kept = {}
+    for site in {
+        site for slot, _ in mix for site in (*adapters[slot].sites, *adapters[slot].heads)
+    }:
+        module = model.get_submodule(site)
+        kept[site] = (module.weight, getattr(module, "bias", None))
+        weight, bias = _blend(module, site, adapters, mix)
+        # Parameters of its own: an embedding may be tied to this one, and stays as it is.
+        module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
+    try:
+        yield
+    finally:
+        for site, (own_weight, own_bias) in kept.items():
+            module = model.get_submodule(site)
+            module.weight = own_weight
+            if own_bias is not None or hasattr(module, "bias"):
+                module.bias = own_bias
 
 
 def _blend(

@@ -38,7 +38,7 @@ class PeftReference:
                 _put_adapter(alone.model, path, header, entry)
                 self._alone[entry.slot] = alone
             else:
-                wrapped = _add(wrapped, base, path, entry)
+                wrapped = add_adapter(wrapped, base, path, entry)
                 self._names[entry.slot] = entry.name
         self._plain.model = base if wrapped is None else wrapped.eval()
         self._is_wrapped = wrapped is not None
@@ -68,7 +68,7 @@ def _same_names(header: AdapterHeader, model: nn.Module) -> bool:
     return all(name in known for name in (*header.modules, *header.saved))
 
 
-def _add(wrapped: Any, base: nn.Module, path: Path, entry: AdapterEntry) -> Any:
+def add_adapter(wrapped: Any, base: nn.Module, path: Path, entry: AdapterEntry) -> Any:
     """The adapter beside those that PEFT already has."""
     from peft import PeftModel
 

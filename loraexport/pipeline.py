@@ -16,6 +16,7 @@ from loraexport_runtime.manifest import (
     FORMAT_VERSION,
     AdapterEntry,
     BaseEntry,
+    Generator,
     Manifest,
     Model,
     ParitySummary,
@@ -42,7 +43,17 @@ _TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-_TOOLS = ("loraexport", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+_TOOLS = (
+    "loraexport",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "onnxruntime-genai-cuda",
+    "onnxruntime-genai",
+)
 
 
 def build(
@@ -63,14 +74,14 @@ def build(
     from . import proof
 
     _require_onnx_device(spec, proof.has_cuda)
-    prove = _prove_layers if plan.model is None else _prove_model
+    prove = {"layers": _prove_layers, "transformers": _prove_model, "causal_lm": _prove_decoder}
     with staging(out, spec.name) as stage:
         (stage.folder / "graphs").mkdir()
         for adapter in plan.adapters:
             _copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
         (stage.folder / "spec.yaml").write_text(_portable(spec).to_yaml(), encoding="utf-8")
 
-        manifest, report = prove(plan, stage.folder, progress)
+        manifest, report = prove[spec.base.kind](plan, stage.folder, progress)
         (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
         (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
 
@@ -147,6 +158,42 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     return manifest, report
 
 
+def _prove_decoder(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
+    """Read, graft and verify a decoder that generates."""
+    import onnx_ir
+
+    from . import decoder_reference, proof, verify_decoder
+    from .bases.causal_lm import FOLDER, build_base, load_decoder
+    from .export.graft import graft
+    from .export.graph_sites import find_grafts
+
+    progress("read weights")
+    assert plan.generator is not None, "the plan is of a decoder"
+    base, modules = load_decoder(plan)
+    progress("build the base's graph")
+    model = build_base(plan, modules, folder / FOLDER)
+    progress("graft multi-LoRA into it")
+    grafts = find_grafts(model.graph, modules.layers)
+    graft(model, grafts, modules.stacks, plan.num_slots, plan.spec.export.dtype)
+    onnx_ir.save(model, folder / FOLDER / "model.onnx", external_data="model.onnx.data")
+    del model
+    generator = Generator(
+        FOLDER,
+        f"{FOLDER}/model.onnx",
+        modules.pad_token_id,
+    )
+    manifest = replace(_manifest(plan, base), generator=generator)
+    progress("verify")
+    directory, seed = plan.generator.directory, plan.spec.parity.seed
+    reference = decoder_reference.make_reference(folder, directory, manifest, seed)
+    decoder_reference.save_reference(reference, folder)
+    providers = proof.default_providers(plan.spec.export.dtype)
+    report = verify_decoder.check_decoder(
+        folder, manifest, plan.spec, reference, directory, providers
+    )
+    return manifest, report
+
+
 def _copy_tokenizer(directory: Path, folder: Path) -> None:
     """Whatever the base has of its tokenizer or image processor, for a service's use."""
     for pattern in _TOKENIZER_FILES:
@@ -201,6 +248,7 @@ def _manifest(plan: Plan, base: "Base") -> Manifest:
         num_slots=plan.num_slots,
         layers=tuple(one.layer for one in plan.layers),
         model=model,
+        generator=None,
         adapters=tuple(
             AdapterEntry(
                 name=adapter.name,

@@ -14,6 +14,7 @@ from loraexport_runtime.manifest import AdapterSite
 from loraexport_runtime.stacks import check_fit
 
 from .checkpoint import read_checkpoint
+from .decoder_plan import GeneratorPlan, plan_decoder
 from .errors import BaseModelError
 from .layer_plan import LayerPlan, plan_layer
 from .model_plan import ModelPlan, plan_model
@@ -47,6 +48,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     """The graphs of `kind: layers`, or the sites of a whole model's one graph."""
     model: ModelPlan | None
+    generator: GeneratorPlan | None
     adapters: tuple[AdapterPlan, ...]
     base_source: str
     seed: int
@@ -69,12 +71,15 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     ]
     max_rank = spec.max_rank or max(header.max_rank for header in headers)
     num_slots = spec.slots or len(spec.adapters)
-    base, directory, model = spec.base, None, None
+    base, directory, model, generator = spec.base, None, None, None
     if base.path is not None:
         directory = resolve_directory(base.path, folder, BaseModelError)
     if base.kind == "transformers":
         assert directory is not None, "a whole model has a path"
         layers, model = plan_model(base, directory, headers, spec, num_slots, max_rank)
+    elif base.kind == "causal_lm":
+        assert directory is not None, "a decoder has a path"
+        layers, generator = plan_decoder(directory, headers, spec, num_slots, max_rank)
     else:
         tensors = read_checkpoint(directory) if directory else None
         layers = tuple(
@@ -88,7 +93,7 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     )
     seed = base.init.seed if base.kind == "layers" and base.init else 0
     source = base.path or f"init seed {seed}"
-    return Plan(spec, num_slots, max_rank, layers, model, adapters, source, seed)
+    return Plan(spec, num_slots, max_rank, layers, model, generator, adapters, source, seed)
 
 
 def _refuse_features(headers: Sequence[AdapterHeader]) -> None:

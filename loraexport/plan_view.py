@@ -46,12 +46,12 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
     console.print(_adapter_table(data["adapters"]))
     console.print(_layer_table(data["layers"], data["tokens"]))
-    if plan.model is None:  # the sites of a whole model are its rows above
+    if plan.spec.base.kind == "layers":  # the sites of a whole model are its rows above
         print_line(console, "Sites:")
         for layer in data["layers"]:
             print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
     shared = Counter(_pattern(one["name"]) for one in data["layers"] if len(one["sites"]) > 1)
-    if plan.model is not None and shared:
+    if plan.spec.base.kind != "layers" and shared:
         print_line(console, "One input, so one shrink and one base product for all:")
         for name, count in shared.items():
             print_line(console, f"  {name} ({count} times)")

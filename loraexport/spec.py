@@ -104,7 +104,16 @@ class TransformersSpec(_Model):
     task: Task
 
 
-BaseSpec = Annotated[LayersSpec | TransformersSpec, Field(discriminator="kind")]
+class CausalLmSpec(_Model):
+    """A whole decoder that generates, for onnxruntime-genai."""
+
+    kind: Literal["causal_lm"]
+    path: str = Field(
+        description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
+    )
+
+
+BaseSpec = Annotated[LayersSpec | TransformersSpec | CausalLmSpec, Field(discriminator="kind")]
 
 
 class AdapterSpec(_Model):
@@ -212,6 +221,7 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         Spec,
         LayersSpec,
         TransformersSpec,
+        CausalLmSpec,
         AdapterSpec,
         ExportSpec,
         TuneSpec,
@@ -220,7 +230,7 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
     models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
     parents: dict[tuple[str, ...], list[type[BaseModel]]] = {
         (): [Spec],
-        ("base",): [LayersSpec, TransformersSpec],
+        ("base",): [LayersSpec, TransformersSpec, CausalLmSpec],
         ("base", "init"): [InitSpec],
         ("base", "layers"): [LinearSpec, EmbeddingSpec],
         ("base", "layers", "slices"): [SliceSpec],

@@ -19,7 +19,7 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
     problems = _same_names(_items(data, "adapters"), ("adapters",), lines)
     problems += _same_names(layers, ("base", "layers"), lines)
     problems += _model_keys(data, lines)
-    if isinstance(base, dict) and base.get("kind") != "transformers":
+    if isinstance(base, dict) and base.get("kind") not in ("transformers", "causal_lm"):
         given = [key for key in ("path", "init") if base.get(key) is not None]
         if len(given) != 1:
             seen = "both are given" if given else "neither is given"
@@ -51,7 +51,10 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
         ("export", "blend"): "remove it, or take the whole model as base.kind: transformers",
     }
     problems = []
-    if _get(_get(data, "base"), "kind") == "layers":
+    kind = _get(_get(data, "base"), "kind")
+    if kind == "causal_lm":
+        del hints[("sites",)]
+    if kind in ("layers", "causal_lm"):
         for place, hint in hints.items():
             value = data
             for key in place:
@@ -190,7 +193,8 @@ def _problem(
 def _without_union_tags(location: Sequence[str | int], lines: Lines) -> tuple[str | int, ...]:
     """Drop what pydantic adds for unions (`linear`, `str`): it is in no file."""
     kept: tuple[str | int, ...] = ()
-    if len(location) > 1 and location[0] == "base" and location[1] in ("layers", "transformers"):
+    kinds = ("layers", "transformers", "causal_lm")
+    if len(location) > 1 and location[0] == "base" and location[1] in kinds:
         location = (location[0], *location[2:])  # the kind, which pydantic puts between
     for index, part in enumerate(location):
         is_tag = part in ("linear", "embedding", "str", "bool")

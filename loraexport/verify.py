@@ -158,6 +158,11 @@ def verify_artifact(
         if base_directory is not None:
             raise
         source = f"the stored cases (no base here: {error}; give it with --base)"
+    if manifest.generator is not None:
+        from . import decoder_reference, verify_decoder
+
+        kept = replace(decoder_reference.load_reference(folder), source=source)
+        return verify_decoder.check_decoder(folder, manifest, spec, kept, None, chosen)
     if manifest.model is not None:
         from . import model_reference, verify_model
 
@@ -172,6 +177,16 @@ def _check_with_base(
     folder: Path, manifest: Manifest, plan: Plan, providers: Sequence[str]
 ) -> Report:
     """Against the oracle. Raises BaseModelError if the base is not the artifact's."""
+    if manifest.generator is not None:
+        from . import decoder_reference, verify_decoder
+        from .bases.causal_lm import load_decoder
+
+        assert plan.generator is not None, "spec and manifest are of one kind"
+        base, _ = load_decoder(plan)
+        _require_same(base, manifest, plan)
+        place, seed = plan.generator.directory, plan.spec.parity.seed
+        decoded = decoder_reference.make_reference(folder, place, manifest, seed)
+        return verify_decoder.check_decoder(folder, manifest, plan.spec, decoded, place, providers)
     if manifest.model is not None:
         from . import model_reference, verify_model
         from .bases.transformers import load_model

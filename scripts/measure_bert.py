@@ -133,7 +133,7 @@ def main() -> None:
         export_mixed(folder, spec, "mixed")
         export_mixed(folder, spec, "features", features=["dora", "bias"])
         export_mixed(folder, spec, "blend", export={"blend": True})
-        model_plan._share_inputs = apart(model_plan._share_inputs)
+        model_plan.share_inputs = apart(model_plan.share_inputs)
         export_mixed(folder, spec, "apart")
         plain = BertModel.from_pretrained(folder / "bert", dtype=torch.half).eval()
         ids = torch.ones(3, 7, dtype=torch.int64)

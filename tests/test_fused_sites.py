@@ -23,7 +23,7 @@ INPUTS = {
     "token_type_ids": np.zeros((3, 4), np.int64),
 }
 EVERYWHERE: dict[str, Any] = {"sites": "all-linear", "export": {"formats": ["onnx"]}}
-_share = model_plan._share_inputs
+_share = model_plan.share_inputs
 
 
 def _apart(skeleton: Any, lora: Collection[str], heads: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -37,7 +37,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, share in (("fused", _share), ("apart", _apart)):
         folder = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(model_plan, "_share_inputs", share)
+            patch.setattr(model_plan, "share_inputs", share)
             found[name] = build(write_model_project(folder, **EVERYWHERE), folder / "out")[0]
     return found
 

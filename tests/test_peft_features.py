@@ -750,7 +750,7 @@ def test_a_blended_build_passes_parity(world: World) -> None:
     }
     assert set(blended) >= set(IMPLEMENTATIONS) - {"peft"}
     assert "peft" not in blended
-    assert list(blended.values()) == pytest.approx([1] * 4, abs=1e-3)
+    assert all(gain == pytest.approx(1, abs=1e-3) for gain in blended.values())
 
 
 def test_a_blend_of_one_whole_adapter_is_that_adapter(world: World) -> None:

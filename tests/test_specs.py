@@ -11,6 +11,7 @@ import pytest
 from loraexport.pipeline import build
 from loraexport.proof import has_cuda
 from loraexport_runtime import ArtifactError, ModelSession, load
+from loraexport_runtime.generate import load_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))
@@ -18,7 +19,12 @@ SPECS = sorted((ROOT / "specs").glob("*.yaml"))
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
 def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> None:
+    if spec.stem == "smollm2" and not (ROOT / "smollm2/config.json").is_file():
+        pytest.skip("its base is made by specs/make_smollm2.py")
     folder, report = build(spec, tmp_path)
+    if spec.stem == "smollm2":
+        check_generator(folder)
+        return
     if spec.stem == "bfloat16" and not has_cuda():
         assert report.status == "deferred"
         with pytest.raises(ArtifactError, match="not proven"):
@@ -59,6 +65,17 @@ def check_model(session: ModelSession, names: list[str]) -> None:
     assert mixed[-1].tobytes() == base[-1].tobytes()
     assert np.abs(mixed - base)[:-1].max(axis=1).min() > 1e-3
     assert np.abs(np.linalg.norm(mixed, axis=1) - 1).max() < 1e-5
+
+
+def check_generator(folder: Path) -> None:
+    """One batch: the same sentence as an object, as a pirate, and as the base answers."""
+    sentence = "Aged 43, Quinn Eriksen found work as a painter in Prague."
+    found = load_generator(folder).generate([sentence] * 3, adapters=["json", "pirate", None])
+    person = {"name": "Quinn Eriksen", "age": 43, "job": "painter", "city": "Prague"}
+    assert json.loads(found[0].text) == person
+    assert found[1].text.startswith("Ahoy, matey!")
+    assert "{" not in found[2].text
+    assert "Ahoy" not in found[2].text
 
 
 def test_demonstration_needs_no_torch(tmp_path: Path) -> None:

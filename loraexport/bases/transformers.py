@@ -111,7 +111,7 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
     layers = [one.layer for one in plan.layers]
     headless = {one.slices[0].site: one.out_features for one in layers if not one.in_base}
     model: Any = load_plain_model(plan.model.directory, plan.model.task, headless)
-    base = _read_base(model, layers)
+    base = read_base(model, layers)
     dtype = plan.spec.export.dtype
     slots: dict[int, _Slot] = {}
     scales: dict[str, dict[str, np.ndarray]] = {}
@@ -165,7 +165,7 @@ class _Slot:
     output_scales: Mapping[str, np.ndarray]
 
 
-def _read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
+def read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
     """The frozen weights of every site, [out, in], and the digest of the whole model."""
     sites = {}
     for layer in layers:

@@ -92,8 +92,8 @@ class Gather(nn.Module):
 
 
 class Expand(nn.Module):
-    """y + h B, as one fused product."""
+    """y + h B; of matrices as one fused product."""
 
     def forward(self, y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        """y [T, out], h [T, S * W], b [S * W, out] -> [T, out]."""
-        return addmm(y, h, b)
+        """y [T, out], h [T, S * W], b [S * W, out] -> [T, out]; or y and h [batch, n, …]."""
+        return addmm(y, h, b) if h.dim() == 2 else y + h @ b

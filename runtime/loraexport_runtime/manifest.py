@@ -123,6 +123,21 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Generator:
+    """A decoder with a KV cache, as onnxruntime-genai takes it, and adapter_ids [batch]."""
+
+    folder: str
+    """genai_config.json, the graph, and the tokenizer's files."""
+    onnx: str
+    pad_token_id: int
+    """What a shorter prompt is filled up with: a token that no prompt may hold."""
+
+    def files(self) -> list[str]:
+        """The paths that a generator cannot do without."""
+        return [self.onnx, f"{self.folder}/genai_config.json"]
+
+
+@dataclass(frozen=True)
 class AdapterSite:
     rank: int
     scaling: float
@@ -173,7 +188,7 @@ class FileEntry:
 class Manifest:
     format_version: int
     name: str
-    kind: Literal["layers", "transformers"]
+    kind: Literal["layers", "transformers", "causal_lm"]
     created: str
     dtype: DType
     spec_digest: str
@@ -181,6 +196,8 @@ class Manifest:
     layers: tuple[Layer, ...]
     model: Model | None
     """For `kind: transformers`."""
+    generator: Generator | None
+    """For `kind: causal_lm`."""
     adapters: tuple[AdapterEntry, ...]
     base: BaseEntry
     parity: ParitySummary
@@ -230,12 +247,14 @@ class Manifest:
 
     def _graphs(self) -> list[str]:
         files = [path for layer in self.layers for path in layer.files()]
-        return files + (self.model.files() if self.model else [])
+        whole = self.model or self.generator
+        return files + (whole.files() if whole else [])
 
     def check_sense(self) -> None:
         """Raise ValueError where parts contradict each other."""
-        if (self.model is None) != (self.kind == "layers"):
-            raise ValueError(f"manifest.model: does not fit kind {self.kind!r}")
+        for part, kind in (("model", "transformers"), ("generator", "causal_lm")):
+            if (getattr(self, part) is not None) != (self.kind == kind):
+                raise ValueError(f"manifest.{part}: does not fit kind {self.kind!r}")
         unlisted = [path for path in self._graphs() if path not in self.files]
         if unlisted:
             raise ValueError(

@@ -61,6 +61,11 @@ def _open(
     threads: int | None,
     allow_unverified: bool,
 ) -> "Session | ModelSession":
+    if manifest.generator is not None:
+        raise ArtifactError(
+            f"{folder}: its kind is {manifest.kind!r}; open it with"
+            " loraexport_runtime.generate.load_generator()"
+        )
     if manifest.parity.status != "passed" and not allow_unverified:
         raise ArtifactError(
             f"{folder}: parity is {manifest.parity.status!r}, so its numbers are not proven. Run"

@@ -1,0 +1,78 @@
+"""The sites of a decoder that generates. No weight is read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraexport_runtime.adapters import AdapterHeader, match_sites
+from loraexport_runtime.errors import AdapterConfigError
+from loraexport_runtime.manifest import Layer
+
+from .layer_plan import LayerPlan, make_layer_plan
+from .model_plan import group_name, named_sites, share_inputs, slices_of
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class GeneratorPlan:
+    """A decoder: where it lies."""
+
+    directory: Path
+
+
+def plan_decoder(
+    directory: Path,
+    headers: Sequence[AdapterHeader],
+    spec: Spec,
+    num_slots: int,
+    max_rank: int,
+) -> tuple[tuple[LayerPlan, ...], GeneratorPlan]:
+    """Plan a decoder's sites: those that get one tensor are slices of one layer, all of them.
+
+    The graph may hold such sites as one packed product (q, k, v), so that a layer has every slice
+    even if adapters apply to some only.
+
+    Raises:
+        BaseModelError: the model cannot be built, or `sites` names none of its layers.
+        AdapterConfigError: an adapter brings more than A and B of linear layers.
+        AdapterWeightsError: an adapter has modules that the model lacks.
+    """
+    from .bases.skeleton import read_skeleton
+
+    skeleton = read_skeleton(directory, "causal-lm", spec.export.dtype)
+    _refuse_features(headers)
+    linear = {site for site, shape in skeleton.sites.items() if shape.kind == "linear"}
+    used = {site for header in headers for site in match_sites(header, linear)}
+    lora = used if spec.sites is None else named_sites(spec, skeleton)
+    plans = []
+    for group in share_inputs(skeleton, linear, ()):
+        if not lora & set(group):
+            continue
+        widths = [skeleton.sites[site].out_features for site in group]
+        layer = Layer(
+            name=group_name(group),
+            kind="linear",
+            in_features=skeleton.sites[group[0]].in_features,
+            out_features=sum(widths),
+            slices=slices_of(group, widths),
+            max_rank=max_rank,
+            strategy="masked",
+            stacks=(),
+            base_rows=None,
+            in_base=True,
+            labels=False,
+            onnx=None,
+            torchscript=None,
+        )
+        plans.append(make_layer_plan(layer, (), False, spec, num_slots))
+    return tuple(plans), GeneratorPlan(directory)
+
+
+def _refuse_features(headers: Sequence[AdapterHeader]) -> None:
+    for header in headers:
+        if header.features:
+            raise AdapterConfigError(
+                f"{header.path}: it uses {', '.join(header.features)} (DoRA, a bias, or whole"
+                " modules), which a decoder that generates (base.kind: causal_lm) has no place for;"
+                " retrain it without, or build a whole model (base.kind: transformers)"
+            )

@@ -1,0 +1,218 @@
+"""Multi-LoRA into an ONNX graph that exists: y' = y + scaling[s] B[s] (A[s] x) at every site.
+
+The LoRA part of a site is exported from the torch modules that the rest of the project uses, as a
+function of the graph, which is called once for each site and then inlined. Graph inputs that join:
+adapter_ids int64 [batch], and the stacks, which need not be fed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import InlinePass
+from torch import Tensor, nn
+
+from loraexport_runtime.manifest import Layer
+
+from ..errors import ExportError
+from ..lora.masked import Masked
+from ..lora.strategy import Base
+from ..tensors import TORCH_DTYPES
+from .onnx import export_program, make_overridable
+
+ADAPTER_IDS = "adapter_ids"
+_DOMAIN = "loraexport"
+_BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
+_ROWS = torch.export.Dim("rows")
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One layer of the plan and the products whose outputs are the layer's, side by side."""
+
+    layer: Layer
+    nodes: tuple[ir.Node, ...]
+    """All of the same input."""
+    widths: tuple[int, ...]
+    """The outputs of each node; together the layer's."""
+
+    @property
+    def is_flat(self) -> bool:
+        """Gemm takes a matrix [batch * n, in]; the other products [batch, n, in]."""
+        return self.nodes[0].op_type == "Gemm"
+
+
+class _Given(Base):
+    """The base's output, which the graph has computed."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__(None, None)
+        self._y = y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y, whatever x is."""
+        return self._y
+
+
+class _Site(nn.Module):
+    """y' = y + where(own, x A^T, 0) B for one layer, y in one part or one per slice."""
+
+    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
+        super().__init__()
+        self.lora = Masked(num_slots, rows_per_slot, in_features)
+
+    def forward(self, x: Tensor, own: Tensor, a: Tensor, b: Tensor, ys: list[Tensor]) -> Any:
+        """x [batch, n, in], own bool [batch, n, S * W], ys [batch, n, out] -> the same as ys.
+
+        Or each of them with its rows already flat.
+        """
+        base = torch.cat(ys, dim=-1) if len(ys) > 1 else ys[0]
+        y = self.lora.linear(x, _Given(base), (own, own), a, b)
+        return torch.split(y, [part.shape[-1] for part in ys], dim=-1) if len(ys) > 1 else (y,)
+
+
+class _Route(nn.Module):
+    """Which columns of the stacks are each token's own."""
+
+    def __init__(self, num_slots: int, rows_per_slot: int, is_flat: bool) -> None:
+        super().__init__()
+        self.lora = Masked(num_slots, rows_per_slot, 1)
+        self._is_flat = is_flat
+
+    def forward(self, ids: Tensor, adapter_ids: Tensor) -> Tensor:
+        """ids [batch, n], adapter_ids int64 [batch] -> own bool [batch, n, S * W], or flat."""
+        own = self.lora.route_rows(adapter_ids, ids.shape[1])[1]
+        return own if self._is_flat else own.view(*ids.shape, -1)
+
+
+def graft(
+    model: ir.Model,
+    grafts: Sequence[Graft],
+    stacks: Mapping[str, np.ndarray],
+    num_slots: int,
+    dtype: str,
+    ids_name: str = "input_ids",
+) -> None:
+    """Put multi-LoRA into a graph, in place.
+
+    Args:
+        stacks: the initial value of each layer's stacks, by name.
+        dtype: of the sites' inputs and outputs, and of the stacks.
+        ids_name: the graph's input [batch, n] that says how many tokens a row has.
+
+    Raises:
+        ExportError: torch could not export the LoRA part, or the graph has no such input.
+    """
+    graph = model.graph
+    opset = model.opset_imports.get("", 0)
+    ids = next((value for value in graph.inputs if value.name == ids_name), None)
+    if ids is None or ids.shape is None:
+        names = [value.name for value in graph.inputs]
+        raise ExportError(f"graft: the graph has no input {ids_name!r}; it has {names}")
+    adapter_ids = _input(ADAPTER_IDS, [ids.shape[0]], ir.DataType.INT64)
+    graph.inputs.append(adapter_ids)
+    for name, array in stacks.items():
+        value = _input(name, array.shape, ir.DataType.from_numpy(array.dtype))
+        graph.inputs.append(value)
+    parts = _Parts(model, num_slots, TORCH_DTYPES[dtype], opset)
+    first = graph[0]
+    routes: dict[tuple[int, bool], ir.Value] = {}
+    by_name = {value.name: value for value in graph.inputs}
+    for one in grafts:
+        route = (len(one.layer.slices) * one.layer.max_rank, one.is_flat)
+        if route not in routes:
+            call = parts.route(*route, ids, adapter_ids)
+            graph.insert_before(first, call)
+            routes[route] = call.outputs[0]
+        x, ys = one.nodes[0].inputs[0], [node.outputs[0] for node in one.nodes]
+        a, b = (by_name[stack.name] for stack in one.layer.stacks)
+        call = parts.site(one, x, routes[route], a, b)
+        graph.insert_after(one.nodes[-1], call)
+        for y, new in zip(ys, call.outputs, strict=True):
+            _take_place(graph, y, new, call)
+    InlinePass()(model)
+    del model.opset_imports[_DOMAIN]
+    graph.sort()
+    make_overridable(graph, stacks)
+
+
+class _Parts:
+    """The functions of a model, exported once for each shape of layer."""
+
+    def __init__(self, model: ir.Model, num_slots: int, dtype: torch.dtype, opset: int) -> None:
+        self._model = model
+        self._num_slots = num_slots
+        self._dtype = dtype
+        self._opset = opset
+        model.opset_imports[_DOMAIN] = 1
+
+    def route(self, rows: int, is_flat: bool, ids: ir.Value, adapter_ids: ir.Value) -> ir.Node:
+        """A call of `_Route`."""
+        name = f"route_{rows}{'_flat' * is_flat}"
+        if (_DOMAIN, name, "") not in self._model.functions:
+            arguments = (torch.zeros(3, 7, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+            shapes = ({0: _BATCH, 1: _TOKENS}, {0: _BATCH})
+            self._add(name, _Route(self._num_slots, rows, is_flat), arguments, shapes)
+        return self._call(name, [ids, adapter_ids], 1)
+
+    def site(
+        self,
+        one: Graft,
+        x: ir.Value | None,
+        own: ir.Value,
+        a: ir.Value,
+        b: ir.Value,
+    ) -> ir.Node:
+        """A call of `_Site`."""
+        assert x is not None, "a product has an input"
+        layer, widths = one.layer, one.widths
+        rows, size = len(layer.slices) * layer.max_rank, layer.in_features
+        name = f"site_{rows}_{size}_{'_'.join(map(str, widths))}{'_flat' * one.is_flat}"
+        if (_DOMAIN, name, "") not in self._model.functions:
+            columns = self._num_slots * rows
+            lead, row = ((21,), {0: _ROWS}) if one.is_flat else ((3, 7), {0: _BATCH, 1: _TOKENS})
+            arguments = (
+                torch.zeros(*lead, size, dtype=self._dtype),
+                torch.zeros(*lead, columns, dtype=torch.bool),
+                torch.zeros(columns, size, dtype=self._dtype),
+                torch.zeros(columns, layer.out_features, dtype=self._dtype),
+                [torch.zeros(*lead, width, dtype=self._dtype) for width in widths],
+            )
+            shapes = (row, row, None, None, [row] * len(widths))
+            self._add(name, _Site(self._num_slots, rows, size), arguments, shapes)
+        ys = [node.outputs[0] for node in one.nodes]
+        return self._call(name, [x, own, a, b, *ys], len(ys))
+
+    def _call(self, name: str, inputs: Sequence[ir.Value], num_outputs: int) -> ir.Node:
+        return ir.Node(_DOMAIN, name, inputs, num_outputs=num_outputs)
+
+    def _add(self, name: str, module: nn.Module, arguments: Any, shapes: Any) -> None:
+        program = export_program(name, module.eval(), arguments, shapes, self._opset)
+        graph = program.graph
+        for initializer in list(graph.initializers.values()):  # a function has none
+            value = ir.Attr("value", ir.AttributeType.TENSOR, initializer.const_value)
+            constant = ir.Node("", "Constant", [], [value])
+            graph.insert_before(graph[0], constant)
+            initializer.replace_all_uses_with(constant.outputs[0])
+        graph.initializers.clear()
+        function = ir.Function(_DOMAIN, name, "", graph=graph, attributes={})
+        self._model.functions[function.identifier()] = function
+
+
+def _input(name: str, shape: Any, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def _take_place(graph: ir.Graph, old: ir.Value, new: ir.Value, call: ir.Node) -> None:
+    """Every use of `old` but the call's own takes `new`; so does the graph's output."""
+    new.shape, new.type = old.shape, old.type
+    for user, index in list(old.uses()):
+        if user is not call:
+            user.replace_input_with(index, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            new.name, old.name = old.name, f"{old.name}_base"
+            graph.outputs[index] = new

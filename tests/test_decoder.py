@@ -1,0 +1,816 @@
+"""Whole decoders on onnxruntime-genai: every family of the README against PEFT's own generate, a
+batch with its own adapter for every prompt, planted faults, and what cannot be run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import transformers as tf
+from conftest import Project, write_adapter
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_import_torch_free import BLOCKED
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import loraexport.bases.causal_lm as causal_lm
+import loraexport_runtime as lr
+from loraexport import cli
+from loraexport.errors import BaseModelError, ParityError, SpecError, exit_code
+from loraexport.pipeline import build
+from loraexport.plan import make_plan
+from loraexport.quiet import quiet_models
+from loraexport.spec import read_spec
+from loraexport.verify import verify_artifact
+from loraexport_runtime.generate import Completion, TextGenerator, load_generator
+from loraexport_runtime.manifest import Manifest
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY, CONTEXT = 320, 128
+PAD, BOS, EOS = 0, 1, 2
+IMPLEMENTATIONS = ("peft", "onnx-cpu", "onnx-genai-cpu")
+ADAPTERS = ("first", "second")
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+_SITES = (["q_proj", "v_proj"], ["k_proj", "o_proj", "down_proj"])
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny decoder of a family, and where its two adapters apply."""
+
+    config: Callable[[], Any]
+    sites: tuple[list[str], list[str]] = _SITES
+    """target_modules of the first adapter (rank 4) and of the second (rank 8, rsLoRA)."""
+    notes: str = ""
+
+
+FAMILIES: dict[str, Family] = {
+    "Llama": Family(
+        lambda: tf.LlamaConfig(**_SIZES),
+        (["q_proj", "v_proj"], ["k_proj", "o_proj", "gate_proj", "down_proj"]),
+    ),
+    "Mistral": Family(
+        lambda: tf.MistralConfig(**_SIZES, sliding_window=None), notes="without a sliding window"
+    ),
+    "Qwen2": Family(
+        lambda: tf.Qwen2Config(**_SIZES),
+        (["q_proj", "v_proj"], ["k_proj", "up_proj", "lm_head"]),
+        "biases of q, k and v; `lm_head` as a site",
+    ),
+    "Qwen3": Family(lambda: tf.Qwen3Config(**_SIZES, head_dim=16), notes="norms of q and k"),
+    "Gemma": Family(lambda: tf.GemmaConfig(**_SIZES, head_dim=16), notes="tied embeddings"),
+    "Phi-3": Family(
+        lambda: tf.Phi3Config(**_SIZES, original_max_position_embeddings=CONTEXT),
+        (["qkv_proj", "down_proj"], ["gate_up_proj", "o_proj"]),
+        "fused `qkv_proj` and `gate_up_proj`",
+    ),
+    "SmolLM3": Family(
+        lambda: tf.SmolLM3Config(**_SIZES, no_rope_layers=[1, 1]), notes="with RoPE in every layer"
+    ),
+    "Granite": Family(
+        lambda: tf.GraniteConfig(
+            **_SIZES,
+            embedding_multiplier=2.0,
+            residual_multiplier=0.5,
+            logits_scaling=2.0,
+            attention_multiplier=0.3,
+        ),
+        notes="its four multipliers",
+    ),
+}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["hello world the adapters of a batch"] * 3, trainer)
+    tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+
+
+def write_decoder(folder: Path, family: Family, **changes: Any) -> Path:
+    """A base, two adapters with random A and B, and a spec; its path."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(family.config()).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "base")
+    _write_tokenizer(folder / "base")
+    for index, name in enumerate(ADAPTERS):
+        lora = LoraConfig(
+            r=(4, 8)[index],
+            lora_alpha=8,
+            use_rslora=index == 1,
+            target_modules=family.sites[index],
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(1 + index)
+        with quiet_models():
+            wrapped: Any = get_peft_model(_load_base(folder), lora)
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        with quiet_models():
+            wrapped.save_pretrained(folder / name, save_embedding_layers=False)
+    data = {
+        "base": {"kind": "causal_lm", "path": "base"},
+        "adapters": [{"name": name, "path": name} for name in ADAPTERS],
+    }
+    return Project(folder).spec(**(data | changes))
+
+
+def _load_base(folder: Path) -> Any:
+    return tf.AutoModelForCausalLM.from_pretrained(folder / "base").eval()
+
+
+def _prompts(*lengths: int) -> list[list[int]]:
+    generator = np.random.default_rng(5)
+    return [generator.integers(3, VOCABULARY, length).tolist() for length in lengths]
+
+
+class Peft:
+    """transformers and PEFT: one prompt at a time, unpadded, one adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        with quiet_models():
+            model: Any = PeftModel.from_pretrained(
+                _load_base(folder), folder / ADAPTERS[0], ADAPTERS[0]
+            )
+            model.load_adapter(folder / ADAPTERS[1], ADAPTERS[1])
+        self._model = model.eval()
+
+    def generate(self, prompt: Sequence[int], adapter: str | None, steps: int) -> tuple[int, ...]:
+        """The likeliest tokens, without the end-of-text token."""
+        ids = torch.tensor([list(prompt)])
+        options: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": steps,
+            "do_sample": False,
+        }
+        with torch.no_grad(), quiet_models():
+            if adapter is None:
+                with self._model.disable_adapter():
+                    found = self._model.generate(**options)
+            else:
+                self._model.set_adapter(adapter)
+                found = self._model.generate(**options)
+        tokens = found[0, len(prompt) :].tolist()
+        return tuple(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
+
+
+Built = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The artifact of a family, built once; `../..` has its base and adapters."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("decoder")
+            artifact, report = build(write_decoder(folder, FAMILIES[name]), folder / "out")
+            assert report.status == "passed"
+            made[name] = artifact
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def artifact(built: Built) -> Path:
+    """Llama's, with a tokenizer. Copy it before you change a file of it."""
+    return built("Llama")
+
+
+@pytest.fixture(scope="module")
+def generator(artifact: Path) -> TextGenerator:
+    return load_generator(artifact)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family(name: str, built: Built) -> None:
+    """Parity passes, and a mixed batch gives token for token what PEFT gives for each prompt."""
+    artifact = built(name)
+    manifest = Manifest.read(artifact)
+    assert manifest.parity.status == "passed"
+    assert set(manifest.parity.checked) >= set(IMPLEMENTATIONS)  # more with a CUDA device
+    report = json.loads((artifact / "parity/parity.json").read_text())
+    assert {row["adapter"] for row in report["rows"]} == {"base", *ADAPTERS}
+    logits = [row for row in report["rows"] if row["site"] == "logits"]
+    assert max(row["error"] for row in logits) < 1e-4
+    moved = [row for row in logits if row["adapter"] != "base"]
+    assert all(abs(row["gain"] - 1) < 1e-3 and row["moved"] > 0.05 for row in moved)
+
+    prompts = _prompts(3, 11, 6, 7, 4, 9)
+    adapters = ["second", "first", None, "first", "second", None]
+    found = load_generator(artifact).generate(prompts, adapters=adapters, max_new_tokens=12)
+    peft = Peft(artifact.parents[1])
+    for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        expected = peft.generate(prompt, adapter, 12)
+        assert found[index].tokens == expected, f"row {index}, adapter {adapter}"
+        assert found[index].finish_reason == ("length" if len(expected) == 12 else "stop")
+        others = {who: peft.generate(prompt, who, 12) for who in (None, *ADAPTERS)}
+        assert len(set(others.values())) == 3, f"row {index}: an adapter changes no token"
+
+
+def test_the_readme_names_these_families() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Generation\n", 1)[1].split("\n## ", 1)[0]
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    rows = ["| decoder | notes |", "| --- | --- |"]
+    rows += [f"| {name} | {family.notes} |" for name, family in FAMILIES.items()]
+    assert table == rows, "write this into README.md:\n" + "\n".join(rows)
+
+
+def test_the_artifact(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    assert (manifest.kind, manifest.model) == ("causal_lm", None)
+    generator = manifest.generator
+    assert generator is not None
+    assert (generator.folder, generator.onnx) == ("generator", "generator/model.onnx")
+    assert generator.pad_token_id == PAD
+    assert {"generator/model.onnx.data", "generator/genai_config.json"} <= set(manifest.files)
+    assert any(name.startswith("onnxruntime-genai") for name in manifest.tools)
+    assert all(layer.strategy == "masked" and layer.onnx is None for layer in manifest.layers)
+    names = [[part.name for part in layer.slices] for layer in manifest.layers[:4]]
+    assert names == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    model = onnx.load(artifact / generator.onnx, load_external_data=False)
+    assert not model.functions
+    assert {entry.domain for entry in model.opset_import} == {"", "com.microsoft"}
+    taken = {one.name: one for one in model.graph.input}
+    stacks = {stack.name for layer in manifest.layers for stack in layer.stacks}
+    assert {"input_ids", "attention_mask", "adapter_ids", *stacks} <= set(taken)
+    assert stacks <= {tensor.name for tensor in model.graph.initializer}
+    place = str(artifact.parents[1])
+    for file in ("genai_config.json", "model.onnx", "model.onnx.data"):
+        assert place.encode() not in (artifact / "generator" / file).read_bytes()
+
+
+# What a call takes and refuses
+
+
+def test_one_prompt_and_no_adapter(generator: TextGenerator) -> None:
+    prompt = _prompts(6)
+    assert generator.adapters == {"first": 1, "second": 2}
+    alone = generator.generate(prompt, max_new_tokens=6)
+    assert alone == generator.generate(prompt, adapters=[None], max_new_tokens=6)
+    mixed = generator.generate(prompt * 2, adapters=["second", None], max_new_tokens=6)
+    assert mixed[1] == alone[0]
+    assert mixed[0].tokens != mixed[1].tokens
+
+
+def test_max_new_tokens(generator: TextGenerator) -> None:
+    prompts, adapters = _prompts(3, 9), ["first", "second"]
+    long = generator.generate(prompts, adapters=adapters, max_new_tokens=7)
+    short = generator.generate(prompts, adapters=adapters, max_new_tokens=3)
+    assert [one.tokens for one in short] == [one.tokens[:3] for one in long]
+    assert [(len(one.tokens), one.finish_reason) for one in short] == [(3, "length")] * 2
+
+
+def test_streaming_gives_the_same_tokens(generator: TextGenerator) -> None:
+    prompts, adapters = _prompts(3, 9, 5), ["first", None, "second"]
+    texts = [""] * 3
+    tokens: list[tuple[int, ...]] = [()] * 3
+    order = []
+    for piece in generator.stream(prompts, adapters, max_new_tokens=6):
+        texts[piece.row] += piece.text
+        tokens[piece.row] += (piece.token,)
+        order.append(piece.row)
+    assert order[:6] == [0, 1, 2, 0, 1, 2]
+    found = generator.generate(prompts, adapters=adapters, max_new_tokens=6)
+    assert [(one.text, one.tokens) for one in found] == list(zip(texts, tokens, strict=True))
+
+
+def test_sampling_with_a_seed_repeats(generator: TextGenerator) -> None:
+    prompts, adapters = _prompts(3, 9), ["first", "second"]
+
+    def sample(seed: int | None, **options: Any) -> list[tuple[int, ...]]:
+        found = generator.generate(
+            prompts, adapters=adapters, max_new_tokens=10, temperature=5.0, seed=seed, **options
+        )
+        return [one.tokens for one in found]
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    greedy = generator.generate(prompts, adapters=adapters, max_new_tokens=10)
+    assert sample(3, top_k=1) == [one.tokens for one in greedy]
+
+
+def test_a_stop_string_is_cut(generator: TextGenerator) -> None:
+    prompts, adapters = _prompts(5, 9), ["first", None]
+    whole = generator.generate(prompts, adapters=adapters, max_new_tokens=16)
+    assert all(len(one.text) > 4 for one in whole), whole
+    stop = next(text for text in whole[0].text[2:] if text not in whole[1].text)
+    cut = generator.generate(prompts, adapters=adapters, max_new_tokens=16, stop=[stop])
+    assert cut[0].text == whole[0].text.split(stop)[0]
+    assert cut[0].finish_reason == "stop"
+    assert len(cut[0].tokens) < 16
+    assert cut[1] == whole[1]
+
+
+def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(artifact.parents[1] / "base")
+
+    def run(prompt: Any, **options: Any) -> Completion:
+        return generator.generate([prompt], adapters=["first"], max_new_tokens=6, **options)[0]
+
+    messages = [{"role": "user", "content": "hello"}]
+    written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert written == "<user>hello<assistant>"
+    chat, plain = run(tokenizer(written)["input_ids"]), run(tokenizer("hello")["input_ids"])
+    assert chat.tokens != plain.tokens
+    assert run("hello") == run(messages) == run(messages, chat=False) == chat
+    assert run("hello", chat=False) == plain
+    # special tokens are not shown, nor is half a character
+    decoded = tokenizer.decode(plain.tokens)
+    assert plain.text == decoded[: len(plain.text)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        pytest.param(
+            [[5]],
+            {"adapters": ["third"]},
+            lr.UnknownAdapterError,
+            "adapter 'third' is not in this artifact; it has first, second",
+            id="unknown-adapter",
+        ),
+        pytest.param(
+            [[5], [6]],
+            {"adapters": ["first"]},
+            lr.InputError,
+            "adapters names 1 rows, but the inputs have 2; give one name, or None for the base",
+            id="too-few-adapters",
+        ),
+        pytest.param(
+            [[5]],
+            {"adapters": "first"},
+            lr.InputError,
+            "adapters is 'first'; expected a list with an entry for each of the 1 rows",
+            id="adapters-no-list",
+        ),
+        pytest.param(
+            [[5]],
+            {"adapters": [{"first": 1.0}]},
+            lr.InputError,
+            r"adapters\[0\] is a blend; a decoder takes one name per row",
+            id="blend",
+        ),
+        pytest.param([], {}, lr.InputError, "no prompt; give one at least", id="no-prompt"),
+        pytest.param(
+            "hello",
+            {},
+            lr.InputError,
+            r"prompts is one text; expected a list of prompts",
+            id="prompts-no-list",
+        ),
+        pytest.param([[5], []], {}, lr.InputError, r"prompts\[1\] has no tokens", id="no-tokens"),
+        pytest.param(
+            [""], {"chat": False}, lr.InputError, r"prompts\[0\] has no tokens", id="empty-text"
+        ),
+        pytest.param(
+            [[5, PAD, 6]],
+            {},
+            lr.InputError,
+            r"prompts\[0\]: tokens range from 0 to 6; expected 0 to 319 without 0, which stands",
+            id="padding",
+        ),
+        pytest.param(
+            [[5, VOCABULARY]],
+            {},
+            lr.InputError,
+            r"prompts\[0\]: tokens range from 5 to 320; expected 0 to 319",
+            id="vocabulary",
+        ),
+        pytest.param(
+            [[5], [5] * 120],
+            {"max_new_tokens": 9},
+            lr.InputError,
+            "a prompt of 120 tokens and 9 new ones are more than the model's 128; shorten",
+            id="too-long",
+        ),
+        pytest.param(
+            [[5]],
+            {"max_new_tokens": 0},
+            lr.InputError,
+            "max_new_tokens is 0; expected 1 or more",
+            id="no-new-tokens",
+        ),
+        pytest.param(
+            [[5]],
+            {"stop": "x"},
+            lr.InputError,
+            "stop is 'x'; expected a list of texts, none of them empty",
+            id="stop-no-list",
+        ),
+        pytest.param(
+            [[5]],
+            {"stop": [""]},
+            lr.InputError,
+            r"stop is \[''\]; expected a list of texts, none of them empty",
+            id="stop-empty",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_run(
+    generator: TextGenerator, prompts: Any, options: dict[str, Any], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        generator.generate(prompts, **options)
+    assert isinstance(caught.value, lr.BatchError)
+    assert exit_code(caught.value) == 2
+    with pytest.raises(error, match=message):
+        next(generator.stream(prompts, **options))
+    good = generator.generate([[5]], adapters=["first"], max_new_tokens=2)
+    assert len(good[0].tokens) == 2
+
+
+def test_the_longest_prompt(generator: TextGenerator) -> None:
+    found = generator.generate([[5] * 120, [7]], adapters=["first", None], max_new_tokens=8)
+    assert [len(one.tokens) for one in found] == [8, 8]
+
+
+# Opening
+
+
+def test_a_provider_that_cannot_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime_genai
+
+    monkeypatch.setattr(onnxruntime_genai, "is_cuda_available", lambda: False)
+    with pytest.raises(lr.ProviderError, match="CUDA was asked for, but this onnxruntime-genai"):
+        load_generator(artifact, "cuda")
+    with pytest.raises(lr.ProviderError, match="expected 'cpu' or 'cuda', got 'npu'"):
+        load_generator(artifact, "npu")
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(lr.ProviderError, match=r"pip install 'loraexport-runtime\[genai\]'"):
+        load_generator(artifact)
+
+
+def test_cuda_where_there_is_no_device(artifact: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(lr.ProviderError, match=r"CUDA was asked for|cannot open it on cuda"):
+        load_generator(artifact, "cuda")
+
+
+def test_each_kind_has_its_own_loader(artifact: Path, tenants: Path) -> None:
+    with pytest.raises(
+        lr.ArtifactError, match=r"its kind is 'causal_lm'; open it with .*load_generator\(\)"
+    ):
+        lr.load(artifact)
+    with pytest.raises(lr.ArtifactError, match=r"its kind is 'layers'; open it with load\(\)"):
+        load_generator(tenants)
+
+
+def test_a_damaged_or_unproven_artifact(artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    graph = copy / "generator/model.onnx.data"
+    data = bytearray(graph.read_bytes())
+    data[100] ^= 1
+    graph.write_bytes(data)
+    with pytest.raises(lr.ArtifactError, match=r"model.onnx.data: its sha256 differs"):
+        load_generator(copy)
+    (copy / "generator/genai_config.json").unlink()
+    with pytest.raises(lr.ArtifactError, match=r"genai_config.json: listed in .* but missing"):
+        load_generator(copy)
+
+    unproven = tmp_path / "unproven"
+    shutil.copytree(artifact, unproven)
+    manifest = json.loads((unproven / "manifest.json").read_text())
+    manifest["parity"]["status"] = "deferred"
+    (unproven / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(lr.ArtifactError, match="parity is 'deferred', so its numbers are not pro"):
+        load_generator(unproven)
+    opened = load_generator(unproven, allow_unverified=True)
+    assert len(opened.generate([[5]], max_new_tokens=2)[0].tokens) == 2
+
+
+SERVICE = f"""
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED}:
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Block())
+from loraexport_runtime.generate import load_generator
+
+generator = load_generator(sys.argv[1])
+found = generator.generate(
+    ["hello", "the world", "a"], adapters=["first", None, "second"], max_new_tokens=5
+)
+print([one.tokens for one in found])
+assert not set(sys.modules) & set({BLOCKED})
+"""
+
+
+def test_a_service_without_torch(artifact: Path, generator: TextGenerator) -> None:
+    command = [sys.executable, "-W", "error", "-c", SERVICE, str(artifact)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    prompts, adapters = ["hello", "the world", "a"], ["first", None, "second"]
+    found = generator.generate(prompts, adapters=adapters, max_new_tokens=5)
+    assert done.stdout.strip() == str([one.tokens for one in found])
+
+
+# The proof
+
+
+def test_verify_with_and_without_the_base(artifact: Path, built: Built, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere/copy"  # from where the spec's path leads to no base
+    shutil.copytree(artifact, copy)
+    manifest = Manifest.read(copy)
+    report = verify_artifact(copy, manifest, artifact.parents[1] / "base")
+    assert (report.status, report.reference) == ("passed", "the float64 model, merged")
+    assert set(report.summary().checked) >= set(IMPLEMENTATIONS)
+    stored = verify_artifact(copy, manifest)
+    assert stored.status == "passed"
+    assert stored.reference.startswith("the stored cases (no base here")
+    assert stored.skipped == {"peft": "the base is not here"}
+    assert set(stored.summary().checked) >= set(IMPLEMENTATIONS[1:])
+    with pytest.raises(BaseModelError, match="its weights differ"):
+        verify_artifact(copy, manifest, _perturbed(artifact.parents[1] / "base", tmp_path))
+
+
+def _perturbed(base: Path, folder: Path) -> Path:
+    model: Any = tf.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight += 0.1
+    model.save_pretrained(folder / "other")
+    _write_tokenizer(folder / "other")
+    return folder / "other"
+
+
+@pytest.mark.parametrize("fault", ["scaling", "slot"])
+def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    pack, assemble = causal_lm.pack, causal_lm.assemble
+
+    def scaled(layer: Any, weights: Any, scale: float, *rest: Any) -> Any:
+        return pack(layer, weights, scale * 1.05, *rest)
+
+    def swapped(stack: Any, dtype: np.dtype, base_rows: Any, blocks: Any) -> np.ndarray:
+        return assemble(stack, dtype, base_rows, {1: blocks[2], 2: blocks[1]})
+
+    if fault == "scaling":
+        monkeypatch.setattr(causal_lm, "pack", scaled)
+    else:
+        monkeypatch.setattr(causal_lm, "assemble", swapped)
+    family = Family(FAMILIES["Llama"].config, (["q_proj"], ["q_proj", "v_proj"]))
+    with pytest.raises(ParityError, match="nothing was published"):
+        build(write_decoder(tmp_path, family), tmp_path / "out")
+    assert not (tmp_path / "out/tiny").exists()
+    report = json.loads((tmp_path / "out/tiny.failed/parity/parity.json").read_text())
+    failed = {
+        (row["implementation"], row["adapter"]) for row in report["rows"] if not row["passed"]
+    }
+    assert {("onnx-cpu", name) for name in ADAPTERS} <= failed
+    assert not {one for one in failed if one[0] == "peft" or one[1] == "base"}
+
+
+# The plan
+
+
+def _spec_of_skeleton(folder: Path, **changes: Any) -> Path:
+    """A base without weights and one adapter: what a plan reads."""
+    FAMILIES["Llama"].config().save_pretrained(folder / "base")
+    write_adapter(folder / "sql", {"model.layers.0.self_attn.q_proj": (64, 64)})
+    data = {
+        "base": {"kind": "causal_lm", "path": "base"},
+        "adapters": [{"name": "sql", "path": "sql"}],
+    }
+    return Project(folder).spec(**(data | changes))
+
+
+def test_the_plan_of_one_site_has_all_that_share_its_input(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path)
+    plan = make_plan(read_spec(spec), tmp_path)
+    assert plan.model is None
+    assert plan.generator is not None
+    assert [[part.site for part in one.layer.slices] for one in plan.layers] == [
+        [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    ]
+    assert {one.strategy_reason for one in plan.layers} == {
+        "it joins a graph that exists, with one mask for every site"
+    }
+
+
+def test_sites_all_linear(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path, sites="all-linear", slots=3, max_rank=8)
+    plan = make_plan(read_spec(spec), tmp_path)
+    names = [[part.name for part in one.layer.slices] for one in plan.layers]
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert names == block * 2
+    assert {one.layer.max_rank for one in plan.layers} == {8}
+    assert all(stack.shape[0] % (3 * 8) == 0 for one in plan.layers for stack in one.layer.stacks)
+
+
+def test_dora_is_refused_by_name(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path)
+    site = "model.layers.0.self_attn.q_proj"
+    magnitude = f"base_model.model.{site}.lora_magnitude_vector"
+    write_adapter(
+        tmp_path / "sql",
+        {site: (64, 64)},
+        config={"use_dora": True},
+        tensors={magnitude: np.ones(64, np.float32)},
+    )
+    with pytest.raises(
+        lr.AdapterConfigError,
+        match=r"sql: it uses dora .*a decoder that generates \(base.kind: causal_lm\) has no place",
+    ):
+        make_plan(read_spec(spec), tmp_path)
+
+
+def test_keys_that_a_decoder_has_no_place_for(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path, features=["dora"], export={"blend": True})
+    with pytest.raises(SpecError) as caught:
+        read_spec(spec)
+    lines = {one.path: (one.message, one.hint) for one in caught.value.problems}
+    hint = "remove it, or take the whole model as base.kind: transformers"
+    assert lines == dict.fromkeys(("features", "export.blend"), ("for whole models only", hint))
+
+
+def test_a_wrong_base_in_a_spec(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path, base={"kind": "causal_lm", "paht": "base"})
+    with pytest.raises(SpecError) as caught:
+        read_spec(spec)
+    found = {(one.line, one.path, one.message, one.hint) for one in caught.value.problems}
+    assert found == {
+        (3, "base.path", "required key is missing", "add it"),
+        (5, "base.paht", "unknown key", "did you mean 'path'?"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        pytest.param(
+            Family(
+                lambda: tf.GPT2Config(
+                    vocab_size=VOCABULARY,
+                    n_embd=32,
+                    n_layer=1,
+                    n_head=2,
+                    bos_token_id=BOS,
+                    eos_token_id=EOS,
+                ),
+                (["c_attn"], ["c_attn"]),
+            ),
+            "NotImplementedError",
+            id="GPT-2",
+        ),
+        # onnxruntime-genai 0.18 asks for position_ids in a layer without RoPE, as SmolLM3 has.
+        pytest.param(
+            Family(lambda: tf.SmolLM3Config(**_SIZES, no_rope_layers=[1, 0])),
+            "KeyError: 'position_ids'",
+            id="SmolLM3-without-RoPE",
+        ),
+    ],
+)
+def test_a_model_that_the_builder_cannot_take(tmp_path: Path, family: Family, reason: str) -> None:
+    with pytest.raises(
+        BaseModelError,
+        match=f"base: onnxruntime-genai's model builder cannot take this model: {reason}",
+    ):
+        build(write_decoder(tmp_path, family), tmp_path / "out")
+    assert not (tmp_path / "out/tiny").exists()
+
+
+# The command line
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`loraexport generate` in this process."""
+
+    def run_command(*arguments: object) -> Done:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["loraexport", "generate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return Done(int(caught.value.code or 0), captured.out, captured.err)
+
+    return run_command
+
+
+def test_generate_on_the_command_line(run: Run, artifact: Path, generator: TextGenerator) -> None:
+    arguments = ["--prompt", "hello", "--prompt", "[a] :b:", "--max-new-tokens", 5]
+    arguments += ["--adapter", "first", "--adapter", "base"]
+    expected = generator.generate(["hello", "[a] :b:"], adapters=["first", None], max_new_tokens=5)
+    done = run(artifact, *arguments)
+    assert (done.code, done.err) == (0, "")
+    lines = ["[first] hello", expected[0].text, "[base] [a] :b:", expected[1].text]
+    assert done.out.split() == "\n".join(lines).split()
+    done = run(artifact, *arguments, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out) == [
+        {
+            "prompt": prompt,
+            "adapter": name,
+            "text": one.text,
+            "tokens": list(one.tokens),
+            "finish_reason": one.finish_reason,
+        }
+        for prompt, name, one in zip(["hello", "[a] :b:"], ["first", None], expected, strict=True)
+    ]
+    alone = json.loads(run(artifact, "--prompt", "hello", "--json").out)
+    assert (alone[0]["adapter"], len(alone)) == (None, 1)
+
+
+def test_faults_on_the_command_line(run: Run, artifact: Path, tenants: Path) -> None:
+    done = run(artifact, "--prompt", "hello", "--adapter", "third")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("UnknownAdapterError: adapter 'third' is not in this artifact")
+    done = run(artifact, "--prompt", "a", "--prompt", "b", "--adapter", "first")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("InputError: adapters names 1 rows, but the inputs have 2")
+    done = run(tenants, "--prompt", "a")
+    assert (done.code, done.out) == (5, "")
+    assert "its kind is 'layers'" in done.err
+
+
+def test_the_schema_knows_decoders() -> None:
+    schema = json.loads((ROOT / "specs/spec.schema.json").read_text())
+    assert "CausalLmSpec" in schema["$defs"]
+
+
+def test_a_padding_token_for_a_base_without_its_own(tmp_path: Path) -> None:
+    """Not the token that ends a text, and none that a chat template writes."""
+    choose = causal_lm._choose_pad
+    base = tmp_path / "base"
+    _write_tokenizer(base)
+    for pad in (None, EOS):
+        tf.LlamaConfig(**(_SIZES | {"pad_token_id": pad})).save_pretrained(base)
+        assert choose(base) == PAD  # the tokenizer's
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<spare>"]})
+    tokenizer.save_pretrained(base)
+    assert choose(base) == tokenizer.convert_tokens_to_ids("<spare>")
+
+
+def test_a_base_without_a_tokenizer_is_refused(built: Built, tmp_path: Path) -> None:
+    spec = write_decoder(tmp_path, FAMILIES["Llama"])
+    (tmp_path / "base/tokenizer.json").unlink()
+    with pytest.raises(BaseModelError, match=r"no tokenizer.json, which onnxruntime-genai needs"):
+        build(spec, tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts/decoder").exists()
