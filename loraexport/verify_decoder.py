@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from torch.utils.dlpack import from_dlpack
 
-from loraexport_runtime.devices import NUMPY_DTYPES, normalise_providers
+from loraexport_runtime.devices import NUMPY_DTYPES, host_value, normalise_providers
 from loraexport_runtime.generate import TextGenerator
 from loraexport_runtime.manifest import Generator, Manifest, resolve
 
@@ -25,6 +26,7 @@ from .proof import make_report, slot_names, tolerance_of
 from .quiet import quiet_models
 from .report import Report, Row, Tolerance, compare
 from .spec import Spec
+from .tensors import to_numpy
 from .verify_model import TOLERANCES
 
 Logits = Callable[[list[list[int]], np.ndarray, np.ndarray], np.ndarray]
@@ -179,20 +181,24 @@ def _onnx_runner(folder: Path, manifest: Manifest, generator: Generator, provide
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         empty = np.zeros((len(prompts), *sizes), NUMPY_DTYPES[manifest.dtype])
-        cache = dict.fromkeys(past, empty)
+        cache = {name: host_value(empty, manifest.dtype) for name in past}
         total, steps = ids.shape[1], []
         for step in range(tokens.shape[1]):
             mask = (np.arange(total + step) < (lengths + step)[:, None]).astype(np.int64)
-            feeds = {"input_ids": ids, "attention_mask": mask, "adapter_ids": adapter_ids, **cache}
+            feeds = {"input_ids": ids, "attention_mask": mask, "adapter_ids": adapter_ids}
             if "position_ids" in taken:
                 first = 0 if step == 0 else lengths[:, None] + step - 1
                 feeds["position_ids"] = first + np.arange(ids.shape[1]) + np.zeros_like(ids)
-            values = dict(zip(outputs, session.run(None, feeds), strict=True))
+            # As OrtValues: numpy has no bfloat16 that onnxruntime takes.
+            taken_now = {name: host_value(array, "int64") for name, array in feeds.items()}
+            given = session.run_with_ort_values(outputs, {**taken_now, **cache})
+            values = dict(zip(outputs, given, strict=True))
             last = lengths - 1 if step == 0 else np.zeros_like(lengths)
-            steps.append(values["logits"][np.arange(len(prompts)), last])
+            logits = to_numpy(from_dlpack(values["logits"]))
+            steps.append(logits[np.arange(len(prompts)), last])
             for name in past:
                 cache[name] = values[name.replace("past_key_values.", "present.")]
-            ids = tokens[:, step : step + 1]
+            ids = np.ascontiguousarray(tokens[:, step : step + 1])
         return np.stack(steps, axis=1)
 
     return run

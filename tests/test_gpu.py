@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Project, write_adapter, write_base, write_model_project
+from test_decoder import FAMILIES, write_decoder
 
 from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
 from loraexport.lora.segmented import SegmentedLayer
@@ -16,6 +17,7 @@ from loraexport.proof import open_torchscript
 from loraexport.spec import read_spec
 from loraexport.tensors import to_numpy
 from loraexport_runtime import InputError, ModelSession, Session, load
+from loraexport_runtime.generate import load_generator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -202,3 +204,21 @@ def test_a_model_in_torchscript_makes_no_sync(tmp_path: Path, dtype: str) -> Non
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_decoder(tmp_path: Path, dtype: str) -> None:
+    """onnxruntime-genai's graph for CUDA, with multi-LoRA: logits and tokens of mixed batches."""
+    # These adapters double the logits, and with them what rounding does.
+    parity = {"tolerance": {"float16": 0.05, "bfloat16": 0.3}[dtype]}
+    spec = write_decoder(tmp_path, FAMILIES["Llama"], export={"dtype": dtype}, parity=parity)
+    artifact, report = build(spec, tmp_path / "artifacts")
+    assert report.status == "passed"
+    assert {row.implementation for row in report.rows} >= {"onnx-cuda", "onnx-genai-cuda"}
+    gains = [row.gain for row in report.rows if row.gain is not None]
+    assert all(abs(gain - 1) < {"float16": 0.01, "bfloat16": 0.05}[dtype] for gain in gains)
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [11, 12]]
+    found = load_generator(artifact, "cuda").generate(
+        prompts, adapters=["first", None, "second"], max_new_tokens=5
+    )
+    assert all(0 < len(one.tokens) <= 5 for one in found)
