@@ -174,6 +174,7 @@ def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
         (tf.ViTConfig(), "causal-lm", "cannot build a model of type 'vit' for task 'causal-lm'"),
         (tf.BertConfig(), "image-classification", "cannot build a model of type 'bert' for task"),
         (tf.ResNetConfig(), "feature-extraction", "its config has no image_size and num_channels"),
+        (tf.SiglipConfig(), "feature-extraction", "type 'siglip' has no hidden_size, as one that"),
         (
             tf.VideoMAEConfig(),
             "feature-extraction",

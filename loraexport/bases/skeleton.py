@@ -125,6 +125,11 @@ def _signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     inputs = tuple(TensorEntry(name, "int64", ("batch", "sequence")) for name in names)
+    if not hasattr(config, "hidden_size"):
+        raise BaseModelError(
+            f"a model of type {config.model_type!r} has no hidden_size, as one that is made of"
+            f" several; take the directory of the one that task {task!r} is about"
+        )
     hidden, labels = str(config.hidden_size), str(getattr(config, "num_labels", 0))
     vocabulary = str(_sizes(model.get_output_embeddings())[1]) if task == "causal-lm" else ""
     name, shape = {

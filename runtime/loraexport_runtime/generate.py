@@ -15,6 +15,7 @@ import numpy as np
 from .batch import read_rows
 from .errors import ArtifactError, InputError, ProviderError, UnknownAdapterError
 from .manifest import Generator, Manifest, resolve
+from .opening import open_artifact
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or the messages of a chat: `[{"role": "user", "content": …}]`."""
@@ -54,16 +55,13 @@ def load_generator(
         ProviderError: onnxruntime-genai is not installed, or the provider cannot run here.
     """
     folder = Path(path)
-    manifest = Manifest.read(folder)
-    if manifest.generator is None:
-        raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
-    if manifest.parity.status != "passed" and not allow_unverified:
-        raise ArtifactError(
-            f"{folder}: parity is {manifest.parity.status!r}, so its numbers are not proven. Run"
-            f" 'loraexport verify {folder}', or pass allow_unverified=True"
-        )
-    manifest.check_files(folder)
-    return TextGenerator(folder, manifest, manifest.generator, provider)
+
+    def make(manifest: Manifest) -> TextGenerator:
+        if manifest.generator is None:
+            raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
+        return TextGenerator(folder, manifest, manifest.generator, provider)
+
+    return open_artifact(folder, allow_unverified, make)
 
 
 class TextGenerator:

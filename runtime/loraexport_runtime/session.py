@@ -10,10 +10,11 @@ import onnxruntime as ort
 from . import devices
 from .batch import Segments, check_segments, read_segments, segment_arrays
 from .binding import empty_output, run_bound
-from .errors import ArtifactError, InputError, LoraexportError, SegmentsError
+from .errors import ArtifactError, InputError, SegmentsError
 from .hosting import AdapterHost
 from .manifest import Layer, Manifest, resolve
 from .model_session import ModelSession
+from .opening import open_artifact
 
 
 def load(
@@ -37,21 +38,9 @@ def load(
         ProviderError: a provider cannot run here; onnxruntime alone would fall back silently.
     """
     folder, pairs = Path(path), devices.normalise_providers(providers)
-    while True:
-        manifest = Manifest.read(folder)
-        try:
-            session = _open(folder, manifest, pairs, threads, allow_unverified)
-        except (LoraexportError, OSError):
-            if _is_still(manifest, folder):
-                raise
-        else:
-            if _is_still(manifest, folder):
-                return session
-        # A build has swapped the folder while it was read: once more, for the new artifact.
-
-
-def _is_still(manifest: Manifest, folder: Path) -> bool:
-    return Manifest.read(folder).to_json() == manifest.to_json()  # as text: NaN is not NaN
+    return open_artifact(
+        folder, allow_unverified, lambda manifest: _open(folder, manifest, pairs, threads)
+    )
 
 
 def _open(
@@ -59,19 +48,12 @@ def _open(
     manifest: Manifest,
     providers: list[tuple[str, dict[str, Any]]],
     threads: int | None,
-    allow_unverified: bool,
 ) -> "Session | ModelSession":
     if manifest.generator is not None:
         raise ArtifactError(
             f"{folder}: its kind is {manifest.kind!r}; open it with"
             " loraexport_runtime.generate.load_generator()"
         )
-    if manifest.parity.status != "passed" and not allow_unverified:
-        raise ArtifactError(
-            f"{folder}: parity is {manifest.parity.status!r}, so its numbers are not proven. Run"
-            f" 'loraexport verify {folder}', or pass allow_unverified=True"
-        )
-    manifest.check_files(folder)
     return open_session(folder, manifest, providers, threads)
 
 
