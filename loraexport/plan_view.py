@@ -52,7 +52,9 @@ def print_plan(plan: Plan, console: Console) -> None:
             print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
     shared = Counter(_pattern(one["name"]) for one in data["layers"] if len(one["sites"]) > 1)
     if plan.spec.base.kind != "layers" and shared:
-        print_line(console, "One input, so one shrink and one base product for all:")
+        # The products of a decoder's graph are as its builder made them.
+        products = "" if plan.spec.base.kind == "causal_lm" else " and one base product"
+        print_line(console, f"One input, so one shrink{products} for all:")
         for name, count in shared.items():
             print_line(console, f"  {name} ({count} times)")
     print_line(console, "Strategies:")
