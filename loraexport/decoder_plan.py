@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites
-from loraexport_runtime.errors import AdapterConfigError
-from loraexport_runtime.manifest import Layer
 
-from .layer_plan import LayerPlan, make_layer_plan
-from .model_plan import group_name, named_sites, share_inputs, slices_of
+from .layer_plan import LayerPlan, make_layer_plan, refuse_features
+from .model_plan import named_sites, share_inputs, site_layer
 from .spec import Spec
 
 
@@ -40,7 +38,11 @@ def plan_decoder(
     from .bases.skeleton import read_skeleton
 
     skeleton = read_skeleton(directory, "causal-lm", spec.export.dtype)
-    _refuse_features(headers)
+    refuse_features(
+        headers,
+        "a decoder that generates (base.kind: causal_lm)",
+        "retrain it without, or build a whole model (base.kind: transformers)",
+    )
     linear = {site for site, shape in skeleton.sites.items() if shape.kind == "linear"}
     used = {site for header in headers for site in match_sites(header, linear)}
     lora = used if spec.sites is None else named_sites(spec, skeleton)
@@ -48,31 +50,6 @@ def plan_decoder(
     for group in share_inputs(skeleton, linear, ()):
         if not lora & set(group):
             continue
-        widths = [skeleton.sites[site].out_features for site in group]
-        layer = Layer(
-            name=group_name(group),
-            kind="linear",
-            in_features=skeleton.sites[group[0]].in_features,
-            out_features=sum(widths),
-            slices=slices_of(group, widths),
-            max_rank=max_rank,
-            strategy="masked",
-            stacks=(),
-            base_rows=None,
-            in_base=True,
-            labels=False,
-            onnx=None,
-            torchscript=None,
-        )
+        layer = site_layer(group, skeleton, max_rank)
         plans.append(make_layer_plan(layer, (), False, spec, num_slots))
     return tuple(plans), GeneratorPlan(directory)
-
-
-def _refuse_features(headers: Sequence[AdapterHeader]) -> None:
-    for header in headers:
-        if header.features:
-            raise AdapterConfigError(
-                f"{header.path}: it uses {', '.join(header.features)} (DoRA, a bias, or whole"
-                " modules), which a decoder that generates (base.kind: causal_lm) has no place for;"
-                " retrain it without, or build a whole model (base.kind: transformers)"
-            )

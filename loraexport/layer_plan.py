@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from loraexport_runtime.adapters import AdapterHeader
+from loraexport_runtime.errors import AdapterConfigError
 from loraexport_runtime.manifest import Layer, Slice, Stack, Strategy
 from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 
@@ -72,6 +74,16 @@ def choose_strategy(
             f" {tune.tokens} tokens fill whole chunks: it skips the other slots' products"
         )
     return "augmented", f"fastest on CUDA for {num_slots} slots and {tune.tokens} tokens"
+
+
+def refuse_features(headers: Iterable[AdapterHeader], place: str, instead: str) -> None:
+    """Raise AdapterConfigError for an adapter that brings more than A and B."""
+    for header in headers:
+        if header.features:
+            raise AdapterConfigError(
+                f"{header.path}: it uses {', '.join(header.features)} (DoRA, a bias, or whole"
+                f" modules), which {place} has no place for; {instead}"
+            )
 
 
 def plan_layer(

@@ -67,22 +67,15 @@ def plan_model(
     plans = []
     for group in share_inputs(skeleton, lora, heads):
         shape, head = skeleton.sites[group[0]], heads.get(group[0])
-        widths = [head.width if head else skeleton.sites[site].out_features for site in group]
-        layer = Layer(
-            name=group_name(group),
-            kind=shape.kind,
-            in_features=shape.in_features,
-            out_features=sum(widths),
-            slices=slices_of(group, widths),
-            max_rank=max_rank,
-            strategy="masked",
-            stacks=(),
-            base_rows=None,
-            in_base=head is None or head.in_base,
-            labels=head is not None and head.labels,
-            onnx=None,
-            torchscript=None,
-        )
+        layer = site_layer(group, skeleton, max_rank)
+        if head:
+            layer = replace(
+                layer,
+                out_features=head.width,
+                slices=(replace(layer.slices[0], width=head.width),),
+                in_base=head.in_base,
+                labels=head.labels,
+            )
         roles = set(LORA if group[0] in lora else ())
         roles |= {"weight", "bias"} if head else _feature_roles(features, shape)
         plans.append(make_layer_plan(layer, (), False, spec, num_slots, roles))
@@ -182,15 +175,30 @@ def share_inputs(
     return [tuple(group) for group in groups.values()]
 
 
-def slices_of(group: Sequence[str], widths: Sequence[int]) -> tuple[Slice, ...]:
-    """The sites of a layer side by side."""
-    return tuple(
-        Slice(site.rsplit(".", 1)[-1], site, sum(widths[:index]), widths[index])
-        for index, site in enumerate(group)
+def site_layer(group: Sequence[str], skeleton: "Skeleton", max_rank: int) -> Layer:
+    """Sites of one input, side by side; `make_layer_plan` gives it strategy and stacks."""
+    widths = [skeleton.sites[site].out_features for site in group]
+    return Layer(
+        name=_group_name(group),
+        kind=skeleton.sites[group[0]].kind,
+        in_features=skeleton.sites[group[0]].in_features,
+        out_features=sum(widths),
+        slices=tuple(
+            Slice(site.rsplit(".", 1)[-1], site, sum(widths[:index]), widths[index])
+            for index, site in enumerate(group)
+        ),
+        max_rank=max_rank,
+        strategy="masked",
+        stacks=(),
+        base_rows=None,
+        in_base=True,
+        labels=False,
+        onnx=None,
+        torchscript=None,
     )
 
 
-def group_name(group: Sequence[str]) -> str:
+def _group_name(group: Sequence[str]) -> str:
     """`…self.query+key+value` for sites of one parent."""
     parents = {site.rpartition(".")[0] for site in group}
     if len(parents) > 1 or len(group) == 1:

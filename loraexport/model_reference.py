@@ -19,7 +19,7 @@ from loraexport_runtime.devices import NUMPY_DTYPES
 from loraexport_runtime.manifest import Manifest, Model, TensorEntry, resolve
 from loraexport_runtime.stacks import lowest
 
-from .bases.plain import has_rotary_positions, load_plain_model, take_output
+from .bases.plain import has_rotary_positions, headless_widths, load_plain_model, take_output
 from .bases.pooling import SentencePooling
 from .errors import BaseModelError
 from .lora.reference import ReferenceAdapter, read_reference_adapter
@@ -202,13 +202,6 @@ def load_reference(folder: Path) -> ModelReference:
     return ModelReference("the stored cases", inputs, expected, base)
 
 
-def headless_widths(manifest: Manifest) -> dict[str, int]:
-    """The heads that the base lacks: site -> outputs."""
-    return {
-        layer.slices[0].site: layer.out_features for layer in manifest.layers if not layer.in_base
-    }
-
-
 class PlainModel:
     """The Hugging Face model without sites, into which adapters can be merged.
 
@@ -218,7 +211,7 @@ class PlainModel:
     def __init__(
         self, directory: Path, manifest: Manifest, model: Model, dtype: torch.dtype = torch.float64
     ) -> None:
-        headless = headless_widths(manifest)
+        headless = headless_widths(manifest.layers)
         self.model: Any = load_plain_model(directory, model.task, headless).to(dtype)
         self.pooling = None
         if model.task == "sentence-embedding":

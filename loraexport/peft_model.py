@@ -45,7 +45,7 @@ class PeftReference:
 
     def run(self, inputs: Inputs, case: RowCase) -> np.ndarray:
         """The output for a case's rows; the base's for rows that blend."""
-        slots = [row[0][0] if len(row) == 1 and row[0][1] == 1 else 0 for row in case.rows]
+        slots = case.adapter_ids.tolist()
         y = self._run_mixed(inputs, slots)
         for slot, model in self._alone.items():
             rows = np.array(slots) == slot

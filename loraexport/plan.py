@@ -4,19 +4,18 @@ No tensor data, and for layers no torch: it takes well under two seconds. A whol
 the meta device to see its sites, which imports transformers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites, read_adapter
-from loraexport_runtime.errors import AdapterConfigError, AdapterError
+from loraexport_runtime.errors import AdapterError
 from loraexport_runtime.manifest import AdapterSite
 from loraexport_runtime.stacks import check_fit
 
 from .checkpoint import read_checkpoint
 from .decoder_plan import GeneratorPlan, plan_decoder
 from .errors import BaseModelError
-from .layer_plan import LayerPlan, plan_layer
+from .layer_plan import LayerPlan, plan_layer, refuse_features
 from .model_plan import ModelPlan, plan_model
 from .sources import resolve_directory
 from .spec import Spec
@@ -86,7 +85,8 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
             plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers
         )
         _check_sites_differ(layers)
-        _refuse_features(headers)
+        instead = "build the whole model (base.kind: transformers)"
+        refuse_features(headers, "the graph of a single layer", instead)
     adapters = tuple(
         _plan_adapter(spec, index, header, layers, num_slots)
         for index, header in enumerate(headers)
@@ -94,16 +94,6 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     seed = base.init.seed if base.kind == "layers" and base.init else 0
     source = base.path or f"init seed {seed}"
     return Plan(spec, num_slots, max_rank, layers, model, generator, adapters, source, seed)
-
-
-def _refuse_features(headers: Sequence[AdapterHeader]) -> None:
-    for header in headers:
-        if header.features:
-            raise AdapterConfigError(
-                f"{header.path}: it uses {', '.join(header.features)} (DoRA, a bias, or whole"
-                " modules), which the graph of a single layer has no place for; build the whole"
-                " model (base.kind: transformers)"
-            )
 
 
 def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:

@@ -62,11 +62,11 @@ def open_torchscript(path: Path, device: str) -> Any:
         return torch.jit.load(str(path)).to(device)  # type: ignore[no-untyped-call]
 
 
-def open_plain_onnx(path: Path) -> ort.InferenceSession:
+def open_plain_onnx(path: Path, provider: str = CPU) -> ort.InferenceSession:
     """A graph without the runtime: its own stacks, as any onnxruntime session has them."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(path, options, providers=[CPU])
+    return ort.InferenceSession(path, options, providers=normalise_providers([provider]))
 
 
 def has_cuda() -> bool:

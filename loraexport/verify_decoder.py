@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from torch.utils.dlpack import from_dlpack
 
 from loraexport_runtime.devices import NUMPY_DTYPES, host_value, normalise_providers
@@ -22,7 +21,7 @@ from loraexport_runtime.manifest import Generator, Manifest, resolve
 from .bases.plain import load_plain_model
 from .decoder_reference import STEPS, DecoderReference, make_cases, read_logits
 from .model_reference import BASE, Mix, only
-from .proof import make_report, slot_names, tolerance_of
+from .proof import make_report, open_plain_onnx, slot_names, tolerance_of
 from .quiet import quiet_models
 from .report import Report, Row, Tolerance, compare
 from .spec import Spec
@@ -164,10 +163,8 @@ def _onnx_runner(folder: Path, manifest: Manifest, generator: Generator, provide
 
     A row's cache has no gap: its own length says where the next token's key and value go.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
     path = resolve(folder, generator.onnx)
-    session = ort.InferenceSession(path, options, providers=normalise_providers([provider]))
+    session = open_plain_onnx(path, provider)
     taken = [one.name for one in session.get_inputs()]
     past = [name for name in taken if name.startswith("past_key_values.")]
     outputs = [one.name for one in session.get_outputs()]

@@ -1,6 +1,6 @@
 """A Hugging Face model as it is: its class for a task, its weights, what it gives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+
+from loraexport_runtime.manifest import Layer
 
 from ..errors import BaseModelError
 from ..quiet import quiet_models
@@ -27,6 +29,11 @@ def take_output(found: Mapping[str, Tensor]) -> Tensor:
     """What a task gives, of all that the model's class gives."""
     names = ("logits", "image_embeds", "last_hidden_state")
     return next(found[name] for name in names if name in found)
+
+
+def headless_widths(layers: Iterable[Layer]) -> dict[str, int]:
+    """The heads that the base lacks: site -> outputs."""
+    return {one.slices[0].site: one.out_features for one in layers if not one.in_base}
 
 
 def load_plain_model(directory: Path, task: str, headless: Mapping[str, int]) -> nn.Module:

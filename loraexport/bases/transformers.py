@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraexport_runtime.adapters import (
-    LoraWeights,
     ModuleWeights,
     check_base_copies,
     read_site_weights,
 )
 from loraexport_runtime.devices import NUMPY_DTYPES
-from loraexport_runtime.dora import output_scale
+from loraexport_runtime.dora import dora_sites, output_scales
 from loraexport_runtime.manifest import Layer
 from loraexport_runtime.stacks import assemble, lowest, pack
 from loraexport_runtime.weights import digest_array
@@ -33,7 +32,7 @@ from ..lora.strategy import LinearBase
 from ..plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
 from .layers import Base, SiteWeights, digest_of
-from .plain import has_rotary_positions, load_plain_model, take_output
+from .plain import has_rotary_positions, headless_widths, load_plain_model, take_output
 from .pooling import SentencePooling
 from .sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
 from .skeleton import Signature
@@ -109,7 +108,7 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
     """
     assert plan.model is not None, "the plan is of a whole model"
     layers = [one.layer for one in plan.layers]
-    headless = {one.slices[0].site: one.out_features for one in layers if not one.in_base}
+    headless = headless_widths(layers)
     model: Any = load_plain_model(plan.model.directory, plan.model.task, headless)
     base = read_base(model, layers)
     dtype = plan.spec.export.dtype
@@ -118,7 +117,9 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
     for adapter in plan.adapters:
         check_base_copies(adapter.header, adapter.modules, base.digests)
         weights = read_site_weights(adapter.header, adapter.modules)
-        scales[adapter.name] = _output_scales(weights, adapter.scale, base, layers)
+        dora = dora_sites(weights)
+        known = {site: base.sites[site].weight for site in dora}
+        scales[adapter.name] = output_scales(dora, known, layers, adapter.scale)
         if adapter.slot is not None:
             slots[adapter.slot] = _Slot(weights, adapter.scale, scales[adapter.name])
     model = model.to(TORCH_DTYPES[dtype])
@@ -177,19 +178,6 @@ def read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
     every = {name: digest_array(to_numpy(one)) for name, one in model.state_dict().items()}
     digests = {site: digest_array(one.weight) for site, one in sites.items()}
     return Base(sites, digests, digest_of(every))
-
-
-def _output_scales(
-    weights: Mapping[str, ModuleWeights], scale: float, base: Base, layers: Sequence[Layer]
-) -> dict[str, np.ndarray]:
-    """DoRA's g, for the sites where an adapter uses it."""
-    embeddings = {layer.slices[0].site for layer in layers if layer.kind == "embedding"}
-    found = {}
-    for site, lora in weights.items():
-        if isinstance(lora, LoraWeights) and lora.magnitude is not None:
-            weight = base.sites[site].weight
-            found[site] = output_scale(weight.T if site in embeddings else weight, lora, scale)
-    return found
 
 
 def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarray]:

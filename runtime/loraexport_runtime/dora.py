@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .adapters import LoraWeights
+from .adapters import LoraWeights, ModuleWeights
 from .errors import WeightsError
+from .manifest import Layer
 from .weights import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
 
 SCALES_FILE = "output_scales.safetensors"
@@ -36,6 +37,29 @@ def output_scale(weight: np.ndarray, lora: LoraWeights, scale: float) -> np.ndar
             " direction; the adapter was trained on another base, or has diverged"
         )
     return (lora.magnitude.astype(np.float64) / norms).astype(np.float32)
+
+
+def dora_sites(weights: Mapping[str, ModuleWeights]) -> dict[str, LoraWeights]:
+    """The sites where an adapter uses DoRA."""
+    return {
+        site: one
+        for site, one in weights.items()
+        if isinstance(one, LoraWeights) and one.magnitude is not None
+    }
+
+
+def output_scales(
+    dora: Mapping[str, LoraWeights],
+    base: Mapping[str, np.ndarray],
+    layers: Iterable[Layer],
+    scale: float,
+) -> dict[str, np.ndarray]:
+    """g by site; `base` has the W of each, as [out, in] or an embedding's [vocabulary, dim]."""
+    embeddings = {part.site for one in layers if one.kind == "embedding" for part in one.slices}
+    return {
+        site: output_scale(base[site].T if site in embeddings else base[site], lora, scale)
+        for site, lora in dora.items()
+    }
 
 
 def find_base_weights(folder: Path, wanted: Mapping[str, str]) -> dict[str, np.ndarray]:

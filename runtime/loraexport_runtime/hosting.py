@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from . import adapters as peft
-from .adapters import LoraWeights, ModuleWeights
+from .adapters import ModuleWeights
 from .devices import NUMPY_DTYPES, StackBuffer
-from .dora import SCALES_FILE, find_base_weights, output_scale
+from .dora import SCALES_FILE, dora_sites, find_base_weights, output_scales
 from .errors import AdapterError, ArtifactError
 from .manifest import AdapterEntry, Manifest, Stack, resolve
 from .onnx_adapter import write_onnx_adapters
@@ -190,11 +190,7 @@ class AdapterHost:
         self, path: Path, weights: Mapping[str, ModuleWeights], scale: float, base: Path | None
     ) -> dict[str, np.ndarray]:
         """DoRA's g by site, for an adapter that comes without them."""
-        dora = {
-            site: one
-            for site, one in weights.items()
-            if isinstance(one, LoraWeights) and one.magnitude is not None
-        }
+        dora = dora_sites(weights)
         if not dora:
             return {}
         if base is None:
@@ -203,17 +199,7 @@ class AdapterHost:
                 " does not keep W apart: pass base=, the directory of the model it was built from"
             )
         digests = {site: self.manifest.base.weights[site] for site in dora}
-        embeddings = {
-            part.site
-            for layer in self.manifest.layers
-            if layer.kind == "embedding"
-            for part in layer.slices
-        }
-        found = find_base_weights(base, digests)
-        return {
-            site: output_scale(found[site].T if site in embeddings else found[site], lora, scale)
-            for site, lora in dora.items()
-        }
+        return output_scales(dora, find_base_weights(base, digests), self.manifest.layers, scale)
 
     def _read_base_rows(self) -> dict[str, np.ndarray]:
         """The base's rows of the stacks that replace its parameters; W^T stays in its file."""
