@@ -274,6 +274,15 @@ def test_what_the_layer_has_a_place_for(
     fit(tmp_path, [make_layer(*roles)], **brings)
 
 
+def test_an_adapter_of_another_base_names_the_site_and_its_own_base(tmp_path: Path) -> None:
+    config = {"base_model_name_or_path": "org/other"}
+    expected = (
+        r"maps 5 to 4 features, but site 'site0' maps 5 to 7; .* another base, and its config"
+    )
+    with pytest.raises(AdapterWeightsError, match=f"{expected} names 'org/other'"):
+        fit(tmp_path, [make_layer(*LORA, widths=(7,))], config=config)
+
+
 def test_a_whole_embedding_cannot_differ_by_row(tmp_path: Path) -> None:
     layers = [make_layer(*LORA), replace(head_layer(), kind="embedding", stacks=())]
     with pytest.raises(AdapterWeightsError, match="is an embedding that was trained whole; only"):

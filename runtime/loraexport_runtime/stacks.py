@@ -61,13 +61,13 @@ def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> 
         kind = "an embedding" if module.is_embedding else "a linear"
         raise AdapterWeightsError(
             f"{where} is {kind} LoRA, but layer {layer.name!r} is of kind {layer.kind};"
-            " the adapter belongs to another base"
+            f" the adapter belongs to {_other_base(header)}"
         )
     if (module.in_features, module.out_features) != (layer.in_features, part.width):
         raise AdapterWeightsError(
             f"{where} maps {module.in_features} to {module.out_features} features, but site"
             f" {part.site!r} maps {layer.in_features} to {part.width};"
-            " the adapter belongs to another base"
+            f" the adapter belongs to {_other_base(header)}"
             + (", or its head has fewer labels than another's here" if layer.labels else "")
         )
     if module.rank > layer.max_rank:
@@ -85,6 +85,11 @@ def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> 
         raise AdapterWeightsError(_missing_feature(where, "uses DoRA", "dora"))
     if has_bias and layer.stack("bias") is None:
         raise AdapterWeightsError(_missing_feature(where, "brings a bias", "bias"))
+
+
+def _other_base(header: AdapterHeader) -> str:
+    named = f", and its config names {header.base_model!r}" if header.base_model else ""
+    return f"another base{named}"
 
 
 def _takes(layer: Layer, role: str) -> bool:
