@@ -45,11 +45,13 @@ def plan_decoder(
     )
     linear = {site for site, shape in skeleton.sites.items() if shape.kind == "linear"}
     used = {site for header in headers for site in match_sites(header, linear)}
-    lora = used if spec.sites is None else named_sites(spec, skeleton)
+    lora = used if spec.sites is None else named_sites(spec, skeleton.sites, skeleton.inner_linear)
     plans = []
     for group in share_inputs(skeleton, linear, ()):
         if not lora & set(group):
             continue
-        layer = site_layer(group, skeleton, max_rank)
+        widths = {site: skeleton.sites[site].out_features for site in group}
+        size_in = skeleton.sites[group[0]].in_features
+        layer = site_layer(widths, size_in, "linear", max_rank)
         plans.append(make_layer_plan(layer, (), False, spec, num_slots))
     return tuple(plans), GeneratorPlan(directory)

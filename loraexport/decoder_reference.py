@@ -1,21 +1,20 @@
-"""What a decoder should give: the plain Hugging Face model in float64, one adapter merged in.
+"""What a decoder should give: its logits and greedy tokens, every prompt alone, without padding."""
 
-Every prompt runs alone, without padding; the next token is the likeliest.
-"""
-
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save
 
+from loraexport_runtime.devices import NUMPY_DTYPES
 from loraexport_runtime.manifest import Manifest, resolve
 
-from .bases.plain import load_plain_model
-from .model_reference import BASE, Mix, merged_into, only, read_adapters
+from .model_reference import BASE, Mix, only
 from .proof import CASES_FILE, slot_names
 
 STEPS = 8
@@ -75,39 +74,69 @@ def make_prompts(
     return [generator.choice(allowed, length).tolist() for length in case.lengths]
 
 
+class Decoder(Protocol):
+    """A decoder that runs one prompt at a time, with one adapter or none."""
+
+    source: str
+    """How a report speaks of it."""
+
+    def using(self, mix: Mix) -> AbstractContextManager[None]:
+        """Until the end of the block every prompt runs with what `mix` says."""
+
+    def greedy(self, prompt: Sequence[int]) -> np.ndarray:
+        """The likeliest tokens int64 [STEPS] after a prompt."""
+
+    def logits(self, prompt: Sequence[int], tokens: np.ndarray) -> np.ndarray:
+        """[STEPS, vocabulary]: what each of `tokens` was chosen from."""
+
+
 def make_reference(
-    folder: Path, directory: Path, manifest: Manifest, seed: int
+    folder: Path, decoder: Decoder, manifest: Manifest, seed: int
 ) -> DecoderReference:
-    """Run the float64 model on every prompt of every case."""
-    assert manifest.generator is not None, "the artifact is of a decoder"
-    model: Any = load_plain_model(directory, "causal-lm", {}).to(torch.float64)
-    config = model.config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    special = [manifest.generator.pad_token_id, config.pad_token_id, config.bos_token_id, *ends]
+    """Run a decoder on every prompt of every case."""
+    config = read_config(folder, manifest)
+    eos = config["eos_token_id"]
+    ends = eos if isinstance(eos, list) else [eos]
+    special = [*ends, config["pad_token_id"], config.get("bos_token_id")]
     avoid = [token for token in special if isinstance(token, int)]
-    adapters = read_adapters(folder, manifest)
     prompts, tokens, logits, base_logits = {}, {}, {}, {}
     for case in make_cases(manifest):
-        own = make_prompts(case, int(config.vocab_size), avoid, seed)
+        own = make_prompts(case, config["vocab_size"], avoid, seed)
         chosen: dict[int, np.ndarray] = {}
         given: dict[int, np.ndarray] = {}
         for mix in set(case.rows):
-            with merged_into(model, adapters, mix):
+            with decoder.using(mix):
                 for row, prompt in enumerate(own):
                     if case.rows[row] == mix:
-                        chosen[row] = _greedy(model, prompt)
-                        given[row] = read_logits(model, prompt, chosen[row])
+                        chosen[row] = decoder.greedy(prompt)
+                        given[row] = decoder.logits(prompt, chosen[row])
         rows = range(len(own))
         prompts[case.name] = own
         tokens[case.name] = np.stack([chosen[row] for row in rows])
         logits[case.name] = np.stack([given[row] for row in rows])
-        plain = [read_logits(model, own[row], chosen[row]) for row in rows]
+        with decoder.using(BASE):
+            plain = [decoder.logits(own[row], chosen[row]) for row in rows]
         base_logits[case.name] = np.stack(plain)
     columns = _choose_columns(logits, seed)
     kept = [
         {case: one[..., columns] for case, one in every.items()} for every in (logits, base_logits)
     ]
-    return DecoderReference("the float64 model, merged", columns, prompts, tokens, *kept)
+    return DecoderReference(decoder.source, columns, prompts, tokens, *kept)
+
+
+def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """What onnxruntime-genai is told of the model."""
+    assert manifest.generator is not None, "the manifest is of a decoder"
+    path = resolve(folder, manifest.generator.folder) / "genai_config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
+    return config
+
+
+def empty_cache(config: Mapping[str, Any], batch: int, dtype: str) -> np.ndarray:
+    """A layer's keys, or values, of no tokens: [batch, heads, 0, size]."""
+    decoder = config["decoder"]
+    sizes = (batch, decoder["num_key_value_heads"], 0, decoder["head_size"])
+    return np.zeros(sizes, NUMPY_DTYPES[dtype])
 
 
 def _choose_columns(logits: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
@@ -119,18 +148,6 @@ def _choose_columns(logits: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
     likeliest = np.argpartition(-every, _TOP, axis=1)[:, :_TOP]
     chance = np.random.default_rng(seed).choice(vocabulary, _MOST_COLUMNS // 2, replace=False)
     return np.union1d(likeliest, chance)
-
-
-def _greedy(model: Any, prompt: Sequence[int]) -> np.ndarray:
-    """The likeliest tokens [STEPS] after one prompt."""
-    ids, cache, tokens = torch.tensor([list(prompt)]), None, []
-    with torch.no_grad():
-        for _ in range(STEPS):
-            found = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = found.past_key_values
-            tokens.append(int(found.logits[0, -1].argmax()))
-            ids = torch.tensor([tokens[-1:]])
-    return np.array(tokens)
 
 
 def read_logits(model: Any, prompt: Sequence[int], tokens: np.ndarray) -> np.ndarray:

@@ -55,7 +55,7 @@ def choose_strategy(
     asked, tune = spec.export.strategy, spec.export.tune
     if spec.export.blend:
         return "masked", "the mask holds each row's weights of the slots"
-    if spec.base.kind == "causal_lm":
+    if spec.base.kind in ("causal_lm", "onnx"):
         return "masked", "it joins a graph that exists, with one mask for every site"
     if asked == "auto" and spec.base.kind == "transformers":
         return "masked", "one mask, made once, serves every site of a whole model"

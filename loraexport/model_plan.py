@@ -5,8 +5,9 @@ The model is built on the meta device, which imports transformers; no weight is 
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites
 from loraexport_runtime.errors import AdapterWeightsError
@@ -61,13 +62,14 @@ def plan_model(
     skeleton = read_skeleton(directory, base.task, spec.export.dtype)
     lora, saved = _used_sites(headers, skeleton)
     if spec.sites is not None:
-        lora = named_sites(spec, skeleton)
+        lora = named_sites(spec, skeleton.sites, skeleton.inner_linear)
     heads = _plan_heads(base.task, directory, headers, spec, skeleton, saved)
     features = set(spec.features or ()).union(*(header.features for header in headers))
     plans = []
     for group in share_inputs(skeleton, lora, heads):
         shape, head = skeleton.sites[group[0]], heads.get(group[0])
-        layer = site_layer(group, skeleton, max_rank)
+        widths = {site: skeleton.sites[site].out_features for site in group}
+        layer = site_layer(widths, shape.in_features, shape.kind, max_rank)
         if head:
             layer = replace(
                 layer,
@@ -108,12 +110,10 @@ def _used_sites(
     return lora, saved
 
 
-def named_sites(spec: Spec, skeleton: "Skeleton") -> set[str]:
-    """Where the spec's `sites` say that later adapters may apply."""
-    known = skeleton.sites
+def named_sites(spec: Spec, known: Collection[str], linear: Collection[str]) -> set[str]:
+    """Where the spec's `sites` say that later adapters may apply; `linear`: what all-linear is."""
     if spec.sites == "all-linear":
-        linear = {site for site, shape in known.items() if shape.kind == "linear"}
-        return linear - set(skeleton.head)
+        return set(linear)
     chosen: set[str] = set()
     for name in spec.sites or ():
         hits = [site for site in known if site == name or site.endswith(f".{name}")]
@@ -175,17 +175,23 @@ def share_inputs(
     return [tuple(group) for group in groups.values()]
 
 
-def site_layer(group: Sequence[str], skeleton: "Skeleton", max_rank: int) -> Layer:
-    """Sites of one input, side by side; `make_layer_plan` gives it strategy and stacks."""
-    widths = [skeleton.sites[site].out_features for site in group]
+def site_layer(
+    widths: Mapping[str, int], in_features: int, kind: Literal["linear", "embedding"], max_rank: int
+) -> Layer:
+    """Sites of one input, side by side; `make_layer_plan` gives it strategy and stacks.
+
+    Args:
+        widths: the outputs of each site.
+    """
+    offsets = [0, *accumulate(widths.values())]
     return Layer(
-        name=_group_name(group),
-        kind=skeleton.sites[group[0]].kind,
-        in_features=skeleton.sites[group[0]].in_features,
-        out_features=sum(widths),
+        name=_group_name(list(widths)),
+        kind=kind,
+        in_features=in_features,
+        out_features=offsets[-1],
         slices=tuple(
-            Slice(site.rsplit(".", 1)[-1], site, sum(widths[:index]), widths[index])
-            for index, site in enumerate(group)
+            Slice(site.rsplit(".", 1)[-1], site, offset, width)
+            for (site, width), offset in zip(widths.items(), offsets, strict=False)
         ),
         max_rank=max_rank,
         strategy="masked",

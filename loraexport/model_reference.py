@@ -1,14 +1,16 @@
 """What a whole model should give: the plain Hugging Face model in float64, adapters merged in.
 
+Of an ONNX graph there is no such model (see graph_reference).
+
 At every site W' = W + sum_i w_i (W_i - W), W_i by the oracle's own reading of adapter i; a row of
 one adapter has w = 1. So a blend is base + sum_i w_i (y_i - base) at each site.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +26,10 @@ from .bases.pooling import SentencePooling
 from .errors import BaseModelError
 from .lora.reference import ReferenceAdapter, read_reference_adapter
 from .proof import CASES_FILE, slot_names
-from .spec import Spec
 from .tensors import to_numpy, to_torch
 
 Inputs = dict[str, np.ndarray]
+Outputs = dict[str, np.ndarray]
 Mix = tuple[tuple[int, float], ...]
 """What a row uses: (slot, weight) pairs; none for the base, one of weight 1 for an adapter."""
 BASE: Mix = ()
@@ -68,12 +70,26 @@ def _is_plain(row: Mix) -> bool:
 
 @dataclass(frozen=True)
 class ModelReference:
-    """Inputs, mask-aware expected outputs, and what the base alone gives, by case."""
+    """By case: inputs, and by output's name what is expected and what the base alone gives."""
 
     source: str
     inputs: dict[str, Inputs]
-    expected: dict[str, np.ndarray]
-    base_expected: dict[str, np.ndarray]
+    expected: dict[str, Outputs]
+    base_expected: dict[str, Outputs]
+
+
+class ReferenceModel(Protocol):
+    """A whole model that runs a batch with one mix of adapters, or none."""
+
+    source: str
+    """How a report speaks of it."""
+    label: str
+    """How an error speaks of it."""
+    vocabulary: int
+    pad: int
+
+    def run(self, inputs: Inputs, mix: Mix) -> Outputs:
+        """The outputs for a batch, all of whose rows use `mix`."""
 
 
 def make_cases(manifest: Manifest, model: Model) -> tuple[RowCase, ...]:
@@ -123,32 +139,28 @@ def make_inputs(
         "input_ids": np.where(mask == 1, ids + (ids >= pad), pad),
         "attention_mask": mask,
         "token_type_ids": np.zeros(shape, np.int64),
+        "position_ids": np.tile(np.arange(shape[1]), (shape[0], 1)),
     }
     return {entry.name: values[entry.name] for entry in entries}
 
 
 def make_reference(
-    folder: Path, directory: Path, manifest: Manifest, model: Model, spec: Spec
+    plain: ReferenceModel, manifest: Manifest, model: Model, seed: int
 ) -> ModelReference:
-    """Run the float64 model, once for each adapter or blend of each case."""
-    plain = PlainModel(directory, manifest, model)
-    config = plain.model.config
-    # A model of images has neither.
-    vocabulary, pad = getattr(config, "vocab_size", 0), getattr(config, "pad_token_id", 0) or 0
-    adapters = read_adapters(folder, manifest)
+    """Run a model once for each adapter or blend of each case."""
     inputs, expected, base_expected = {}, {}, {}
     for case in make_cases(manifest, model):
-        values = make_inputs(case, model.inputs, vocabulary, spec.parity.seed, pad)
-        base = plain(values)
-        _require_finite(base, values, case, plain, model)
-        whole = base.copy()
+        values = make_inputs(case, model.inputs, plain.vocabulary, seed, plain.pad)
+        base = plain.run(values, BASE)
+        _require_finite(base, values, case, plain.label, model)
+        whole = {name: y.copy() for name, y in base.items()}
         for mix in set(case.rows) - {BASE}:
             rows = np.array([row == mix for row in case.rows])
-            with plain.merged(adapters, mix):
-                whole[rows] = plain(values)[rows]
+            for name, y in plain.run(values, mix).items():
+                whole[name][rows] = y[rows]
         inputs[case.name], base_expected[case.name] = values, base
         expected[case.name] = whole
-    return ModelReference("the float64 model, merged", inputs, expected, base_expected)
+    return ModelReference(plain.source, inputs, expected, base_expected)
 
 
 def read_adapters(folder: Path, manifest: Manifest) -> dict[int, ReferenceAdapter]:
@@ -161,17 +173,26 @@ def read_adapters(folder: Path, manifest: Manifest) -> dict[int, ReferenceAdapte
     }
 
 
+def kept_tokens(inputs: Inputs, output: TensorEntry) -> np.ndarray:
+    """What of an output is compared: bool [batch, sequence] without padding, or [batch]."""
+    first = next(iter(inputs.values()))
+    if "sequence" not in output.shape:
+        return np.ones(len(first), dtype=bool)
+    mask: np.ndarray = inputs.get("attention_mask", np.ones(first.shape[:2])) == 1
+    return mask
+
+
 def _require_finite(
-    y: np.ndarray, inputs: Inputs, case: RowCase, plain: "PlainModel", model: Model
+    found: Outputs, inputs: Inputs, case: RowCase, label: str, model: Model
 ) -> None:
-    keep: Any = inputs["attention_mask"] == 1 if "sequence" in model.outputs[0].shape else ...
-    if not np.isfinite(y[keep]).all():
-        what = "padded texts" if "attention_mask" in inputs else "images"
-        raise BaseModelError(
-            f"a model of type {plain.model.config.model_type!r} gives NaN or Inf for {what},"
-            f" in float64 and without adapters (case {case.name!r}), so there is nothing to compare"
-            " its graphs with"
-        )
+    for entry in model.outputs:
+        keep = kept_tokens(inputs, entry)
+        if not np.isfinite(found[entry.name][keep]).all():
+            what = "padded texts" if "attention_mask" in inputs else "images"
+            raise BaseModelError(
+                f"{label} gives NaN or Inf for {what}, in {found[entry.name].dtype} and without"
+                f" adapters (case {case.name!r}), so there is nothing to compare its graphs with"
+            )
 
 
 def save_reference(reference: ModelReference, folder: Path) -> None:
@@ -179,8 +200,12 @@ def save_reference(reference: ModelReference, folder: Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     for case, inputs in reference.inputs.items():
         arrays |= {f"{case}/x/{name}": value for name, value in inputs.items()}
-        arrays[f"{case}/y"] = reference.expected[case].astype(np.float32)
-        arrays[f"{case}/base"] = reference.base_expected[case].astype(np.float32)
+        for part, every in (("y", reference.expected), ("base", reference.base_expected)):
+            # In C's order: safetensors writes the memory as it lies.
+            arrays |= {
+                f"{case}/{part}/{name}": y.astype(np.float32, order="C")
+                for name, y in every[case].items()
+            }
     (folder / CASES_FILE).parent.mkdir(exist_ok=True)
     (folder / CASES_FILE).write_bytes(save(arrays))
 
@@ -188,18 +213,11 @@ def save_reference(reference: ModelReference, folder: Path) -> None:
 def load_reference(folder: Path) -> ModelReference:
     """The reference that a build kept."""
     arrays = load_file(resolve(folder, CASES_FILE))
-    names = dict.fromkeys(name.split("/")[0] for name in arrays)
-    inputs = {
-        case: {
-            name.split("/")[2]: array
-            for name, array in arrays.items()
-            if name.startswith(f"{case}/x/")
-        }
-        for case in names
-    }
-    expected = {case: arrays[f"{case}/y"] for case in names}
-    base = {case: arrays[f"{case}/base"] for case in names}
-    return ModelReference("the stored cases", inputs, expected, base)
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {"x": {}, "y": {}, "base": {}}
+    for key, array in arrays.items():
+        case, part, name = key.split("/", 2)
+        found[part].setdefault(case, {})[name] = array
+    return ModelReference("the stored cases", found["x"], found["y"], found["base"])
 
 
 class PlainModel:
@@ -208,14 +226,28 @@ class PlainModel:
     Labels that a head lacks are given as the graphs give them (see stacks.lowest).
     """
 
+    source = "the float64 model, merged"
+
     def __init__(
-        self, directory: Path, manifest: Manifest, model: Model, dtype: torch.dtype = torch.float64
+        self,
+        directory: Path,
+        manifest: Manifest,
+        model: Model,
+        adapters: Mapping[int, ReferenceAdapter],
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         headless = headless_widths(manifest.layers)
         self.model: Any = load_plain_model(directory, model.task, headless).to(dtype)
         self.pooling = None
         if model.task == "sentence-embedding":
             self.pooling = SentencePooling.read(directory)
+        config: Any = self.model.config
+        self.label = f"a model of type {config.model_type!r}"
+        # A model of images has neither.
+        self.vocabulary = getattr(config, "vocab_size", 0)
+        self.pad = getattr(config, "pad_token_id", 0) or 0
+        self._adapters = adapters
+        self._output = model.outputs[0].name
         self._dtype = dtype
         self._labels = any(layer.labels for layer in manifest.layers)
         self._width = model.outputs[0].shape[-1]
@@ -238,11 +270,10 @@ class PlainModel:
             y = nn.functional.pad(y, lacking, value=self._missing_label)
         return to_numpy(y)
 
-    def merged(
-        self, adapters: Mapping[int, ReferenceAdapter], mix: Mix
-    ) -> AbstractContextManager[None]:
-        """See `merged_into`."""
-        return merged_into(self.model, adapters, mix)
+    def run(self, inputs: Inputs, mix: Mix) -> Outputs:
+        """See ReferenceModel."""
+        with merged_into(self.model, self._adapters, mix):
+            return {self._output: self(inputs)}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class PeftReference:
     """PEFT in float32: `run` gives what its rows should be; blends are not PEFT's."""
 
     def __init__(self, folder: Path, manifest: Manifest, model: Model, directory: Path) -> None:
-        self._plain = PlainModel(directory, manifest, model, torch.float32)
+        self._plain = PlainModel(directory, manifest, model, {}, torch.float32)
         self._names: dict[int, str] = {}
         self._alone: dict[int, PlainModel] = {}
         base = self._plain.model
@@ -34,7 +34,7 @@ class PeftReference:
             path = resolve(folder, entry.path)
             header = read_adapter(path)
             if header.features or not _same_names(header, base):
-                alone = PlainModel(directory, manifest, model, torch.float32)
+                alone = PlainModel(directory, manifest, model, {}, torch.float32)
                 _put_adapter(alone.model, path, header, entry)
                 self._alone[entry.slot] = alone
             else:

@@ -74,14 +74,18 @@ def build(
     from . import proof
 
     _require_onnx_device(spec, proof.has_cuda)
-    prove = {"layers": _prove_layers, "transformers": _prove_model, "causal_lm": _prove_decoder}
+    prove = _prove_layers
+    if plan.model:
+        prove = _prove_model
+    elif plan.generator or plan.graph:
+        prove = _prove_graph if plan.graph and not plan.graph.generates else _prove_decoder
     with staging(out, spec.name) as stage:
         (stage.folder / "graphs").mkdir()
         for adapter in plan.adapters:
             _copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
         (stage.folder / "spec.yaml").write_text(_portable(spec).to_yaml(), encoding="utf-8")
 
-        manifest, report = prove[spec.base.kind](plan, stage.folder, progress)
+        manifest, report = prove(plan, stage.folder, progress)
         (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
         (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
 
@@ -146,50 +150,92 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     for name, scales in modules.output_scales.items():
         if scales:
             (folder / "adapters" / name / SCALES_FILE).write_bytes(save(scales))
-    directory = plan.model.directory
+    directory, seed = plan.model.directory, plan.spec.parity.seed
     _copy_tokenizer(directory, folder / "tokenizer")
     progress("verify")
-    reference = model_reference.make_reference(folder, directory, manifest, model, plan.spec)
+    adapters = model_reference.read_adapters(folder, manifest)
+    plain = model_reference.PlainModel(directory, manifest, model, adapters)
+    reference = model_reference.make_reference(plain, manifest, model, seed)
     model_reference.save_reference(reference, folder)
     providers = proof.default_providers(plan.spec.export.dtype)
     report = verify_model.check_model(
-        folder, manifest, model, plan.spec, reference, modules, directory, providers
+        folder, manifest, model, plan.spec, reference, (modules, directory), providers
+    )
+    return manifest, report
+
+
+def _prove_graph(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
+    """Read, graft and verify an ONNX graph that exists."""
+    from . import model_reference, proof, verify_model
+    from .bases import grafted, onnx_graph
+    from .bases.layers import pack_adapters
+    from .export.graft import graft, save_grafted
+    from .graph_reference import open_rows
+
+    progress("read weights")
+    assert plan.graph is not None, "the plan is of a graph"
+    base = grafted.load_base(plan)
+    stacks = pack_adapters(plan, base)
+    graph = grafted.load_graph(plan, folder)
+    plain = graph.clone()
+    progress("run the graph to see its dimensions")
+    signature = onnx_graph.read_signature(plan, graph)
+    model = Model("onnx", False, signature.inputs, signature.outputs, "graphs/model.onnx", None)
+    manifest = replace(_manifest(plan, base), model=model)
+    progress("graft multi-LoRA into it")
+    sites = onnx_graph.find_sites(plan, graph, signature.layouts)
+    graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
+    save_grafted(graph, folder / "graphs/model.onnx")
+    _copy_tokenizer(plan.graph.directory, folder / "tokenizer")
+    progress("verify")
+    oracle = open_rows(plan, folder, manifest, plain)
+    reference = model_reference.make_reference(oracle, manifest, model, plan.spec.parity.seed)
+    model_reference.save_reference(reference, folder)
+    report = verify_model.check_model(
+        folder,
+        manifest,
+        model,
+        plan.spec,
+        reference,
+        str(grafted.plain_directory(plan)),
+        proof.default_providers(plan.spec.export.dtype),
     )
     return manifest, report
 
 
 def _prove_decoder(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
     """Read, graft and verify a decoder that generates."""
-    import onnx_ir
-
     from . import decoder_reference, proof, verify_decoder
-    from .bases.causal_lm import FOLDER, build_base, load_decoder
-    from .export.graft import graft
-    from .export.graph_sites import find_grafts
+    from .bases.generator import FOLDER, adapt_config
+    from .bases.grafted import find_sites, load_base, load_graph, plain_directory
+    from .bases.layers import pack_adapters
+    from .decoders import open_decoder
+    from .export.graft import graft, save_grafted
 
     progress("read weights")
-    assert plan.generator is not None, "the plan is of a decoder"
-    base, modules = load_decoder(plan)
+    base = load_base(plan)
+    stacks = pack_adapters(plan, base)
     progress("build the base's graph")
-    model = build_base(plan, modules, folder / FOLDER)
-    progress("graft multi-LoRA into it")
-    grafts = find_grafts(model.graph, modules.layers)
-    graft(model, grafts, modules.stacks, plan.num_slots, plan.spec.export.dtype)
-    onnx_ir.save(model, folder / FOLDER / "model.onnx", external_data="model.onnx.data")
-    del model
-    generator = Generator(
-        FOLDER,
-        f"{FOLDER}/model.onnx",
-        modules.pad_token_id,
-    )
+    model = load_graph(plan, folder / FOLDER)
+    pad = adapt_config(folder / FOLDER)
+    generator = Generator(FOLDER, f"{FOLDER}/model.onnx", pad)
     manifest = replace(_manifest(plan, base), generator=generator)
+    plain = model.clone()
+    progress("graft multi-LoRA into it")
+    dtype = plan.spec.export.dtype
+    graft(model, find_sites(plan, model), stacks, plan.num_slots, dtype)
+    save_grafted(model, folder / generator.onnx)
     progress("verify")
-    directory, seed = plan.generator.directory, plan.spec.parity.seed
-    reference = decoder_reference.make_reference(folder, directory, manifest, seed)
+    decoder = open_decoder(plan, folder, manifest, plain)
+    reference = decoder_reference.make_reference(folder, decoder, manifest, plan.spec.parity.seed)
     decoder_reference.save_reference(reference, folder)
-    providers = proof.default_providers(plan.spec.export.dtype)
     report = verify_decoder.check_decoder(
-        folder, manifest, plan.spec, reference, directory, providers
+        folder,
+        manifest,
+        plan.spec,
+        reference,
+        plain_directory(plan),
+        proof.default_providers(dtype),
     )
     return manifest, report
 

@@ -17,6 +17,7 @@ from .decoder_plan import GeneratorPlan, plan_decoder
 from .errors import BaseModelError
 from .layer_plan import LayerPlan, plan_layer, refuse_features
 from .model_plan import ModelPlan, plan_model
+from .onnx_plan import GraphPlan, plan_onnx
 from .sources import resolve_directory
 from .spec import Spec
 
@@ -48,6 +49,7 @@ class Plan:
     """The graphs of `kind: layers`, or the sites of a whole model's one graph."""
     model: ModelPlan | None
     generator: GeneratorPlan | None
+    graph: GraphPlan | None
     adapters: tuple[AdapterPlan, ...]
     base_source: str
     seed: int
@@ -70,7 +72,8 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     ]
     max_rank = spec.max_rank or max(header.max_rank for header in headers)
     num_slots = spec.slots or len(spec.adapters)
-    base, directory, model, generator = spec.base, None, None, None
+    base, directory = spec.base, None
+    model, generator, graph = None, None, None
     if base.path is not None:
         directory = resolve_directory(base.path, folder, BaseModelError)
     if base.kind == "transformers":
@@ -79,6 +82,9 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     elif base.kind == "causal_lm":
         assert directory is not None, "a decoder has a path"
         layers, generator = plan_decoder(directory, headers, spec, num_slots, max_rank)
+    elif base.kind == "onnx":
+        assert directory is not None, "a graph has a path"
+        layers, graph = plan_onnx(base, directory, headers, spec, num_slots, max_rank)
     else:
         tensors = read_checkpoint(directory) if directory else None
         layers = tuple(
@@ -93,7 +99,7 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     )
     seed = base.init.seed if base.kind == "layers" and base.init else 0
     source = base.path or f"init seed {seed}"
-    return Plan(spec, num_slots, max_rank, layers, model, generator, adapters, source, seed)
+    return Plan(spec, num_slots, max_rank, layers, model, generator, graph, adapters, source, seed)
 
 
 def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:

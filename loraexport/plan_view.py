@@ -52,8 +52,8 @@ def print_plan(plan: Plan, console: Console) -> None:
             print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
     shared = Counter(_pattern(one["name"]) for one in data["layers"] if len(one["sites"]) > 1)
     if plan.spec.base.kind != "layers" and shared:
-        # The products of a decoder's graph are as its builder made them.
-        products = "" if plan.spec.base.kind == "causal_lm" else " and one base product"
+        # The products of a graph that is grafted are as they were.
+        products = " and one base product" if plan.spec.base.kind == "transformers" else ""
         print_line(console, f"One input, so one shrink{products} for all:")
         for name, count in shared.items():
             print_line(console, f"  {name} ({count} times)")

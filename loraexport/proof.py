@@ -1,6 +1,7 @@
 """What verifying layers and verifying whole models have in common."""
 
 import platform
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
@@ -67,6 +69,14 @@ def open_plain_onnx(path: Path, provider: str = CPU) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=normalise_providers([provider]))
+
+
+def open_graph(model: ir.Model) -> ort.InferenceSession:
+    """A graph in memory, on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:  # protobuf holds no more than 2 GiB
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path, external_data="model.onnx.data")
+        return open_plain_onnx(path)
 
 
 def has_cuda() -> bool:

@@ -5,7 +5,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("transformers.modeling_utils", "torch.onnx._internal.exporter._registration")
+_LOGGERS = (
+    "transformers.modeling_utils",
+    "torch.onnx._internal.exporter._registration",
+    # A graph to graft into may be of an older opset, to which what is exported is converted.
+    "torch.onnx._internal.exporter._compat",
+    "onnxscript.version_converter",
+)
 _WARNINGS = (
     # Tracing reads every attribute of a model, deprecated ones too; PEFT reads this one.
     (r".*is_gradient_checkpointing", FutureWarning),

@@ -111,9 +111,42 @@ class CausalLmSpec(_Model):
     path: str = Field(
         description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
     )
+    weights: Literal["float", "int4"] = Field(
+        "float", description="of the base: as export.dtype, or blocks of 32 with 4 bits each"
+    )
 
 
-BaseSpec = Annotated[LayersSpec | TransformersSpec | CausalLmSpec, Field(discriminator="kind")]
+class SiteRule(_Model):
+    """Which module a product of an ONNX graph is.
+
+    `*` in `node` stands for any text without `/` and `.`, and in `site` for the same text.
+    """
+
+    node: str = Field(description="name of a MatMul, Gemm or MatMulNBits: /layer.*/q/MatMul")
+    site: str | Annotated[tuple[str, ...], Field(min_length=2)] = Field(
+        description="module name that adapters use; several, if the product packs them"
+    )
+    widths: tuple[Size, ...] | None = Field(
+        None, description="outputs of each of several sites, side by side"
+    )
+
+
+class OnnxSpec(_Model):
+    """An ONNX model that exists: one graph, or a folder of onnxruntime-genai."""
+
+    kind: Literal["onnx"]
+    path: str = Field(
+        description="its directory relative to the spec, hub id, or package:<module>/<folder>"
+    )
+    file: str = Field("model.onnx", description="the graph, inside the directory")
+    sites: tuple[SiteRule, ...] = Field(
+        (), description="names of products that the graph itself does not tell"
+    )
+
+
+BaseSpec = Annotated[
+    LayersSpec | TransformersSpec | CausalLmSpec | OnnxSpec, Field(discriminator="kind")
+]
 
 
 class AdapterSpec(_Model):
@@ -222,6 +255,8 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         LayersSpec,
         TransformersSpec,
         CausalLmSpec,
+        OnnxSpec,
+        SiteRule,
         AdapterSpec,
         ExportSpec,
         TuneSpec,
@@ -230,7 +265,8 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
     models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
     parents: dict[tuple[str, ...], list[type[BaseModel]]] = {
         (): [Spec],
-        ("base",): [LayersSpec, TransformersSpec, CausalLmSpec],
+        ("base",): [LayersSpec, TransformersSpec, CausalLmSpec, OnnxSpec],
+        ("base", "sites"): [SiteRule],
         ("base", "init"): [InitSpec],
         ("base", "layers"): [LinearSpec, EmbeddingSpec],
         ("base", "layers", "slices"): [SliceSpec],

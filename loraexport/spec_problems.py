@@ -8,6 +8,9 @@ from typing import Any
 from .errors import Problem
 from .strict_yaml import Lines, dotted
 
+KINDS = ("layers", "transformers", "causal_lm", "onnx")
+"""Of a base."""
+
 KeysAt = Callable[[tuple[str | int, ...]], list[str]]
 """The keys that the contract knows at the place of an unknown key."""
 
@@ -19,7 +22,7 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
     problems = _same_names(_items(data, "adapters"), ("adapters",), lines)
     problems += _same_names(layers, ("base", "layers"), lines)
     problems += _model_keys(data, lines)
-    if isinstance(base, dict) and base.get("kind") not in ("transformers", "causal_lm"):
+    if isinstance(base, dict) and base.get("kind") in (None, "layers"):
         given = [key for key in ("path", "init") if base.get(key) is not None]
         if len(given) != 1:
             seen = "both are given" if given else "neither is given"
@@ -52,9 +55,9 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
     }
     problems = []
     kind = _get(_get(data, "base"), "kind")
-    if kind == "causal_lm":
+    if kind in ("causal_lm", "onnx"):
         del hints[("sites",)]
-    if kind in ("layers", "causal_lm"):
+    if kind in ("layers", "causal_lm", "onnx"):
         for place, hint in hints.items():
             value = data
             for key in place:
@@ -62,6 +65,23 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
             if value is not None and value is not False:
                 problems.append(Problem(lines[place], dotted(place), "for whole models only", hint))
     export = _get(data, "export")
+    base = _get(data, "base")
+    if _get(export, "dtype") == "bfloat16":
+        at = ("export", "dtype")
+        messages = {
+            "int4 weights beside bfloat16": _get(base, "weights") == "int4",
+            "an ONNX graph in bfloat16, which no CPU can be the reference for": kind == "onnx",
+        }
+        for message, is_so in messages.items():
+            if is_so:
+                hint = "take float16 or float32"
+                problems.append(Problem(lines[at], dotted(at), message, hint))
+    for index, rule in enumerate(_items(base, "sites") if kind == "onnx" else []):
+        if isinstance(_get(rule, "site"), list) != (_get(rule, "widths") is not None):
+            spot = ("base", "sites", index)
+            message = "a list of sites and widths go together"
+            hint = "give the outputs of each site, or one site alone"
+            problems.append(Problem(lines[spot], dotted(spot), message, hint))
     strategy = _get(export, "strategy")
     if _get(export, "blend") is True and strategy not in (None, "auto", "masked"):
         message = f"{strategy!r} cannot blend slots"
@@ -178,7 +198,7 @@ def _problem(
         return Problem(_line(at, lines), dotted(at), message, "choose one")
     if kind == "union_tag_not_found":
         key = context["discriminator"].strip("'")
-        values = {"type": ("linear", "embedding"), "kind": ("layers", "transformers")}[key]
+        values = {"type": ("linear", "embedding"), "kind": KINDS}[key]
         hint = f"add {' or '.join(f'{key}: {value}' for value in values)}"
         return Problem(line, dotted((*location, key)), "required key is missing", hint)
     if kind in ("string_pattern_mismatch", "string_too_long"):
@@ -193,8 +213,7 @@ def _problem(
 def _without_union_tags(location: Sequence[str | int], lines: Lines) -> tuple[str | int, ...]:
     """Drop what pydantic adds for unions (`linear`, `str`): it is in no file."""
     kept: tuple[str | int, ...] = ()
-    kinds = ("layers", "transformers", "causal_lm")
-    if len(location) > 1 and location[0] == "base" and location[1] in kinds:
+    if len(location) > 1 and location[0] == "base" and location[1] in KINDS:
         location = (location[0], *location[2:])  # the kind, which pydantic puts between
     for index, part in enumerate(location):
         is_tag = part in ("linear", "embedding", "str", "bool")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save
 
 from loraexport_runtime import AdapterError, ArtifactError, Session, WeightsError
 from loraexport_runtime.devices import CPU, normalise_providers
-from loraexport_runtime.manifest import Layer, Manifest, resolve
+from loraexport_runtime.manifest import Layer, Manifest, Model, resolve
 
 from .bases.layers import Base, LayerModules, build_modules, load_adapters, load_base
 from .cases import Case, make_cases, make_input
@@ -162,13 +162,15 @@ def verify_artifact(
         from . import decoder_reference, verify_decoder
 
         kept = replace(decoder_reference.load_reference(folder), source=source)
-        return verify_decoder.check_decoder(folder, manifest, spec, kept, None, chosen)
+        return verify_decoder.check_decoder(
+            folder, manifest, spec, kept, "the base is not here", chosen
+        )
     if manifest.model is not None:
         from . import model_reference, verify_model
 
         stored = replace(model_reference.load_reference(folder), source=source)
         return verify_model.check_model(
-            folder, manifest, manifest.model, spec, stored, None, None, chosen
+            folder, manifest, manifest.model, spec, stored, "the base is not here", chosen
         )
     return check(folder, manifest, spec, replace(load_reference(folder), source=source), (), chosen)
 
@@ -179,31 +181,49 @@ def _check_with_base(
     """Against the oracle. Raises BaseModelError if the base is not the artifact's."""
     if manifest.generator is not None:
         from . import decoder_reference, verify_decoder
-        from .bases.causal_lm import load_decoder
+        from .bases import grafted
+        from .decoders import open_decoder
 
-        assert plan.generator is not None, "spec and manifest are of one kind"
-        base, _ = load_decoder(plan)
-        _require_same(base, manifest, plan)
-        place, seed = plan.generator.directory, plan.spec.parity.seed
-        decoded = decoder_reference.make_reference(folder, place, manifest, seed)
-        return verify_decoder.check_decoder(folder, manifest, plan.spec, decoded, place, providers)
+        _require_same(grafted.load_base(plan), manifest, plan)
+        decoder = open_decoder(plan, folder, manifest)
+        seed = plan.spec.parity.seed
+        decoded = decoder_reference.make_reference(folder, decoder, manifest, seed)
+        plain = grafted.plain_directory(plan)
+        return verify_decoder.check_decoder(folder, manifest, plan.spec, decoded, plain, providers)
     if manifest.model is not None:
-        from . import model_reference, verify_model
-        from .bases.transformers import load_model
-
-        assert plan.model is not None, "spec and manifest are of one kind"
-        base, model_modules = load_model(plan)
-        _require_same(base, manifest, plan)
-        directory, model = plan.model.directory, manifest.model
-        reference = model_reference.make_reference(folder, directory, manifest, model, plan.spec)
-        return verify_model.check_model(
-            folder, manifest, model, plan.spec, reference, model_modules, directory, providers
-        )
+        return _check_model(folder, manifest, manifest.model, plan, providers)
     base = load_base(plan)
     _require_same(base, manifest, plan)
     modules = build_modules(plan, base, load_adapters(plan, base))
     oracle = make_reference(folder, manifest, plan.spec, base)
     return check(folder, manifest, plan.spec, oracle, modules, providers)
+
+
+def _check_model(
+    folder: Path, manifest: Manifest, model: Model, plan: Plan, providers: Sequence[str]
+) -> Report:
+    from . import model_reference, verify_model
+    from .bases import grafted
+    from .bases.transformers import ModelModules, load_model
+    from .graph_reference import open_rows
+
+    oracle: model_reference.ReferenceModel
+    plain: tuple[ModelModules, Path] | str
+    if plan.graph:
+        _require_same(grafted.load_base(plan), manifest, plan)
+        graph = grafted.load_graph(plan, folder)
+        oracle = open_rows(plan, folder, manifest, graph)
+        plain = str(grafted.plain_directory(plan))
+    else:
+        assert plan.model is not None, "spec and manifest are of one kind"
+        base, modules = load_model(plan)
+        _require_same(base, manifest, plan)
+        directory, adapters = plan.model.directory, model_reference.read_adapters(folder, manifest)
+        oracle = model_reference.PlainModel(directory, manifest, model, adapters)
+        plain = modules, directory
+    seed = plan.spec.parity.seed
+    reference = model_reference.make_reference(oracle, manifest, model, seed)
+    return verify_model.check_model(folder, manifest, model, plan.spec, reference, plain, providers)
 
 
 def _require_same(base: Base, manifest: Manifest, plan: Plan) -> None:

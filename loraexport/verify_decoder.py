@@ -6,7 +6,6 @@ be as near as the tolerance allows, so that rounding explains it.
 """
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,19 @@ from typing import Any
 import numpy as np
 from torch.utils.dlpack import from_dlpack
 
-from loraexport_runtime.devices import NUMPY_DTYPES, host_value, normalise_providers
+from loraexport_runtime.devices import host_value, normalise_providers
 from loraexport_runtime.generate import TextGenerator
 from loraexport_runtime.manifest import Generator, Manifest, resolve
 
 from .bases.plain import load_plain_model
-from .decoder_reference import STEPS, DecoderReference, make_cases, read_logits
+from .decoder_reference import (
+    STEPS,
+    DecoderReference,
+    empty_cache,
+    make_cases,
+    read_config,
+    read_logits,
+)
 from .model_reference import BASE, Mix, only
 from .proof import make_report, open_plain_onnx, slot_names, tolerance_of
 from .quiet import quiet_models
@@ -37,19 +43,19 @@ def check_decoder(
     manifest: Manifest,
     spec: Spec,
     reference: DecoderReference,
-    directory: Path | None,
+    plain: Path | str,
     providers: Sequence[str],
 ) -> Report:
     """Run every implementation on every case and compare.
 
     Args:
-        directory: the base's; None where it is not at hand.
+        plain: the Hugging Face model's directory, for PEFT, or why PEFT cannot be asked.
     """
     assert manifest.generator is not None, "the artifact is of a decoder"
     tolerance = tolerance_of(spec, TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
-    for name, run in _implementations(folder, manifest, directory, providers, skipped):
+    for name, run in _implementations(folder, manifest, plain, providers, skipped):
         rows += _compare_logits(name, run, manifest, reference, tolerance)
     for name in [one for one, _ in normalise_providers(providers)]:
         short = name.removesuffix("ExecutionProvider").lower()
@@ -141,18 +147,18 @@ def _gap(logits: np.ndarray, columns: np.ndarray, best: int, other: int) -> floa
 def _implementations(
     folder: Path,
     manifest: Manifest,
-    directory: Path | None,
+    plain: Path | str,
     providers: Sequence[str],
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Logits]]:
     generator = manifest.generator
     assert generator is not None, "the artifact is of a decoder"
-    if directory is None:
-        skipped["peft"] = "the base is not here"
+    if isinstance(plain, str):
+        skipped["peft"] = plain
     elif importlib.util.find_spec("peft") is None:
         skipped["peft"] = "peft is not installed"
     else:
-        yield "peft", _peft_runner(folder, manifest, directory)
+        yield "peft", _peft_runner(folder, manifest, plain)
     for name in [one for one, _ in normalise_providers(providers)] if providers else []:
         short = name.removesuffix("ExecutionProvider").lower()
         yield f"onnx-{short}", _onnx_runner(folder, manifest, generator, name)
@@ -168,16 +174,14 @@ def _onnx_runner(folder: Path, manifest: Manifest, generator: Generator, provide
     taken = [one.name for one in session.get_inputs()]
     past = [name for name in taken if name.startswith("past_key_values.")]
     outputs = [one.name for one in session.get_outputs()]
-    config = json.loads((path.parent / "genai_config.json").read_text(encoding="utf-8"))
-    decoder = config["model"]["decoder"]
-    sizes = (decoder["num_key_value_heads"], 0, decoder["head_size"])
+    config = read_config(folder, manifest)
 
     def run(prompts: list[list[int]], tokens: np.ndarray, adapter_ids: np.ndarray) -> np.ndarray:
         lengths = np.array([len(prompt) for prompt in prompts])
         ids = np.full((len(prompts), lengths.max()), generator.pad_token_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
-        empty = np.zeros((len(prompts), *sizes), NUMPY_DTYPES[manifest.dtype])
+        empty = empty_cache(config, len(prompts), manifest.dtype)
         cache = {name: host_value(empty, manifest.dtype) for name in past}
         total, steps = ids.shape[1], []
         for step in range(tokens.shape[1]):

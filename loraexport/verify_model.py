@@ -6,7 +6,6 @@ Padding is not compared.
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,17 @@ from loraexport_runtime.manifest import Manifest, Model, resolve
 from loraexport_runtime.stacks import lowest
 
 from .bases.transformers import ModelModules
-from .model_reference import BASE, Inputs, Mix, ModelReference, RowCase, make_cases, only
+from .model_reference import (
+    BASE,
+    Inputs,
+    Mix,
+    ModelReference,
+    Outputs,
+    RowCase,
+    kept_tokens,
+    make_cases,
+    only,
+)
 from .proof import (
     make_report,
     open_plain_onnx,
@@ -37,8 +46,8 @@ TOLERANCES = {
     "float16": Tolerance(error=2e-2, gain=3e-2, epsilon=2.0**-11),
     "bfloat16": Tolerance(error=1e-1, gain=1e-1, epsilon=2.0**-8),
 }
-Run = Callable[[Inputs, RowCase], np.ndarray]
-"""(inputs by name, what each row uses) -> the model's output."""
+Run = Callable[[Inputs, RowCase], Outputs]
+"""(inputs by name, what each row uses) -> the model's outputs by name."""
 
 
 def check_model(
@@ -47,19 +56,18 @@ def check_model(
     model: Model,
     spec: Spec,
     reference: ModelReference,
-    modules: ModelModules | None,
-    directory: Path | None,
+    plain: tuple[ModelModules, Path] | str,
     providers: Sequence[str],
 ) -> Report:
     """Run every implementation on every case and compare.
 
     Args:
-        modules, directory: the eager model and the base's directory; None where it is not at hand.
+        plain: the eager model and the base's directory, or why there are none.
     """
     tolerance = tolerance_of(spec, TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
-    every = _implementations(folder, manifest, model, modules, directory, providers, skipped)
+    every = _implementations(folder, manifest, model, plain, providers, skipped)
     for name, run in every:
         rows += _compare(name, run, manifest, model, reference, tolerance)
     has_onnx = model.onnx is not None
@@ -77,30 +85,33 @@ def _compare(
     names: dict[Mix, str] = {BASE: "base"}
     names |= {only(slot): adapter for slot, adapter in sorted(slot_names(manifest).items())}
     has_base = all(layer.in_base for layer in manifest.layers)
-    missing_label = lowest(NUMPY_DTYPES[manifest.dtype])
-    parts: dict[str, list[list[np.ndarray]]] = {who: [] for who in (*names.values(), "blend")}
+    parts: dict[tuple[str, str], list[list[np.ndarray]]] = {
+        (entry.name, who): [] for entry in model.outputs for who in (*names.values(), "blend")
+    }
     for case in make_cases(manifest, model):
         inputs = reference.inputs[case.name]
         expected, base = reference.expected[case.name], reference.base_expected[case.name]
         found = run(inputs, case)
         base_case = RowCase(case.name, (BASE,) * len(case.rows), case.lengths, case.left)
         base_found = run(inputs, base_case) if has_base else base
-        if any(layer.labels for layer in manifest.layers):
-            found, expected = _without_missing_labels(found, expected, missing_label)
-            base_found, base = _without_missing_labels(base_found, base, missing_label)
-        for mix in set(case.rows):
-            if name == "peft" and mix not in names:
-                continue  # PEFT blends by other rules
-            keep: Any = np.array([row == mix for row in case.rows])
-            if "sequence" in model.outputs[0].shape:
-                keep = keep[:, None] & (inputs["attention_mask"] == 1)
-            who = names.get(mix, "blend")
-            parts[who].append([one[keep] for one in (found, expected, base_found, base)])
+        for entry in model.outputs:
+            four = [one[entry.name] for one in (found, expected, base_found, base)]
+            if any(layer.labels for layer in manifest.layers):
+                missing = lowest(NUMPY_DTYPES[manifest.dtype])
+                four[:2] = _without_missing_labels(four[0], four[1], missing)
+                four[2:] = _without_missing_labels(four[2], four[3], missing)
+            for mix in set(case.rows):
+                if name == "peft" and mix not in names:
+                    continue  # PEFT blends by other rules
+                tokens = kept_tokens(inputs, entry)
+                own = np.array([row == mix for row in case.rows])
+                keep = (tokens.T & own).T
+                parts[entry.name, names.get(mix, "blend")].append([one[keep] for one in four])
     rows = []
-    for who, pieces in parts.items():
+    for (output, who), pieces in parts.items():
         if pieces:
             y, ref, y_base, ref_base = (np.concatenate(one) for one in zip(*pieces, strict=True))
-            labels = (name, model.task, model.outputs[0].name, who)
+            labels = (name, model.task, output, who)
             rows.append(compare(labels, y, ref, y_base, ref_base, tolerance))
     return rows
 
@@ -119,24 +130,23 @@ def _implementations(
     folder: Path,
     manifest: Manifest,
     model: Model,
-    modules: ModelModules | None,
-    directory: Path | None,
+    plain: tuple[ModelModules, Path] | str,
     providers: Sequence[str],
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Run]]:
     names = [name for name, _ in normalise_providers(providers)] if providers else []
-    if modules is not None:
-        yield "eager", _eager_runner(modules)
+    output = model.outputs[0].name
+    if isinstance(plain, str):
+        skipped |= {"eager": plain, "peft": plain}
     else:
-        skipped["eager"] = "the base is not here"
-    if directory is None:
-        skipped["peft"] = "the base is not here"
-    elif importlib.util.find_spec("peft") is None:
-        skipped["peft"] = "peft is not installed"
-    else:
-        from .peft_model import PeftReference
+        yield "eager", _eager_runner(plain[0], output)
+        if importlib.util.find_spec("peft") is None:
+            skipped["peft"] = "peft is not installed"
+        else:
+            from .peft_model import PeftReference
 
-        yield "peft", PeftReference(folder, manifest, model, directory).run
+            peft = PeftReference(folder, manifest, model, plain[1])
+            yield "peft", lambda inputs, case: {output: peft.run(inputs, case)}
     if model.torchscript is not None:
         path = resolve(folder, model.torchscript)
         for device in torch_devices(names):
@@ -156,17 +166,17 @@ def _implementations(
             yield "onnx-cpu-plain", _plain_runner(resolve(folder, model.onnx), manifest, model)
 
 
-def _eager_runner(modules: ModelModules) -> Run:
+def _eager_runner(modules: ModelModules, output: str) -> Run:
     stacks = [to_torch(value) for value in modules.stacks.values()]
 
-    def run(inputs: Inputs, case: RowCase) -> np.ndarray:
+    def run(inputs: Inputs, case: RowCase) -> Outputs:
         tensors = {name: to_torch(value) for name, value in inputs.items()}
         weights = None
         if modules.blend_slots is not None:
             weights = torch.from_numpy(case.adapter_weights(modules.blend_slots))
         ids = torch.from_numpy(case.adapter_ids)
         with torch.no_grad():
-            return to_numpy(modules.module(tensors, ids, stacks, weights))
+            return {output: to_numpy(modules.module(tensors, ids, stacks, weights))}
 
     return run
 
@@ -174,21 +184,21 @@ def _eager_runner(modules: ModelModules) -> Run:
 def _torchscript_runner(path: Path, manifest: Manifest, model: Model, device: str) -> Run:
     graph = open_torchscript(path, device)
 
-    def run(inputs: Inputs, case: RowCase) -> np.ndarray:
+    def run(inputs: Inputs, case: RowCase) -> Outputs:
         arrays = [*(inputs[entry.name] for entry in model.inputs), case.adapter_ids]
         if model.blend:
             arrays.append(case.adapter_weights(manifest.num_slots))
         with torch.no_grad():
-            return to_numpy(graph(*(to_torch(array).to(device) for array in arrays)))
+            y = graph(*(to_torch(array).to(device) for array in arrays))
+        return {model.outputs[0].name: to_numpy(y)}
 
     return run
 
 
 def _session_runner(session: ModelSession, names: Mapping[int, str]) -> Run:
-    def run(inputs: Inputs, case: RowCase) -> np.ndarray:
+    def run(inputs: Inputs, case: RowCase) -> Outputs:
         rows = [_row_names(row, names) for row in case.rows]
-        y: np.ndarray = session.run(inputs, rows)[session.model.outputs[0].name]
-        return y
+        return session.run(inputs, rows)
 
     return run
 
@@ -203,13 +213,13 @@ def _row_names(row: Mix, names: Mapping[int, str]) -> Names:
 
 def _plain_runner(path: Path, manifest: Manifest, model: Model) -> Run:
     graph = open_plain_onnx(path)
+    outputs = [entry.name for entry in model.outputs]
 
-    def run(inputs: Inputs, case: RowCase) -> np.ndarray:
+    def run(inputs: Inputs, case: RowCase) -> Outputs:
         feeds = {**inputs, "adapter_ids": case.adapter_ids}
         weights = case.adapter_weights(manifest.num_slots)
         if model.blend and weights.any():  # an input that need not be fed
             feeds["adapter_weights"] = weights
-        y: np.ndarray = graph.run(None, feeds)[0]
-        return y
+        return dict(zip(outputs, graph.run(outputs, feeds), strict=True))
 
     return run

@@ -20,9 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_import_torch_free import BLOCKED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import loraexport.bases.causal_lm as causal_lm
 import loraexport_runtime as lr
 from loraexport import cli
+from loraexport.bases import layers
+from loraexport.bases.generator import adapt_config
 from loraexport.errors import BaseModelError, ParityError, SpecError, exit_code
 from loraexport.pipeline import build
 from loraexport.plan import make_plan
@@ -590,7 +591,7 @@ def _perturbed(base: Path, folder: Path) -> Path:
 
 @pytest.mark.parametrize("fault", ["scaling", "slot"])
 def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    pack, assemble = causal_lm.pack, causal_lm.assemble
+    pack, assemble = layers.pack, layers.assemble
 
     def scaled(layer: Any, weights: Any, scale: float, *rest: Any) -> Any:
         return pack(layer, weights, scale * 1.05, *rest)
@@ -599,9 +600,9 @@ def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fa
         return assemble(stack, dtype, base_rows, {1: blocks[2], 2: blocks[1]})
 
     if fault == "scaling":
-        monkeypatch.setattr(causal_lm, "pack", scaled)
+        monkeypatch.setattr(layers, "pack", scaled)
     else:
-        monkeypatch.setattr(causal_lm, "assemble", swapped)
+        monkeypatch.setattr(layers, "assemble", swapped)
     family = Family(FAMILIES["Llama"].config, (["q_proj"], ["q_proj", "v_proj"]))
     with pytest.raises(ParityError, match="nothing was published"):
         build(write_decoder(tmp_path, family), tmp_path / "out")
@@ -796,16 +797,23 @@ def test_the_schema_knows_decoders() -> None:
 
 def test_a_padding_token_for_a_base_without_its_own(tmp_path: Path) -> None:
     """Not the token that ends a text, and none that a chat template writes."""
-    choose = causal_lm._choose_pad
-    base = tmp_path / "base"
-    _write_tokenizer(base)
+    _write_tokenizer(tmp_path)
+    config = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS, "decoder": {}}
+
+    def choose(pad: int | None) -> int:
+        file = tmp_path / "genai_config.json"
+        file.write_text(json.dumps({"model": config | {"pad_token_id": pad}}))
+        found = adapt_config(tmp_path)
+        assert json.loads(file.read_text())["model"]["pad_token_id"] == found
+        return found
+
+    assert choose(7) == 7
     for pad in (None, EOS):
-        tf.LlamaConfig(**(_SIZES | {"pad_token_id": pad})).save_pretrained(base)
-        assert choose(base) == PAD  # the tokenizer's
-    tokenizer: Any = tf.AutoTokenizer.from_pretrained(base)
+        assert choose(pad) == PAD  # the tokenizer's
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<spare>"]})
-    tokenizer.save_pretrained(base)
-    assert choose(base) == tokenizer.convert_tokens_to_ids("<spare>")
+    tokenizer.save_pretrained(tmp_path)
+    assert choose(EOS) == tokenizer.convert_tokens_to_ids("<spare>")
 
 
 def test_a_base_without_a_tokenizer_is_refused(built: Built, tmp_path: Path) -> None:

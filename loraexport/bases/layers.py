@@ -141,6 +141,25 @@ def load_adapters(plan: Plan, base: Base) -> dict[str, AdapterWeights]:
     return loaded
 
 
+def pack_adapters(plan: Plan, base: Base) -> dict[str, np.ndarray]:
+    """The initial value of every stack that a graft brings, by name.
+
+    Raises:
+        WeightsError, AdapterWeightsError: see `load_adapters`.
+    """
+    adapters = load_adapters(plan, base)
+    dtype = NUMPY_DTYPES[plan.spec.export.dtype]
+    stacks: dict[str, np.ndarray] = {}
+    for layer in [one.layer for one in plan.layers]:
+        blocks = {
+            one.slot: pack(layer, adapters[one.name], one.scale, dtype)
+            for one in plan.adapters
+            if one.slot is not None
+        }
+        stacks |= {stack.name: assemble(stack, dtype, None, blocks) for stack in layer.stacks}
+    return stacks
+
+
 def build_modules(
     plan: Plan, base: Base, adapters: Mapping[str, AdapterWeights]
 ) -> tuple[LayerModules, ...]:

@@ -50,6 +50,12 @@ class Skeleton:
     """The sites that `all-linear` leaves out: the output layer."""
     signature: Signature
 
+    @property
+    def inner_linear(self) -> set[str]:
+        """What `all-linear` names: the linear layers but for the output layer."""
+        linear = {site for site, shape in self.sites.items() if shape.kind == "linear"}
+        return linear - set(self.head)
+
 
 def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
     """Build the model on the meta device and list its linear layers and embeddings.

@@ -6,7 +6,7 @@ adapter_ids int64 [batch], and the stacks, which need not be fed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,34 +15,17 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
-from loraexport_runtime.manifest import Layer
-
 from ..errors import ExportError
 from ..lora.masked import Masked
 from ..lora.strategy import Base
 from ..tensors import TORCH_DTYPES
+from .graph_sites import Graft, Layout, take_place
 from .onnx import export_program, make_overridable
 
 ADAPTER_IDS = "adapter_ids"
 _DOMAIN = "loraexport"
 _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _ROWS = torch.export.Dim("rows")
-
-
-@dataclass(frozen=True)
-class Graft:
-    """One layer of the plan and the products whose outputs are the layer's, side by side."""
-
-    layer: Layer
-    nodes: tuple[ir.Node, ...]
-    """All of the same input."""
-    widths: tuple[int, ...]
-    """The outputs of each node; together the layer's."""
-
-    @property
-    def is_flat(self) -> bool:
-        """Gemm takes a matrix [batch * n, in]; the other products [batch, n, in]."""
-        return self.nodes[0].op_type == "Gemm"
 
 
 class _Given(Base):
@@ -65,9 +48,9 @@ class _Site(nn.Module):
         self.lora = Masked(num_slots, rows_per_slot, in_features)
 
     def forward(self, x: Tensor, own: Tensor, a: Tensor, b: Tensor, ys: list[Tensor]) -> Any:
-        """x [batch, n, in], own bool [batch, n, S * W], ys [batch, n, out] -> the same as ys.
+        """x [batch, n, in], own bool [batch, 1, S * W], ys [batch, n, out] -> the same as ys.
 
-        Or each of them with its rows already flat.
+        Or x [rows, in], own [rows, S * W], ys [rows, out].
         """
         base = torch.cat(ys, dim=-1) if len(ys) > 1 else ys[0]
         y = self.lora.linear(x, _Given(base), (own, own), a, b)
@@ -75,17 +58,19 @@ class _Site(nn.Module):
 
 
 class _Route(nn.Module):
-    """Which columns of the stacks are each token's own."""
+    """Which columns of the stacks are each row's own."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int, is_flat: bool) -> None:
+    def __init__(self, num_slots: int, rows_per_slot: int, layout: Layout) -> None:
         super().__init__()
         self.lora = Masked(num_slots, rows_per_slot, 1)
-        self._is_flat = is_flat
+        self._layout = layout
 
-    def forward(self, ids: Tensor, adapter_ids: Tensor) -> Tensor:
-        """ids [batch, n], adapter_ids int64 [batch] -> own bool [batch, n, S * W], or flat."""
-        own = self.lora.route_rows(adapter_ids, ids.shape[1])[1]
-        return own if self._is_flat else own.view(*ids.shape, -1)
+    def forward(self, adapter_ids: Tensor, x: Tensor | None = None) -> Tensor:
+        """adapter_ids int64 [batch] -> own bool [batch, S * W], or [batch, 1, S * W], which serves
+        every token; for flat x [batch * n, in] [batch * n, S * W]."""
+        per_row = 1 if x is None else x.shape[0] // adapter_ids.shape[0]
+        own = self.lora.route_rows(adapter_ids, per_row)[1]
+        return own.unsqueeze(1) if self._layout == "batched" else own
 
 
 def graft(
@@ -94,45 +79,43 @@ def graft(
     stacks: Mapping[str, np.ndarray],
     num_slots: int,
     dtype: str,
-    ids_name: str = "input_ids",
 ) -> None:
     """Put multi-LoRA into a graph, in place.
 
     Args:
         stacks: the initial value of each layer's stacks, by name.
         dtype: of the sites' inputs and outputs, and of the stacks.
-        ids_name: the graph's input [batch, n] that says how many tokens a row has.
 
     Raises:
-        ExportError: torch could not export the LoRA part, or the graph has no such input.
+        ExportError: torch could not export the LoRA part, or the graph has no input.
     """
     graph = model.graph
     opset = model.opset_imports.get("", 0)
-    ids = next((value for value in graph.inputs if value.name == ids_name), None)
-    if ids is None or ids.shape is None:
-        names = [value.name for value in graph.inputs]
-        raise ExportError(f"graft: the graph has no input {ids_name!r}; it has {names}")
-    adapter_ids = _input(ADAPTER_IDS, [ids.shape[0]], ir.DataType.INT64)
+    shape = graph.inputs[0].shape if graph.inputs else None
+    if shape is None or not len(shape):
+        raise ExportError("graft: the graph has no input whose first dimension is the batch")
+    adapter_ids = _input(ADAPTER_IDS, [shape[0]], ir.DataType.INT64)
     graph.inputs.append(adapter_ids)
     for name, array in stacks.items():
         value = _input(name, array.shape, ir.DataType.from_numpy(array.dtype))
         graph.inputs.append(value)
     parts = _Parts(model, num_slots, TORCH_DTYPES[dtype], opset)
     first = graph[0]
-    routes: dict[tuple[int, bool], ir.Value] = {}
+    routes: dict[tuple[int, Layout, int], ir.Value] = {}
     by_name = {value.name: value for value in graph.inputs}
     for one in grafts:
-        route = (len(one.layer.slices) * one.layer.max_rank, one.is_flat)
+        x, ys = one.nodes[0].inputs[0], [node.outputs[0] for node in one.nodes]
+        assert x is not None, "a product has an input"
+        route = (len(one.layer.slices) * one.layer.max_rank, one.layout, one.per_row)
         if route not in routes:
-            call = parts.route(*route, ids, adapter_ids)
+            call = parts.route(one, adapter_ids, x)
             graph.insert_before(first, call)
             routes[route] = call.outputs[0]
-        x, ys = one.nodes[0].inputs[0], [node.outputs[0] for node in one.nodes]
         a, b = (by_name[stack.name] for stack in one.layer.stacks)
         call = parts.site(one, x, routes[route], a, b)
         graph.insert_after(one.nodes[-1], call)
         for y, new in zip(ys, call.outputs, strict=True):
-            _take_place(graph, y, new, call)
+            take_place(graph, y, new, (call,))
     InlinePass()(model)
     del model.opset_imports[_DOMAIN]
     graph.sort()
@@ -149,39 +132,47 @@ class _Parts:
         self._opset = opset
         model.opset_imports[_DOMAIN] = 1
 
-    def route(self, rows: int, is_flat: bool, ids: ir.Value, adapter_ids: ir.Value) -> ir.Node:
+    def route(self, one: Graft, adapter_ids: ir.Value, x: ir.Value) -> ir.Node:
         """A call of `_Route`."""
-        name = f"route_{rows}{'_flat' * is_flat}"
+        rows, size = len(one.layer.slices) * one.layer.max_rank, one.layer.in_features
+        name, is_flat = f"route_{rows}_{one.layout}", one.layout == "flat"
+        name += f"_{size}" * is_flat
         if (_DOMAIN, name, "") not in self._model.functions:
-            arguments = (torch.zeros(3, 7, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
-            shapes = ({0: _BATCH, 1: _TOKENS}, {0: _BATCH})
-            self._add(name, _Route(self._num_slots, rows, is_flat), arguments, shapes)
-        return self._call(name, [ids, adapter_ids], 1)
+            arguments = [torch.zeros(3, dtype=torch.int64)]
+            shapes = [{0: _BATCH}]
+            if is_flat:
+                arguments.append(torch.zeros(21, size, dtype=self._dtype))
+                shapes.append({0: _ROWS})
+            route = _Route(self._num_slots, rows, one.layout)
+            self._add(name, route, tuple(arguments), tuple(shapes))
+        return self._call(name, [adapter_ids, x] if is_flat else [adapter_ids], 1)
 
     def site(
         self,
         one: Graft,
-        x: ir.Value | None,
+        x: ir.Value,
         own: ir.Value,
         a: ir.Value,
         b: ir.Value,
     ) -> ir.Node:
         """A call of `_Site`."""
-        assert x is not None, "a product has an input"
         layer, widths = one.layer, one.widths
         rows, size = len(layer.slices) * layer.max_rank, layer.in_features
-        name = f"site_{rows}_{size}_{'_'.join(map(str, widths))}{'_flat' * one.is_flat}"
+        name = f"site_{rows}_{size}_{'_'.join(map(str, widths))}_{one.layout}"
         if (_DOMAIN, name, "") not in self._model.functions:
             columns = self._num_slots * rows
-            lead, row = ((21,), {0: _ROWS}) if one.is_flat else ((3, 7), {0: _BATCH, 1: _TOKENS})
+            lead, own_lead, row, own_row = [21], [21], {0: _ROWS}, {0: _ROWS}
+            if one.layout == "batched":
+                lead, own_lead = [3, 7], [3, 1]
+                row, own_row = {0: _BATCH, 1: _TOKENS}, {0: _BATCH}
             arguments = (
                 torch.zeros(*lead, size, dtype=self._dtype),
-                torch.zeros(*lead, columns, dtype=torch.bool),
+                torch.zeros(*own_lead, columns, dtype=torch.bool),
                 torch.zeros(columns, size, dtype=self._dtype),
                 torch.zeros(columns, layer.out_features, dtype=self._dtype),
                 [torch.zeros(*lead, width, dtype=self._dtype) for width in widths],
             )
-            shapes = (row, row, None, None, [row] * len(widths))
+            shapes = (row, own_row, None, None, [row] * len(widths))
             self._add(name, _Site(self._num_slots, rows, size), arguments, shapes)
         ys = [node.outputs[0] for node in one.nodes]
         return self._call(name, [x, own, a, b, *ys], len(ys))
@@ -206,13 +197,6 @@ def _input(name: str, shape: Any, dtype: ir.DataType) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
-def _take_place(graph: ir.Graph, old: ir.Value, new: ir.Value, call: ir.Node) -> None:
-    """Every use of `old` but the call's own takes `new`; so does the graph's output."""
-    new.shape, new.type = old.shape, old.type
-    for user, index in list(old.uses()):
-        if user is not call:
-            user.replace_input_with(index, new)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            new.name, old.name = old.name, f"{old.name}_base"
-            graph.outputs[index] = new
+def save_grafted(model: ir.Model, path: Path) -> None:
+    """Write a graph, its weights in one file beside it."""
+    ir.save(model, path, external_data=f"{path.name}.data")

@@ -188,16 +188,16 @@ class FileEntry:
 class Manifest:
     format_version: int
     name: str
-    kind: Literal["layers", "transformers", "causal_lm"]
+    kind: Literal["layers", "transformers", "causal_lm", "onnx"]
     created: str
     dtype: DType
     spec_digest: str
     num_slots: int
     layers: tuple[Layer, ...]
     model: Model | None
-    """For `kind: transformers`."""
+    """For `kind: transformers`, or `onnx`."""
     generator: Generator | None
-    """For `kind: causal_lm`."""
+    """For `kind: causal_lm`, or `onnx`: one of the two."""
     adapters: tuple[AdapterEntry, ...]
     base: BaseEntry
     parity: ParitySummary
@@ -252,9 +252,12 @@ class Manifest:
 
     def check_sense(self) -> None:
         """Raise ValueError where parts contradict each other."""
-        for part, kind in (("model", "transformers"), ("generator", "causal_lm")):
-            if (getattr(self, part) is not None) != (self.kind == kind):
-                raise ValueError(f"manifest.{part}: does not fit kind {self.kind!r}")
+        fitting: dict[str, list[tuple[str, ...]]]
+        fitting = {"layers": [()], "transformers": [("model",)], "causal_lm": [("generator",)]}
+        given = tuple(part for part in ("model", "generator") if getattr(self, part) is not None)
+        if given not in fitting.get(self.kind, [("model",), ("generator",)]):
+            parts = " and ".join(given) or "layers alone"
+            raise ValueError(f"manifest: {parts} does not fit kind {self.kind!r}")
         unlisted = [path for path in self._graphs() if path not in self.files]
         if unlisted:
             raise ValueError(
