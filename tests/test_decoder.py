@@ -291,6 +291,64 @@ def test_the_artifact(artifact: Path) -> None:
         assert place.encode() not in (artifact / "generator" / file).read_bytes()
 
 
+# int4
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama's with an int4 base."""
+    folder = tmp_path_factory.mktemp("int4")
+    base = {"kind": "causal_lm", "path": "base", "weights": "int4"}
+    artifact, report = build(write_decoder(folder, FAMILIES["Llama"], base=base), folder / "out")
+    assert report.status == "passed"
+    return artifact
+
+
+def test_an_int4_base_is_held_to_itself(int4: Path) -> None:
+    """Its own graph with float LoRA is the reference, and the report says so."""
+    report = json.loads((int4 / "parity/parity.json").read_text())
+    assert report["reference"] == "the base's own graph, the adapter's product added in float64"
+    assert report["skipped"] == {"peft": "its base has float weights, the graph's are int4"}
+    logits = [row for row in report["rows"] if row["site"] == "logits"]
+    assert {row["implementation"] for row in logits} >= {"onnx-cpu"}
+    assert all(row["error"] < 1e-4 for row in logits)
+    moved = [row for row in logits if row["adapter"] != "base"]
+    assert all(abs(row["gain"] - 1) < 1e-3 and row["moved"] > 0.05 for row in moved)
+    kinds = [node.op_type for node in onnx.load(int4 / "generator/model.onnx").graph.node]
+    products = 2 * 5 + 1  # q, k and v are packed; the output layer
+    assert kinds.count("MatMulNBits") == products
+
+
+def test_an_int4_bases_mixed_batch(int4: Path, artifact: Path) -> None:
+    """Each row as alone; every adapter changes the tokens of every prompt, and so does int4."""
+    generator = load_generator(int4)
+    prompts = _prompts(3, 11, 6)
+    adapters = ["second", None, "first"]
+    mixed = generator.generate(prompts, adapters=adapters, max_new_tokens=12)
+    for row, prompt in enumerate(prompts):
+        alone = {
+            name: generator.generate([prompt], adapters=[name], max_new_tokens=12)[0].tokens
+            for name in (None, *ADAPTERS)
+        }
+        assert mixed[row].tokens == alone[adapters[row]]
+        assert len(set(alone.values())) == 3
+    floats = load_generator(artifact).generate(prompts, adapters=adapters, max_new_tokens=12)
+    assert [one.tokens for one in floats] != [one.tokens for one in mixed]
+
+
+def test_an_int4_base_is_built_again_to_verify(int4: Path) -> None:
+    report = verify_artifact(int4, Manifest.read(int4), int4.parents[1] / "base")
+    assert report.status == "passed"
+    assert report.reference.startswith("the base's own graph")
+
+
+def test_int4_beside_bfloat16_is_refused(tmp_path: Path) -> None:
+    base = {"kind": "causal_lm", "path": "base", "weights": "int4"}
+    spec = _spec_of_skeleton(tmp_path, base=base, export={"dtype": "bfloat16"})
+    with pytest.raises(SpecError, match=r"export.dtype: int4 weights beside bfloat16 \(take float"):
+        read_spec(spec)
+
+
 # What a call takes and refuses
 
 
@@ -589,8 +647,11 @@ def _perturbed(base: Path, folder: Path) -> Path:
     return folder / "other"
 
 
+@pytest.mark.parametrize("weights", ["float", "int4"])
 @pytest.mark.parametrize("fault", ["scaling", "slot"])
-def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_planted_faults_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, weights: str
+) -> None:
     pack, assemble = layers.pack, layers.assemble
 
     def scaled(layer: Any, weights: Any, scale: float, *rest: Any) -> Any:
@@ -604,8 +665,9 @@ def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fa
     else:
         monkeypatch.setattr(layers, "assemble", swapped)
     family = Family(FAMILIES["Llama"].config, (["q_proj"], ["q_proj", "v_proj"]))
+    base = {"kind": "causal_lm", "path": "base", "weights": weights}
     with pytest.raises(ParityError, match="nothing was published"):
-        build(write_decoder(tmp_path, family), tmp_path / "out")
+        build(write_decoder(tmp_path, family, base=base), tmp_path / "out")
     assert not (tmp_path / "out/tiny").exists()
     report = json.loads((tmp_path / "out/tiny.failed/parity/parity.json").read_text())
     failed = {
