@@ -106,7 +106,8 @@ def test_spec_is_frozen(tmp_path: Path) -> None:
         (
             "  kind: layers\n",
             "",
-            "3: base.kind: required key is missing (add kind: layers or kind: transformers or kind: causal_lm or kind: onnx)",
+            "3: base.kind: required key is missing (add kind: layers or kind: transformers or"
+            " kind: causal_lm or kind: onnx)",
         ),
         (
             "name: tiny\n",
