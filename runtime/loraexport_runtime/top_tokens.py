@@ -19,6 +19,7 @@ class TopTokens:
     def __init__(self, dtype: str, providers: Sequence[tuple[str, dict[str, Any]]]) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = 1  # no second pool of threads that spin beside the decoder's
         self._session = ort.InferenceSession(
             _graph(dtype), options, providers=list(providers), enable_fallback=0
         )
