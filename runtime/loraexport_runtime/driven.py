@@ -56,10 +56,17 @@ class DrivenEngine:
         pairs = devices.normalise_providers([(provider, options)])
         device = devices.session_device(pairs[0])
         devices.require_device(device)
-        session = devices.open_session(folder / decoder["filename"], pairs, {}, None)
+        try:
+            session = devices.open_session(folder / decoder["filename"], pairs, {}, None)
+        except ProviderError as error:
+            if not capture:
+                raise
+            raise ProviderError(
+                f"{error}. If its steps cannot be captured, pass cuda_graphs=False"
+            ) from error
         self._graph = read_graph(session, decoder, device, capture)
-        plain = devices.normalise_providers([provider])
-        self._top = TopTokens(self._graph.logits_dtype, plain)
+        graph, plain = self._graph, devices.normalise_providers([provider])
+        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, plain)
         self._pad = pad
         self._context = int(config["model"]["context_length"])
         self._idle: deque[Cache] = deque()
@@ -79,12 +86,11 @@ class DrivenEngine:
         try:
             step = self._do(self._step, cache, num_rows, length)
             found = self._do(self._read, step, tokens, lengths, slots, candidates)
+            top = self._do(self._top.bind, step.logits, np.arange(len(tokens)), candidates)
             ids = np.full(num_rows, self._pad, dtype=np.int64)
-            own, top = ids[: len(tokens)], None
+            own = ids[: len(tokens)]
             for index in range(steps):
-                if index == 1:
-                    top = self._do(self._top.bind, step.logits, np.arange(len(own)), candidates)
-                if top is not None:
+                if index > 0:
                     lengths[: len(own)] += 1
                     found = self._do(_run, step, ids, lengths, top)
                 own[:] = choose(sampling, *found, random)

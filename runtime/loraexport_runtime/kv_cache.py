@@ -91,13 +91,13 @@ class Cache:
         graph = self._graph
         if rows * length > self._size:
             self.release()
-            self._size = rows * length
             # A row's cache ends at its length, but no kernel shall meet what is no number.
-            shape = [self._size * graph.heads * graph.head_size]
+            shape = [rows * length * graph.heads * graph.head_size]
             zeros = host_value(np.zeros(shape, NUMPY_DTYPES[graph.cache_dtype]), graph.cache_dtype)
             for name in graph.present:
                 self._memory[name] = graph.allocate(shape, graph.cache_dtype)
                 self._memory[name].update_inplace(zeros)
+            self._size = rows * length
         if (rows, length) not in self._steps:
             self._steps[rows, length] = Step(graph, self._memory, rows, length)
         return self._steps[rows, length]

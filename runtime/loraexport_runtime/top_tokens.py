@@ -1,7 +1,8 @@
 """Logits on a device -> the highest few of some of their rows, on the host.
 
-A graph of four nodes does it there, so that a step brings a few numbers to the host and not a whole
-vocabulary for every row. The runtime has no onnx, so the graph is written as protobuf by hand.
+A small graph does it there, so that a step brings a few numbers to the host and no vocabulary for
+every row. CUDA's TopK gives each row one block, so rows are cut into parts, and the highest of
+their highest are the row's. The runtime has no onnx: the graph is protobuf written by hand.
 """
 
 from collections.abc import Sequence
@@ -12,17 +13,23 @@ import onnxruntime as ort
 
 from .devices import ONNX_TYPES, host_value
 
+_PARTS = 128
+"""The most parts that a row is cut into."""
+
 
 class TopTokens:
     """logits [batch, n, vocabulary] -> the highest of every row, from the highest down."""
 
-    def __init__(self, dtype: str, providers: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    def __init__(
+        self, dtype: str, vocabulary: int, providers: Sequence[tuple[str, dict[str, Any]]]
+    ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1  # no second pool of threads that spin beside the decoder's
         self._session = ort.InferenceSession(
             _graph(dtype), options, providers=list(providers), enable_fallback=0
         )
+        self._vocabulary = vocabulary
 
     def bind(self, logits: ort.OrtValue, rows: np.ndarray, count: int) -> "BoundTopTokens":
         """The work on one buffer, to be run as often as it is filled.
@@ -31,21 +38,38 @@ class TopTokens:
             rows: int64 [m], into the batch * n rows of the logits.
             count: how many of each.
         """
-        return BoundTopTokens(self._session, logits, rows, count)
+        return BoundTopTokens(self._session, logits, rows, count, self._vocabulary)
 
 
 class BoundTopTokens:
     """One buffer of logits, and memory on the host for what is highest in it."""
 
     def __init__(
-        self, session: ort.InferenceSession, logits: ort.OrtValue, rows: np.ndarray, count: int
+        self,
+        session: ort.InferenceSession,
+        logits: ort.OrtValue,
+        rows: np.ndarray,
+        count: int,
+        vocabulary: int,
     ) -> None:
         self._session = session
         self._binding = session.io_binding()
-        self._alive = (logits, rows, np.array([count], dtype=np.int64))
         self._binding.bind_ortvalue_input("logits", logits)
-        self._binding.bind_ortvalue_input("rows", host_value(rows, "int64"))
-        self._binding.bind_ortvalue_input("count", host_value(self._alive[2], "int64"))
+        parts = max(one for one in range(1, _PARTS + 1) if vocabulary % one == 0)
+        width = vocabulary // parts
+        own = min(count, width)
+        first = np.tile(np.arange(parts) * width, len(rows))
+        inputs = {
+            "rows": rows,
+            "cut": np.array([-1, width]),
+            "own": np.array([own]),
+            "first": first[:, None],
+            "joined": np.array([len(rows), parts * own]),
+            "count": np.array([count]),
+        }
+        self._alive = (logits, inputs)
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, host_value(array, "int64"))
         self.values = np.empty((len(rows), count), np.float32)
         self.tokens = np.empty((len(rows), count), np.int64)
         for name, array in (("values", self.values), ("tokens", self.tokens)):
@@ -59,21 +83,34 @@ class BoundTopTokens:
 
 
 def _graph(dtype: str) -> bytes:
-    """values, tokens = TopK(Cast(Gather(Flatten(logits), rows)), count), as an onnx.ModelProto.
+    """An onnx.ModelProto; the numbers are those of the fields in onnx.proto.
 
-    The numbers are those of the fields in onnx.proto.
+    The parts: x [m * parts, width] = Cast(Gather(Flatten(logits), rows)); their highest `own` of
+    x, of which the token is `first` of the part and the place in it; of all of a row the highest
+    `count`.
     """
     nodes = [
         _node("Flatten", ["logits"], ["flat"], axis=2),
-        _node("Gather", ["flat", "rows"], ["own"]),
-        _node("Cast", ["own"], ["wide"], to=ONNX_TYPES["float32"]),
-        _node("TopK", ["wide", "count"], ["values", "tokens"]),
+        _node("Gather", ["flat", "rows"], ["taken"]),
+        _node("Cast", ["taken"], ["wide"], to=ONNX_TYPES["float32"]),
+        _node("Reshape", ["wide", "cut"], ["parts"]),
+        _node("TopK", ["parts", "own"], ["part_values", "places"]),
+        _node("Add", ["places", "first"], ["part_tokens"]),
+        _node("Reshape", ["part_values", "joined"], ["row_values"]),
+        _node("Reshape", ["part_tokens", "joined"], ["row_tokens"]),
+        _node("TopK", ["row_values", "count"], ["values", "chosen"]),
+        _node("GatherElements", ["row_tokens", "chosen"], ["tokens"], axis=1),
     ]
-    inputs = [
-        _value("logits", dtype, ["batch", "n", "vocabulary"]),
-        _value("rows", "int64", ["m"]),
-        _value("count", "int64", [1]),
-    ]
+    inputs = [_value("logits", dtype, ["batch", "n", "vocabulary"])]
+    shapes: dict[str, list[str | int]] = {
+        "rows": ["m"],
+        "cut": [2],
+        "own": [1],
+        "first": ["m_parts", 1],
+        "joined": [2],
+        "count": [1],
+    }
+    inputs += [_value(name, "int64", shape) for name, shape in shapes.items()]
     outputs = [_value("values", "float32", ["m", "k"]), _value("tokens", "int64", ["m", "k"])]
     graph = b"".join(_field(1, node) for node in nodes) + _field(2, "top_tokens")
     graph += b"".join(_field(11, one) for one in inputs)
