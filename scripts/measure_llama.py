@@ -4,7 +4,8 @@
 
 About 1.2 B random weights in float16, 8 adapters of rank 16 on all seven projections, a row
 per adapter in turn. Prompts of 128 tokens, 64 new ones, greedy. The median of alternating rounds:
-milliseconds of the prefill, and tokens per second of the decode, all rows together.
+milliseconds of the prefill, and tokens per second of the decode, all rows together. `captured` is
+the runtime's engine with CUDA graphs of the steps; without the word it is onnxruntime-genai.
 """
 
 import statistics
@@ -29,6 +30,8 @@ from loraexport.export.graft import graft
 from loraexport.export.graph_sites import find_grafts
 from loraexport.plan import make_plan
 from loraexport.spec import read_spec
+from loraexport_runtime.driven import DrivenEngine
+from loraexport_runtime.sampling import Sampling
 
 ROWS, PROMPT, NEW = (8, 32), 128, 64
 ADAPTERS, RANK, ROUNDS, PEFT_NEW = 8, 16, 3, 8
@@ -81,13 +84,18 @@ def export(folder: Path, spec: Path) -> None:
         onnx_ir.save(model, folder / name / "model.onnx", external_data="model.onnx.data")
 
 
+def make_prompts(rows: int) -> np.ndarray:
+    """int32 [rows, PROMPT]"""
+    return np.random.default_rng(0).integers(300, 31000, (rows, PROMPT)).astype(np.int32)
+
+
 def genai_runner(folder: Path, rows: int, mixed: bool) -> Callable[[], tuple[float, float]]:
     """(seconds of the prefill, seconds of the other tokens) of one batch."""
     config = og.Config(str(folder))
     config.clear_providers()
     config.append_provider("cuda")
     model = og.Model(config)
-    ids = np.random.default_rng(0).integers(300, 31000, (rows, PROMPT)).astype(np.int32)
+    ids, slots = make_prompts(rows), 1 + np.arange(rows) % ADAPTERS
 
     def run() -> tuple[float, float]:
         params = og.GeneratorParams(model)
@@ -95,7 +103,7 @@ def genai_runner(folder: Path, rows: int, mixed: bool) -> Callable[[], tuple[flo
         params.set_search_options(batch_size=rows, max_length=length, min_length=length)
         generator = og.Generator(model, params)
         if mixed:
-            generator.set_model_input("adapter_ids", 1 + np.arange(rows) % ADAPTERS)
+            generator.set_model_input("adapter_ids", slots)
         start = time.perf_counter()
         generator.append_tokens(ids)
         generator.generate_next_token()
@@ -104,6 +112,23 @@ def genai_runner(folder: Path, rows: int, mixed: bool) -> Callable[[], tuple[flo
         for _ in range(NEW - 1):
             generator.generate_next_token()
         generator.get_next_tokens()
+        return middle - start, time.perf_counter() - middle
+
+    return run
+
+
+def captured_runner(folder: Path, rows: int) -> Callable[[], tuple[float, float]]:
+    """The same by the runtime's engine, whose steps are CUDA graphs."""
+    engine = DrivenEngine(folder, 0, "cuda", capture=True)
+    prompts, slots = make_prompts(rows).tolist(), 1 + np.arange(rows) % ADAPTERS
+
+    def run() -> tuple[float, float]:
+        start = time.perf_counter()
+        steps = engine.start(prompts, slots, NEW, Sampling())
+        next(steps)
+        middle = time.perf_counter()
+        for _ in steps:
+            pass
         return middle - start, time.perf_counter() - middle
 
     return run
@@ -145,15 +170,25 @@ def main() -> None:
         folder = Path(scratch)
         export(folder, make_project(folder))
         print(f"{torch.cuda.get_device_name(0)}, onnxruntime-genai {og.__version__}, float16")
-        columns = ("rows", "", "base", "mixed", "PEFT mixed", "mixed / base", "PEFT / mixed")
+        contestants = ("base", "mixed", "base captured", "mixed captured", "PEFT mixed")
+        ratios = (
+            ("mixed", "base"),
+            ("mixed captured", "base captured"),
+            ("mixed", "mixed captured"),
+            ("PEFT mixed", "mixed captured"),
+        )
+        columns = ("rows", "", *contestants, *(f"{one} / {other}" for one, other in ratios))
         print(f"| {' | '.join(columns)} |")
+        print(f"| {' | '.join(['---'] * len(columns))} |")
         for rows in ROWS:
             runners = {
                 "base": genai_runner(folder / "base", rows, False),
                 "mixed": genai_runner(folder / "mixed", rows, True),
-                "peft": peft_runner(folder, rows),
+                "base captured": captured_runner(folder / "base", rows),
+                "mixed captured": captured_runner(folder / "mixed", rows),
+                "PEFT mixed": peft_runner(folder, rows),
             }
-            times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
             for run in runners.values():
                 run()
             for _ in range(ROUNDS):
@@ -164,13 +199,12 @@ def main() -> None:
                     name: statistics.median(one[index] for one in every)
                     for name, every in times.items()
                 }
-                base, mixed, peft = found["base"], found["mixed"], found["peft"]
                 if index == 0:
-                    shown = [f"{1000 * one:.1f}" for one in (base, mixed, peft)]
+                    shown = [f"{1000 * found[name]:.1f}" for name in contestants]
                 else:
-                    shown = [f"{rows * (NEW - 1) / one:.0f}" for one in (base, mixed, peft)]
-                cells = (str(rows), what, *shown, f"{mixed / base:.2f}", f"{peft / mixed:.1f}")
-                print(f"| {' | '.join(cells)} |", flush=True)
+                    shown = [f"{rows * (NEW - 1) / found[name]:.0f}" for name in contestants]
+                over = [f"{found[one] / found[other]:.2f}" for one, other in ratios]
+                print(f"| {' | '.join((str(rows), what, *shown, *over))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,13 @@ class Peft:
         return tuple(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
 
 
+def open_driven(artifact: Path) -> TextGenerator:
+    """The engine that captures CUDA graphs, on the CPU without them."""
+    manifest = Manifest.read(artifact)
+    assert manifest.generator is not None
+    return TextGenerator(artifact, manifest, manifest.generator, "cpu", cuda_graphs=True)
+
+
 Built = Callable[[str], Path]
 
 
@@ -222,9 +229,9 @@ def artifact(built: Built) -> Path:
     return built("Llama")
 
 
-@pytest.fixture(scope="module")
-def generator(artifact: Path) -> TextGenerator:
-    return load_generator(artifact)
+@pytest.fixture(scope="module", params=["genai", "driven"])
+def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
+    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -244,6 +251,8 @@ def test_a_family(name: str, built: Built) -> None:
     prompts = _prompts(3, 11, 6, 7, 4, 9)
     adapters = ["second", "first", None, "first", "second", None]
     found = load_generator(artifact).generate(prompts, adapters=adapters, max_new_tokens=12)
+    driven = open_driven(artifact).generate(prompts, adapters=adapters, max_new_tokens=12)
+    assert driven == found
     peft = Peft(artifact.parents[1])
     for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
         expected = peft.generate(prompt, adapter, 12)
@@ -397,6 +406,8 @@ def test_sampling_with_a_seed_repeats(generator: TextGenerator) -> None:
     assert sample(3) != sample(4)
     greedy = generator.generate(prompts, adapters=adapters, max_new_tokens=10)
     assert sample(3, top_k=1) == [one.tokens for one in greedy]
+    assert sample(3, top_p=1e-6) == [one.tokens for one in greedy]
+    assert sample(3, top_k=0) == sample(3, top_k=0) != sample(4, top_k=0)
 
 
 def test_a_stop_string_is_cut(generator: TextGenerator) -> None:
@@ -509,6 +520,20 @@ def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
         ),
         pytest.param(
             [[5]],
+            {"top_k": -1},
+            lr.InputError,
+            "top_k is -1 and top_p 1.0; expected a top_k of 0",
+            id="top-k",
+        ),
+        pytest.param(
+            [[5]],
+            {"top_p": 0.0},
+            lr.InputError,
+            "top_k is 50 and top_p 0.0; expected .* a top_p above 0, up to 1",
+            id="top-p",
+        ),
+        pytest.param(
+            [[5]],
             {"stop": [""]},
             lr.InputError,
             r"stop is \[''\]; expected a list of texts, none of them empty",
@@ -545,6 +570,8 @@ def test_a_provider_that_cannot_run(artifact: Path, monkeypatch: pytest.MonkeyPa
         load_generator(artifact, "cuda")
     with pytest.raises(lr.ProviderError, match="expected 'cpu' or 'cuda', got 'npu'"):
         load_generator(artifact, "npu")
+    with pytest.raises(lr.ProviderError, match="CUDA graphs were asked for on 'cpu'; pass prov"):
+        load_generator(artifact, cuda_graphs=True)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(lr.ProviderError, match=r"pip install 'loraexport-runtime\[genai\]'"):
         load_generator(artifact)
@@ -555,6 +582,8 @@ def test_cuda_where_there_is_no_device(artifact: Path) -> None:
         pytest.skip("there is one here")
     with pytest.raises(lr.ProviderError, match=r"CUDA was asked for|cannot open it on cuda"):
         load_generator(artifact, "cuda")
+    with pytest.raises(lr.ProviderError, match=r"CUDAExecutionProvider was asked for but cannot"):
+        load_generator(artifact, "cuda", cuda_graphs=True)
 
 
 def test_each_kind_has_its_own_loader(artifact: Path, tenants: Path) -> None:

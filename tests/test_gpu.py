@@ -1,5 +1,7 @@
 """On a CUDA device: no sync in the seed's loop, every strategy and dtype, device buffers, slots."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +9,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import Project, write_adapter, write_base, write_model_project
-from test_decoder import FAMILIES, write_decoder
+from test_decoder import FAMILIES, PAD, VOCABULARY, write_decoder
 
 from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
+from loraexport.decoder_reference import load_reference
 from loraexport.lora.segmented import SegmentedLayer
 from loraexport.pipeline import build
 from loraexport.plan import make_plan
-from loraexport.proof import open_torchscript
+from loraexport.proof import open_torchscript, tolerance_of
 from loraexport.spec import read_spec
 from loraexport.tensors import to_numpy
-from loraexport_runtime import InputError, ModelSession, Session, load
-from loraexport_runtime.generate import load_generator
+from loraexport.verify_decoder import _compare_tokens
+from loraexport.verify_model import TOLERANCES
+from loraexport_runtime import InputError, ModelSession, Session, driven, load
+from loraexport_runtime.devices import NUMPY_DTYPES, host_value
+from loraexport_runtime.driven import DrivenEngine
+from loraexport_runtime.generate import TextGenerator, load_generator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -222,3 +229,100 @@ def test_a_decoder(tmp_path: Path, dtype: str) -> None:
         prompts, adapters=["first", None, "second"], max_new_tokens=5
     )
     assert all(0 < len(one.tokens) <= 5 for one in found)
+
+
+Decoder = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    """The artifact of a tiny decoder, in 16 bits; the spec is in `../../spec.yaml`."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, dtype: str) -> Path:
+        if (family, dtype) not in made:
+            folder = tmp_path_factory.mktemp("decoder")
+            parity = {"tolerance": {"float16": 0.05, "bfloat16": 0.3}[dtype]}
+            changes: dict[str, Any] = {"export": {"dtype": dtype}, "parity": parity}
+            spec = write_decoder(folder, FAMILIES[family], **changes)
+            made[family, dtype] = build(spec, folder / "out")[0]
+        return made[family, dtype]
+
+    return make
+
+
+def _plain_steps(generator: TextGenerator, artifact: Path) -> TextGenerator:
+    """The same engine without CUDA graphs, in place of the generator's own."""
+    generator._engine = DrivenEngine(artifact / "generator", PAD, "cuda", capture=False)
+    return generator
+
+
+def _batch(lengths: list[int], seed: int = 0) -> tuple[list[list[int]], list[str | None]]:
+    random = np.random.default_rng(seed)
+    prompts = [random.integers(3, VOCABULARY, length).tolist() for length in lengths]
+    return prompts, [(None, "first", "second")[index % 3] for index in range(len(lengths))]
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("Llama", "float16"),
+        ("Llama", "bfloat16"),
+        ("Qwen2", "float16"),
+        ("Qwen2", "bfloat16"),
+        ("Gemma", "float16"),
+        ("Phi-3", "float16"),
+    ],
+)
+def test_captured_steps_give_the_reference_tokens(
+    decoder: Decoder, family: str, dtype: str
+) -> None:
+    """Or others whose logits are as near as rounding explains, as a build asks of GenAI's."""
+    artifact = decoder(family, dtype)
+    generator = load_generator(artifact, "cuda", cuda_graphs=True)
+    tolerance = tolerance_of(read_spec(artifact.parents[1] / "spec.yaml"), TOLERANCES)
+    reference = load_reference(artifact)
+    rows = _compare_tokens("captured", generator, generator.manifest, reference, tolerance)
+    assert {row.adapter for row in rows} == {"base", "first", "second"}
+    assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_captured_steps_give_what_plain_steps_give(
+    decoder: Decoder, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of many sizes over one memory, the largest in the middle, and again."""
+    monkeypatch.setattr(driven, "_LENGTHS", 16)
+    artifact = decoder("Llama", dtype)
+    captured = load_generator(artifact, "cuda", cuda_graphs=True)
+    plain = _plain_steps(load_generator(artifact, "cuda", cuda_graphs=True), artifact)
+    sizes = [[3, 9, 5], [1], [9, 30, 4, 17, 1], [3, 9, 5], [1, 1], [12] * 20, [3, 9, 5], [1]]
+    for seed, lengths in enumerate([*sizes, *sizes]):
+        prompts, names = _batch(lengths, seed)
+        found = [one.greedy(prompts, names, 12) for one in (captured, plain)]
+        assert np.array_equal(*found), lengths
+        options: dict[str, Any] = {"adapters": names, "temperature": 2.0, "seed": 3}
+        drawn = [one.generate(prompts, max_new_tokens=9, **options) for one in (captured, plain)]
+        assert drawn[0] == drawn[1], lengths
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_no_number_left_in_a_cache_reaches_a_captured_step(decoder: Decoder, dtype: str) -> None:
+    generator = load_generator(decoder("Llama", dtype), "cuda", cuda_graphs=True)
+    batch = _batch([3, 20, 2])
+    expected = generator.greedy(*batch, 12)
+    engine: Any = generator._engine
+    for memory in engine._idle[0]._memory.values():
+        nothing = np.full(memory.shape(), np.nan, NUMPY_DTYPES[dtype])
+        memory.update_inplace(host_value(nothing, dtype))
+    assert np.array_equal(generator.greedy(*batch, 12), expected)
+
+
+def test_captured_steps_from_threads(decoder: Decoder) -> None:
+    generator = load_generator(decoder("Llama", "float16"), "cuda", cuda_graphs=True)
+    generator.warm_up(4, 64)
+    batches = [_batch([3 + seed, 9, 5], seed) for seed in range(8)]
+    alone = [generator.greedy(*batch, 12) for batch in batches]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda batch: generator.greedy(*batch, 12), batches))
+    assert all(np.array_equal(*pair) for pair in zip(together, alone, strict=True))

@@ -1,21 +1,25 @@
 """An artifact of a decoder -> text, every prompt of a batch with its own adapter.
 
 Runs on onnxruntime-genai (`pip install loraexport-runtime[genai]`), which keeps the KV cache,
-samples, and knows the tokenizer.
+samples, and knows the tokenizer; with CUDA graphs it is the tokenizer alone, and an engine of our
+own drives the graph.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from .batch import read_rows
+from .driven import DrivenEngine
 from .errors import ArtifactError, InputError, ProviderError, UnknownAdapterError
+from .genai import GenaiEngine, open_tokenizer
 from .manifest import Generator, Manifest, resolve
 from .opening import open_artifact
+from .sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or the messages of a chat: `[{"role": "user", "content": …}]`."""
@@ -40,14 +44,40 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
+class Engine(Protocol):
+    """What gives a batch its next tokens."""
+
+    def start(
+        self, tokens: Sequence[list[int]], slots: np.ndarray, steps: int, sampling: Sampling
+    ) -> Iterator[np.ndarray]:
+        """Read the prompts; then the next token of every row at a time, int64 [batch].
+
+        Args:
+            tokens: of each prompt, one at least.
+            slots: int64 [batch], of each row's adapter.
+            steps: how many tokens at most; what follows the end of a row is not looked at.
+        """
+
+    def warm_up(self, rows: int, length: int) -> None:
+        """Prepare for batches of this size; length: prompt and new tokens together."""
+
+
 def load_generator(
-    path: str | Path, provider: str = "cpu", *, allow_unverified: bool = False
+    path: str | Path,
+    provider: str = "cpu",
+    *,
+    cuda_graphs: bool = False,
+    allow_unverified: bool = False,
 ) -> "TextGenerator":
     """Open an artifact of `kind: causal_lm`.
 
     Args:
         path: the folder that `loraexport build` published.
         provider: `"cpu"` or `"cuda"`.
+        cuda_graphs: capture each decode step as a CUDA graph, in an engine of our own, as
+            onnxruntime-genai cannot capture a batch. The first batch of a size captures its step
+            (rows are rounded up to a power of two, tokens to 256), later ones replay it; memory for
+            the largest cache so far is kept. A `seed` draws other tokens than onnxruntime-genai's.
         allow_unverified: open an artifact whose parity failed or is still deferred.
 
     Raises:
@@ -55,11 +85,17 @@ def load_generator(
         ProviderError: onnxruntime-genai is not installed, or the provider cannot run here.
     """
     folder = Path(path)
+    if provider not in ("cpu", "cuda"):
+        raise ProviderError(f"provider: expected 'cpu' or 'cuda', got {provider!r}")
+    if cuda_graphs and provider != "cuda":
+        raise ProviderError(
+            f"CUDA graphs were asked for on {provider!r}; pass provider='cuda', or no cuda_graphs"
+        )
 
     def make(manifest: Manifest) -> TextGenerator:
         if manifest.generator is None:
             raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
-        return TextGenerator(folder, manifest, manifest.generator, provider)
+        return TextGenerator(folder, manifest, manifest.generator, provider, cuda_graphs)
 
     return open_artifact(folder, allow_unverified, make)
 
@@ -72,19 +108,27 @@ class TextGenerator:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, generator: Generator, provider: str
+        self,
+        folder: Path,
+        manifest: Manifest,
+        generator: Generator,
+        provider: str,
+        cuda_graphs: bool = False,
     ) -> None:
         self.manifest = manifest
-        self._og = _import_genai()
         where = resolve(folder, generator.folder)
-        self._model = self._open(where, provider)
         self._pad = generator.pad_token_id
+        self._tokenizer = open_tokenizer(where)
+        self._engine: Engine
+        if cuda_graphs:
+            self._engine = DrivenEngine(where, self._pad, provider, capture=provider == "cuda")
+        else:
+            self._engine = GenaiEngine(where, self._pad, provider)
         config = json.loads((where / "genai_config.json").read_text(encoding="utf-8"))["model"]
         ends = config["eos_token_id"]
         self._ends = set(ends if isinstance(ends, list) else [ends])
         self._context = int(config["context_length"])
         self._vocabulary = int(config["vocab_size"])
-        self._tokenizer = self._og.Tokenizer(self._model)
         self._has_template = self._finds_template()
 
     @property
@@ -137,15 +181,13 @@ class TextGenerator:
             BatchError: UnknownAdapterError, or InputError for a prompt that cannot be run.
         """
         _check(prompts, max_new_tokens, stop)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        _check_sampling(sampling)
         slots = self._slots(adapters, len(prompts))
         tokens = [self._encode(prompt, index, chat) for index, prompt in enumerate(prompts)]
-        options: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-            if seed is not None:
-                options["random_seed"] = seed
-        generator = self._start(tokens, slots, max_new_tokens, options)
-        return self._decode(generator, len(tokens), max_new_tokens, stop)
+        self._check_length(max(map(len, tokens)), max_new_tokens)
+        steps = self._engine.start(tokens, slots, max_new_tokens, sampling)
+        return self._decode(steps, len(tokens), stop)
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], steps: int
@@ -153,51 +195,50 @@ class TextGenerator:
         """The likeliest tokens of every prompt, int64 [batch, steps]; padding after a row's end."""
         tokens = [self._encode(prompt, index, False) for index, prompt in enumerate(prompts)]
         slots = self._slots(adapters, len(tokens))
-        generator = self._start(tokens, slots, steps, {"do_sample": False})
+        self._check_length(max(map(len, tokens)), steps)
         found = np.full((len(tokens), steps), self._pad, dtype=np.int64)
-        for step in range(steps):
-            if not generator.is_done():
-                generator.generate_next_token()
-                found[:, step] = generator.get_next_tokens()
+        is_open = np.ones(len(tokens), dtype=bool)
+        for step, chosen in enumerate(self._engine.start(tokens, slots, steps, Sampling())):
+            found[is_open, step] = chosen[is_open]
+            is_open &= ~np.isin(chosen, list(self._ends))
+            if not is_open.any():
+                break
         return found
+
+    def warm_up(self, rows: int, length: int) -> None:
+        """Capture the steps of batches of up to so many rows ahead of the first one.
+
+        Without CUDA graphs it does nothing.
+
+        Args:
+            rows: and one graph serves all that round up to the same power of two.
+            length: of the longest prompt and its new tokens together, rounded up to 256.
+        """
+        if rows < 1 or not 2 <= length <= self._context:
+            raise InputError(
+                f"{rows} rows of {length} tokens; expected 1 row or more, of 2 to {self._context}"
+            )
+        self._engine.warm_up(rows, length)
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         return frozenset(self._ends)
 
-    def _start(
-        self, tokens: Sequence[list[int]], slots: np.ndarray, steps: int, options: dict[str, Any]
-    ) -> Any:
-        """A GenAI generator that has read the prompts."""
-        longest = max(map(len, tokens))
+    def _check_length(self, longest: int, steps: int) -> None:
         if longest + steps > self._context:
             raise InputError(
                 f"a prompt of {longest} tokens and {steps} new ones are more than the model's"
                 f" {self._context}; shorten the prompt, or lower max_new_tokens"
             )
-        params = self._og.GeneratorParams(self._model)
-        params.set_search_options(batch_size=len(tokens), max_length=longest + steps, **options)
-        generator = self._og.Generator(self._model, params)
-        generator.set_model_input("adapter_ids", slots)
-        # On the right: positions count from the first column.
-        padded = np.full((len(tokens), longest), self._pad, dtype=np.int32)
-        for index, own in enumerate(tokens):
-            padded[index, : len(own)] = own
-        generator.append_tokens(padded)
-        return generator
 
     def _decode(
-        self, generator: Any, batch: int, max_new_tokens: int, stop: Sequence[str]
+        self, steps: Iterator[np.ndarray], batch: int, stop: Sequence[str]
     ) -> Iterator[Piece]:
         texts = [""] * batch
         streams = [self._tokenizer.create_stream() for _ in range(batch)]
         open_rows = set(range(batch))
-        for _ in range(max_new_tokens):
-            if not open_rows or generator.is_done():
-                return
-            generator.generate_next_token()
-            step = np.array(generator.get_next_tokens())
+        for step in steps:
             for row in sorted(open_rows):
                 token = int(step[row])
                 if token in self._ends:
@@ -208,6 +249,8 @@ class TextGenerator:
                 if any(one in texts[row] for one in stop):
                     open_rows.discard(row)
                 yield Piece(row, token, text)
+            if not open_rows:
+                return
 
     def _slots(self, adapters: Any, batch: int) -> np.ndarray:
         if batch == 0:
@@ -261,26 +304,6 @@ class TextGenerator:
             return False
         return True
 
-    def _open(self, folder: Path, provider: str) -> Any:
-        if provider not in ("cpu", "cuda"):
-            raise ProviderError(f"provider: expected 'cpu' or 'cuda', got {provider!r}")
-        if provider == "cuda" and not self._og.is_cuda_available():
-            raise ProviderError(
-                "CUDA was asked for, but this onnxruntime-genai has none; install"
-                " onnxruntime-genai-cuda, or pass provider='cpu'"
-            )
-        config = self._og.Config(str(folder))
-        config.clear_providers()
-        if provider == "cuda":
-            config.append_provider("cuda")
-        try:
-            return self._og.Model(config)
-        except Exception as error:
-            raise ProviderError(
-                f"{folder}: onnxruntime-genai {self._og.__version__} cannot open it on {provider}:"
-                f" {error}"
-            ) from error
-
 
 def _check(prompts: Any, max_new_tokens: int, stop: Any) -> None:
     if isinstance(prompts, str):
@@ -291,11 +314,9 @@ def _check(prompts: Any, max_new_tokens: int, stop: Any) -> None:
         raise InputError(f"stop is {stop!r}; expected a list of texts, none of them empty")
 
 
-def _import_genai() -> Any:
-    try:
-        import onnxruntime_genai
-    except ImportError as error:
-        raise ProviderError(
-            "generation needs onnxruntime-genai: pip install 'loraexport-runtime[genai]'"
-        ) from error
-    return onnxruntime_genai
+def _check_sampling(sampling: Sampling) -> None:
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise InputError(
+            f"top_k is {sampling.top_k} and top_p {sampling.top_p}; expected a top_k of 0 (all"
+            " tokens) or more, and a top_p above 0, up to 1"
+        )

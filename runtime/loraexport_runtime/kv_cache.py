@@ -1,0 +1,198 @@
+"""A decoder's graph over memory of its own: past and present in one buffer, each of full length.
+
+So a step has the same shapes and addresses every time, as a CUDA graph wants it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from .devices import NUMPY_DTYPES, ONNX_TYPES, host_value
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """A session, and what its graph takes and gives."""
+
+    session: ort.InferenceSession
+    device: tuple[str, int]
+    capture: bool
+    inputs: frozenset[str]
+    """Those of a batch: input_ids, attention_mask and the like."""
+    present: Mapping[str, str]
+    """Input -> output of every layer's keys and values."""
+    cache_dtype: str
+    heads: int
+    head_size: int
+    logits_dtype: str
+    vocabulary: int
+    _graph_ids: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def allocate(self, shape: list[int], dtype: str) -> ort.OrtValue:
+        """Memory on the session's device."""
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[dtype], *self.device)
+
+    def next_graph_id(self) -> int:
+        """For a graph to capture; none is given twice, as none may be replayed on other memory."""
+        return next(self._graph_ids)
+
+
+def read_graph(
+    session: ort.InferenceSession,
+    decoder: Mapping[str, Any],
+    device: tuple[str, int],
+    capture: bool,
+) -> DecoderGraph:
+    """The graph of a session; `decoder`: of genai_config.json."""
+    taken = {one.name: one for one in session.get_inputs()}
+    given = {one.name: one for one in session.get_outputs()}
+    names = decoder["inputs"], decoder["outputs"]
+    present = {
+        names[0][f"past_{part}_names"] % layer: names[1][f"present_{part}_names"] % layer
+        for layer in range(int(decoder["num_hidden_layers"]))
+        for part in ("key", "value")
+    }
+    logits = given["logits"]
+    return DecoderGraph(
+        session=session,
+        device=device,
+        capture=capture,
+        inputs=frozenset(taken) - frozenset(present),
+        present=present,
+        cache_dtype=_DTYPES[taken[next(iter(present))].type],
+        heads=int(decoder["num_key_value_heads"]),
+        head_size=int(decoder["head_size"]),
+        logits_dtype=_DTYPES[logits.type],
+        vocabulary=int(logits.shape[2]),
+    )
+
+
+class Cache:
+    """The keys and values of one call at a time, as large as its largest batch so far."""
+
+    def __init__(self, graph: DecoderGraph) -> None:
+        self._graph = graph
+        self._size = 0
+        self._memory: dict[str, ort.OrtValue] = {}
+        self._steps: dict[tuple[int, int], Step] = {}
+
+    def step(self, rows: int, length: int) -> "Step":
+        """The step of batches of this size; each size has one, over the same memory."""
+        graph = self._graph
+        if rows * length > self._size:
+            self.release()
+            # A row's cache ends at its length, but no kernel shall meet what is no number.
+            shape = [rows * length * graph.heads * graph.head_size]
+            zeros = host_value(np.zeros(shape, NUMPY_DTYPES[graph.cache_dtype]), graph.cache_dtype)
+            for name in graph.present:
+                self._memory[name] = graph.allocate(shape, graph.cache_dtype)
+                self._memory[name].update_inplace(zeros)
+            self._size = rows * length
+        if (rows, length) not in self._steps:
+            self._steps[rows, length] = Step(graph, self._memory, rows, length)
+        return self._steps[rows, length]
+
+    def release(self) -> None:
+        """Let go of the memory, and of the graphs that were captured over it."""
+        for step in self._steps.values():
+            if step.graph_id is not None:
+                self._graph.session.release_captured_graph(step.graph_id)
+        self._steps.clear()
+        self._memory.clear()
+        self._size = 0
+
+
+class Step:
+    """One more token for every row of a batch; and the batch's prompts, in the same cache."""
+
+    def __init__(
+        self, graph: DecoderGraph, memory: Mapping[str, ort.OrtValue], rows: int, length: int
+    ) -> None:
+        self.rows, self.length = rows, length
+        self.graph_id = graph.next_graph_id() if graph.capture else None
+        self._graph = graph
+        self._memory = dict(memory)
+        self._adapter_ids = np.zeros(rows, dtype=np.int64)
+        sizes = {"input_ids": [rows, 1], "attention_mask": [rows, length]}
+        sizes |= {"position_ids": [rows, 1], "adapter_ids": [rows]}
+        self._inputs = {
+            name: graph.allocate(size, "int64")
+            for name, size in sizes.items()
+            if name in graph.inputs
+        }
+        self.logits = graph.allocate([rows, 1, graph.vocabulary], graph.logits_dtype)
+        self._binding = self._bind(self._inputs, self.logits)
+
+    def read(self, ids: np.ndarray, lengths: np.ndarray, adapter_ids: np.ndarray) -> ort.OrtValue:
+        """Start over with new prompts, padded on the right.
+
+        Args:
+            ids: int64 [rows, n].
+            lengths: int64 [rows], of the prompts.
+            adapter_ids: int64 [rows], for every step to come too.
+
+        Returns:
+            Logits [rows, n, vocabulary] on the device.
+        """
+        graph = self._graph
+        positions = np.arange(ids.shape[1])
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": (positions < lengths[:, None]).astype(np.int64),
+            "position_ids": np.ascontiguousarray(np.broadcast_to(positions, ids.shape)),
+            "adapter_ids": adapter_ids,
+        }
+        if "adapter_ids" in self._inputs:
+            self._inputs["adapter_ids"].update_inplace(adapter_ids)
+        logits = graph.allocate([*ids.shape, graph.vocabulary], graph.logits_dtype)
+        values = {name: host_value(feeds[name], "int64") for name in self._inputs}
+        graph.session.run_with_iobinding(self._bind(values, logits), self._options(-1))
+        return logits
+
+    def run(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Write `logits` for one more token of every row.
+
+        Args:
+            ids: int64 [rows].
+            lengths: int64 [rows], with these tokens.
+        """
+        feeds = {
+            "input_ids": ids[:, None],
+            "attention_mask": (np.arange(self.length) < lengths[:, None]).astype(np.int64),
+            "position_ids": lengths[:, None] - 1,
+        }
+        for name, array in feeds.items():
+            if name in self._inputs:
+                self._inputs[name].update_inplace(array)
+        self._graph.session.run_with_iobinding(self._binding, self._options(self.graph_id))
+
+    def _bind(self, inputs: Mapping[str, ort.OrtValue], logits: ort.OrtValue) -> Any:
+        graph = self._graph
+        binding = graph.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        shape = [self.rows, graph.heads, self.length, graph.head_size]
+        for name, value in self._memory.items():
+            place = (*graph.device, ONNX_TYPES[graph.cache_dtype], shape, value.data_ptr())
+            binding.bind_input(name, *place)
+            binding.bind_output(graph.present[name], *place)
+        binding.bind_ortvalue_output("logits", logits)
+        return binding
+
+    def _options(self, graph_id: int | None) -> ort.RunOptions | None:
+        """-1: this run is not captured."""
+        if not self._graph.capture:
+            return None
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options

@@ -1,0 +1,152 @@
+"""Logits on a device -> the highest few of some of their rows, on the host.
+
+A small graph does it there, so that a step brings a few numbers to the host and no vocabulary for
+every row. CUDA's TopK gives each row one block, so rows are cut into parts, and the highest of
+their highest are the row's. The runtime has no onnx: the graph is protobuf written by hand.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from .devices import ONNX_TYPES, host_value
+
+_PARTS = 128
+"""The most parts that a row is cut into."""
+
+
+class TopTokens:
+    """logits [batch, n, vocabulary] -> the highest of every row, from the highest down."""
+
+    def __init__(
+        self, dtype: str, vocabulary: int, providers: Sequence[tuple[str, dict[str, Any]]]
+    ) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1  # no second pool of threads that spin beside the decoder's
+        self._session = ort.InferenceSession(
+            _graph(dtype), options, providers=list(providers), enable_fallback=0
+        )
+        self._vocabulary = vocabulary
+
+    def bind(self, logits: ort.OrtValue, rows: np.ndarray, count: int) -> "BoundTopTokens":
+        """The work on one buffer, to be run as often as it is filled.
+
+        Args:
+            rows: int64 [m], into the batch * n rows of the logits.
+            count: how many of each.
+        """
+        return BoundTopTokens(self._session, logits, rows, count, self._vocabulary)
+
+
+class BoundTopTokens:
+    """One buffer of logits, and memory on the host for what is highest in it."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        logits: ort.OrtValue,
+        rows: np.ndarray,
+        count: int,
+        vocabulary: int,
+    ) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input("logits", logits)
+        parts = max(one for one in range(1, _PARTS + 1) if vocabulary % one == 0)
+        width = vocabulary // parts
+        own = min(count, width)
+        first = np.tile(np.arange(parts) * width, len(rows))
+        inputs = {
+            "rows": rows,
+            "cut": np.array([-1, width]),
+            "own": np.array([own]),
+            "first": first[:, None],
+            "joined": np.array([len(rows), parts * own]),
+            "count": np.array([count]),
+        }
+        self._alive = (logits, inputs)
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, host_value(array, "int64"))
+        self.values = np.empty((len(rows), count), np.float32)
+        self.tokens = np.empty((len(rows), count), np.int64)
+        for name, array in (("values", self.values), ("tokens", self.tokens)):
+            dtype = ONNX_TYPES[str(array.dtype)]
+            self._binding.bind_output(name, "cpu", 0, dtype, array.shape, array.ctypes.data)
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """(logits float32, tokens int64), each [m, count]; valid until the next run."""
+        self._session.run_with_iobinding(self._binding)
+        return self.values, self.tokens
+
+
+def _graph(dtype: str) -> bytes:
+    """An onnx.ModelProto; the numbers are those of the fields in onnx.proto.
+
+    The parts: x [m * parts, width] = Cast(Gather(Flatten(logits), rows)); their highest `own` of
+    x, of which the token is `first` of the part and the place in it; of all of a row the highest
+    `count`.
+    """
+    nodes = [
+        _node("Flatten", ["logits"], ["flat"], axis=2),
+        _node("Gather", ["flat", "rows"], ["taken"]),
+        _node("Cast", ["taken"], ["wide"], to=ONNX_TYPES["float32"]),
+        _node("Reshape", ["wide", "cut"], ["parts"]),
+        _node("TopK", ["parts", "own"], ["part_values", "places"]),
+        _node("Add", ["places", "first"], ["part_tokens"]),
+        _node("Reshape", ["part_values", "joined"], ["row_values"]),
+        _node("Reshape", ["part_tokens", "joined"], ["row_tokens"]),
+        _node("TopK", ["row_values", "count"], ["values", "chosen"]),
+        _node("GatherElements", ["row_tokens", "chosen"], ["tokens"], axis=1),
+    ]
+    inputs = [_value("logits", dtype, ["batch", "n", "vocabulary"])]
+    shapes: dict[str, list[str | int]] = {
+        "rows": ["m"],
+        "cut": [2],
+        "own": [1],
+        "first": ["m_parts", 1],
+        "joined": [2],
+        "count": [1],
+    }
+    inputs += [_value(name, "int64", shape) for name, shape in shapes.items()]
+    outputs = [_value("values", "float32", ["m", "k"]), _value("tokens", "int64", ["m", "k"])]
+    graph = b"".join(_field(1, node) for node in nodes) + _field(2, "top_tokens")
+    graph += b"".join(_field(11, one) for one in inputs)
+    graph += b"".join(_field(12, one) for one in outputs)
+    opset = _field(1, "") + _field(2, 17)
+    return _field(1, 8) + _field(7, graph) + _field(8, opset)  # IR version 8
+
+
+def _node(kind: str, inputs: list[str], outputs: list[str], **attributes: int) -> bytes:
+    made = b"".join(_field(1, name) for name in inputs)
+    made += b"".join(_field(2, name) for name in outputs)
+    made += _field(4, kind)
+    for name, number in attributes.items():
+        made += _field(5, _field(1, name) + _field(3, number) + _field(20, 2))  # of type INT
+    return made
+
+
+def _value(name: str, dtype: str, shape: Sequence[str | int]) -> bytes:
+    sizes = (_field(1 if isinstance(size, int) else 2, size) for size in shape)
+    dimensions = b"".join(_field(1, size) for size in sizes)
+    tensor = _field(1, ONNX_TYPES[dtype]) + _field(2, dimensions)
+    return _field(1, name) + _field(2, _field(1, tensor))
+
+
+def _field(number: int, value: bytes | str | int) -> bytes:
+    """A field of a message: a varint, or bytes with their length ahead."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last have the eighth bit set."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
