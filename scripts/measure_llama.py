@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir
 import onnxruntime_genai as og
 import torch
 import yaml
@@ -25,9 +24,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from loraexport.bases.causal_lm import build_base, load_decoder
-from loraexport.export.graft import graft
-from loraexport.export.graph_sites import find_grafts
+from loraexport.bases.grafted import find_sites, load_base, load_graph
+from loraexport.bases.layers import pack_adapters
+from loraexport.export.graft import graft, save_grafted
 from loraexport.plan import make_plan
 from loraexport.spec import read_spec
 from loraexport_runtime.driven import DrivenEngine
@@ -75,13 +74,12 @@ def make_project(folder: Path) -> Path:
 def export(folder: Path, spec: Path) -> None:
     """onnxruntime-genai's graph without sites as `base`, with them as `mixed`."""
     plan = make_plan(read_spec(spec), folder)
-    _, modules = load_decoder(plan)
+    stacks = pack_adapters(plan, load_base(plan))
     for name in ("base", "mixed"):
-        model = build_base(plan, modules, folder / name)
+        model = load_graph(plan, folder / name)
         if name == "mixed":
-            grafts = find_grafts(model.graph, modules.layers)
-            graft(model, grafts, modules.stacks, plan.num_slots, "float16")
-        onnx_ir.save(model, folder / name / "model.onnx", external_data="model.onnx.data")
+            graft(model, find_sites(plan, model), stacks, plan.num_slots, "float16")
+        save_grafted(model, folder / name / "model.onnx")
 
 
 def make_prompts(rows: int) -> np.ndarray:
