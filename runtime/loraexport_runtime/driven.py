@@ -65,8 +65,8 @@ class DrivenEngine:
                 f"{error}. If its steps cannot be captured, pass cuda_graphs=False"
             ) from error
         self._graph = read_graph(session, decoder, device, capture)
-        graph, plain = self._graph, devices.normalise_providers([provider])
-        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, plain)
+        graph = self._graph
+        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, pairs[0], capture)
         self._pad = pad
         self._context = int(config["model"]["context_length"])
         self._idle: deque[Cache] = deque()
@@ -85,15 +85,16 @@ class DrivenEngine:
         cache = self._take()
         try:
             step = self._do(self._step, cache, num_rows, length)
-            found = self._do(self._read, step, tokens, lengths, slots, candidates)
-            top = self._do(self._top.bind, step.logits, np.arange(len(tokens)), candidates)
+            found = self._do(self._read, cache, step, tokens, lengths, slots, candidates)
+            top = self._do(step.top, self._top, candidates)
             ids = np.full(num_rows, self._pad, dtype=np.int64)
             own = ids[: len(tokens)]
             for index in range(steps):
                 if index > 0:
                     lengths[: len(own)] += 1
                     found = self._do(_run, step, ids, lengths, top)
-                own[:] = choose(sampling, *found, random)
+                values, candidate_tokens = (one[: len(own)] for one in found)
+                own[:] = choose(sampling, values, candidate_tokens, random)
                 yield own.copy()
         finally:
             # Maybe in another thread, or while Python collects garbage: so without a lock.
@@ -114,10 +115,13 @@ class DrivenEngine:
     def _step(self, cache: Cache, rows: int, length: int) -> Step:
         while len(self._idle) > _IDLE:
             self._idle.popleft().release()
-        return cache.step(rows, length)
+        step = cache.step(rows, length)
+        cache.clear()
+        return step
 
     def _read(
         self,
+        cache: Cache,
         step: Step,
         tokens: Sequence[list[int]],
         lengths: np.ndarray,
@@ -130,9 +134,11 @@ class DrivenEngine:
         adapter_ids[: len(tokens)] = slots
         for row, own in enumerate(tokens):
             ids[row, : len(own)] = own
-        logits = step.read(ids, lengths, adapter_ids)
+        shape = [*ids.shape, self._graph.vocabulary]
+        logits = cache.logits(shape)
+        step.read(ids, lengths, adapter_ids, logits)
         last = (np.arange(step.rows) * ids.shape[1] + lengths - 1)[: len(tokens)]
-        return self._top.bind(logits, last, candidates).run()
+        return self._top.bind(logits, shape, last, candidates).run()
 
     def _do(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         return self._worker.submit(work, *args, **kwargs).result()

@@ -3,7 +3,8 @@
 So a step has the same shapes and addresses every time, as a CUDA graph wants it.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .devices import NUMPY_DTYPES, ONNX_TYPES, host_value
+from .top_tokens import BoundTopTokens, TopTokens
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -41,6 +43,14 @@ class DecoderGraph:
     def allocate(self, shape: list[int], dtype: str) -> ort.OrtValue:
         """Memory on the session's device."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[dtype], *self.device)
+
+    def run_options(self, graph_id: int | None) -> ort.RunOptions | None:
+        """-1: a run is not captured."""
+        if not self.capture:
+            return None
+        options = ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options
 
     def next_graph_id(self) -> int:
         """For a graph to capture; none is given twice, as none may be replayed on other memory."""
@@ -84,6 +94,8 @@ class Cache:
         self._graph = graph
         self._size = 0
         self._memory: dict[str, ort.OrtValue] = {}
+        self._zeros: ort.OrtValue | None = None
+        self._logits: ort.OrtValue | None = None
         self._steps: dict[tuple[int, int], Step] = {}
 
     def step(self, rows: int, length: int) -> "Step":
@@ -91,22 +103,35 @@ class Cache:
         graph = self._graph
         if rows * length > self._size:
             self.release()
-            # A row's cache ends at its length, but no kernel shall meet what is no number.
             shape = [rows * length * graph.heads * graph.head_size]
-            zeros = host_value(np.zeros(shape, NUMPY_DTYPES[graph.cache_dtype]), graph.cache_dtype)
+            zeros = np.zeros(shape, NUMPY_DTYPES[graph.cache_dtype])
+            self._zeros = graph.allocate(shape, graph.cache_dtype)
+            self._zeros.update_inplace(host_value(zeros, graph.cache_dtype))
             for name in graph.present:
                 self._memory[name] = graph.allocate(shape, graph.cache_dtype)
-                self._memory[name].update_inplace(zeros)
             self._size = rows * length
         if (rows, length) not in self._steps:
             self._steps[rows, length] = Step(graph, self._memory, rows, length)
         return self._steps[rows, length]
 
+    def clear(self) -> None:
+        """Zeros everywhere: a kernel multiplies what an earlier batch left behind a row's end by 0,
+        which is no number for what was none."""
+        for memory in self._memory.values():
+            memory.update_inplace(self._zeros)
+
+    def logits(self, shape: Sequence[int]) -> int:
+        """The address of memory for the logits of prompts, as large as the most so far."""
+        size = math.prod(shape)
+        if self._logits is None or math.prod(self._logits.shape()) < size:
+            self._logits = None  # first, so that both are never there
+            self._logits = self._graph.allocate([size], self._graph.logits_dtype)
+        return int(self._logits.data_ptr())
+
     def release(self) -> None:
         """Let go of the memory, and of the graphs that were captured over it."""
         for step in self._steps.values():
-            if step.graph_id is not None:
-                self._graph.session.release_captured_graph(step.graph_id)
+            step.release()
         self._steps.clear()
         self._memory.clear()
         self._size = 0
@@ -130,19 +155,37 @@ class Step:
             for name, size in sizes.items()
             if name in graph.inputs
         }
-        self.logits = graph.allocate([rows, 1, graph.vocabulary], graph.logits_dtype)
-        self._binding = self._bind(self._inputs, self.logits)
+        self._logits = graph.allocate([rows, 1, graph.vocabulary], graph.logits_dtype)
+        self._binding = self._bind(self._inputs, int(self._logits.data_ptr()), 1)
+        self._options = graph.run_options(self.graph_id)
+        self._top: dict[int, BoundTopTokens] = {}
 
-    def read(self, ids: np.ndarray, lengths: np.ndarray, adapter_ids: np.ndarray) -> ort.OrtValue:
+    def top(self, tokens: TopTokens, num: int) -> BoundTopTokens:
+        """The highest `num` of every row, after each `run`."""
+        if num not in self._top:
+            shape = [self.rows, 1, self._graph.vocabulary]
+            rows = np.arange(self.rows)
+            address = int(self._logits.data_ptr())
+            self._top[num] = tokens.bind(address, shape, rows, num, capture=True)
+        return self._top[num]
+
+    def release(self) -> None:
+        """Let go of the graphs that were captured."""
+        if self.graph_id is not None:
+            self._graph.session.release_captured_graph(self.graph_id)
+        for top in self._top.values():
+            top.release()
+
+    def read(
+        self, ids: np.ndarray, lengths: np.ndarray, adapter_ids: np.ndarray, logits: int
+    ) -> None:
         """Start over with new prompts, padded on the right.
 
         Args:
             ids: int64 [rows, n].
             lengths: int64 [rows], of the prompts.
             adapter_ids: int64 [rows], for every step to come too.
-
-        Returns:
-            Logits [rows, n, vocabulary] on the device.
+            logits: the address for [rows, n, vocabulary] on the device.
         """
         graph = self._graph
         positions = np.arange(ids.shape[1])
@@ -154,13 +197,12 @@ class Step:
         }
         if "adapter_ids" in self._inputs:
             self._inputs["adapter_ids"].update_inplace(adapter_ids)
-        logits = graph.allocate([*ids.shape, graph.vocabulary], graph.logits_dtype)
         values = {name: host_value(feeds[name], "int64") for name in self._inputs}
-        graph.session.run_with_iobinding(self._bind(values, logits), self._options(-1))
-        return logits
+        binding = self._bind(values, logits, ids.shape[1])
+        graph.session.run_with_iobinding(binding, graph.run_options(-1))
 
     def run(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Write `logits` for one more token of every row.
+        """One more token of every row; `top` reads what follows.
 
         Args:
             ids: int64 [rows].
@@ -174,9 +216,9 @@ class Step:
         for name, array in feeds.items():
             if name in self._inputs:
                 self._inputs[name].update_inplace(array)
-        self._graph.session.run_with_iobinding(self._binding, self._options(self.graph_id))
+        self._graph.session.run_with_iobinding(self._binding, self._options)
 
-    def _bind(self, inputs: Mapping[str, ort.OrtValue], logits: ort.OrtValue) -> Any:
+    def _bind(self, inputs: Mapping[str, ort.OrtValue], logits: int, tokens: int) -> Any:
         graph = self._graph
         binding = graph.session.io_binding()
         for name, value in inputs.items():
@@ -186,13 +228,7 @@ class Step:
             place = (*graph.device, ONNX_TYPES[graph.cache_dtype], shape, value.data_ptr())
             binding.bind_input(name, *place)
             binding.bind_output(graph.present[name], *place)
-        binding.bind_ortvalue_output("logits", logits)
+        sizes = [self.rows, tokens, graph.vocabulary]
+        place = (*graph.device, ONNX_TYPES[graph.logits_dtype], sizes, logits)
+        binding.bind_output("logits", *place)
         return binding
-
-    def _options(self, graph_id: int | None) -> ort.RunOptions | None:
-        """-1: this run is not captured."""
-        if not self._graph.capture:
-            return None
-        options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        return options

@@ -6,12 +6,13 @@ their highest are the row's. The runtime has no onnx: the graph is protobuf writ
 """
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from .devices import ONNX_TYPES, host_value
+from .devices import ONNX_TYPES, host_value, session_device
 
 _PARTS = 128
 """The most parts that a row is cut into."""
@@ -21,43 +22,43 @@ class TopTokens:
     """logits [batch, n, vocabulary] -> the highest of every row, from the highest down."""
 
     def __init__(
-        self, dtype: str, vocabulary: int, providers: Sequence[tuple[str, dict[str, Any]]]
+        self, dtype: str, vocabulary: int, provider: tuple[str, dict[str, Any]], capture: bool
     ) -> None:
+        """`capture`: `bind` may record its work as a CUDA graph; the provider allows it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1  # no second pool of threads that spin beside the decoder's
         self._session = ort.InferenceSession(
-            _graph(dtype), options, providers=list(providers), enable_fallback=0
+            _graph(dtype), options, providers=[provider], enable_fallback=0
         )
+        self._device = session_device(provider)
+        self._dtype = dtype
         self._vocabulary = vocabulary
+        self._capture = capture
+        self._graph_ids = count(1)
 
-    def bind(self, logits: ort.OrtValue, rows: np.ndarray, count: int) -> "BoundTopTokens":
-        """The work on one buffer, to be run as often as it is filled.
+    def bind(
+        self, address: int, shape: Sequence[int], rows: np.ndarray, num: int, capture: bool = False
+    ) -> "BoundTopTokens":
+        """The work on one buffer of logits, to be run as often as it is filled.
 
         Args:
+            address, shape: of the logits [batch, n, vocabulary] on the device.
             rows: int64 [m], into the batch * n rows of the logits.
-            count: how many of each.
+            num: how many of each.
+            capture: as a CUDA graph, where this can be.
         """
-        return BoundTopTokens(self._session, logits, rows, count, self._vocabulary)
-
-
-class BoundTopTokens:
-    """One buffer of logits, and memory on the host for what is highest in it."""
-
-    def __init__(
-        self,
-        session: ort.InferenceSession,
-        logits: ort.OrtValue,
-        rows: np.ndarray,
-        count: int,
-        vocabulary: int,
-    ) -> None:
-        self._session = session
-        self._binding = session.io_binding()
-        self._binding.bind_ortvalue_input("logits", logits)
-        parts = max(one for one in range(1, _PARTS + 1) if vocabulary % one == 0)
-        width = vocabulary // parts
-        own = min(count, width)
+        binding = self._session.io_binding()
+        place = (*self._device, ONNX_TYPES[self._dtype], list(shape), address)
+        binding.bind_input("logits", *place)
+        graph_id = next(self._graph_ids) if capture and self._capture else None
+        run_options = None
+        if self._capture:
+            run_options = ort.RunOptions()
+            run_options.add_run_config_entry("gpu_graph_id", str(graph_id or -1))
+        parts = max(one for one in range(1, _PARTS + 1) if self._vocabulary % one == 0)
+        width = self._vocabulary // parts
+        own = min(num, width)
         first = np.tile(np.arange(parts) * width, len(rows))
         inputs = {
             "rows": rows,
@@ -65,21 +66,52 @@ class BoundTopTokens:
             "own": np.array([own]),
             "first": first[:, None],
             "joined": np.array([len(rows), parts * own]),
-            "count": np.array([count]),
+            "count": np.array([num]),
         }
-        self._alive = (logits, inputs)
-        for name, array in inputs.items():
-            self._binding.bind_ortvalue_input(name, host_value(array, "int64"))
-        self.values = np.empty((len(rows), count), np.float32)
-        self.tokens = np.empty((len(rows), count), np.int64)
-        for name, array in (("values", self.values), ("tokens", self.tokens)):
-            dtype = ONNX_TYPES[str(array.dtype)]
-            self._binding.bind_output(name, "cpu", 0, dtype, array.shape, array.ctypes.data)
+        values = {name: host_value(array, "int64") for name, array in inputs.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        found = [
+            ort.OrtValue.ortvalue_from_shape_and_type(
+                [len(rows), num], ONNX_TYPES[dtype], *self._device
+            )
+            for dtype in ("float32", "int64")
+        ]
+        for name, value in zip(("values", "tokens"), found, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        return BoundTopTokens(
+            self._session, binding, run_options, graph_id, found, (inputs, values)
+        )
+
+
+class BoundTopTokens:
+    """One buffer of logits, and memory for what is highest in it."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        binding: Any,
+        run_options: ort.RunOptions | None,
+        graph_id: int | None,
+        found: Sequence[ort.OrtValue],
+        alive: Any,
+    ) -> None:
+        self._session = session
+        self._binding = binding
+        self._run_options = run_options
+        self._graph_id = graph_id
+        self._values, self._tokens = found
+        self._alive = alive
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """(logits float32, tokens int64), each [m, count]; valid until the next run."""
-        self._session.run_with_iobinding(self._binding)
-        return self.values, self.tokens
+        """(logits float32, tokens int64), each [m, num]."""
+        self._session.run_with_iobinding(self._binding, self._run_options)
+        return self._values.numpy(), self._tokens.numpy()
+
+    def release(self) -> None:
+        """Let go of the graph that was captured."""
+        if self._graph_id is not None:
+            self._session.release_captured_graph(self._graph_id)
 
 
 def _graph(dtype: str) -> bytes:
