@@ -49,7 +49,7 @@ def test_the_graph(artifact: Path) -> None:
     assert [one.name for one in graph.graph.input] == names
     assert set(stacks) <= {tensor.name for tensor in graph.graph.initializer}
     found = [node.op_type for node in graph.graph.node]
-    assert found.count("Attention") == 2
+    assert found.count("MultiHeadAttention") == 2
     assert found.count("LayerNormalization") == 5
     widths = {len(layer.slices) for layer in manifest.layers}
     assert found.count("Equal") == len(widths)  # one mask for all sites of one width

@@ -24,6 +24,7 @@ from ..errors import ExportError
 from ..quiet import quiet_models
 from ..tensors import to_torch
 from .example import example_inputs, example_weights, model_label, try_example_rows
+from .fuse import fuse
 
 if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.transformers import ModelModules
@@ -114,6 +115,7 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
 
 def _export(graph: _Graph, path: Path) -> None:
     model = _trace(graph)
+    fuse(model)
     _name_by_role(model.graph, graph.name)
     make_overridable(model.graph, graph.stacks)
     ClearMetadataAndDocStringPass()(model)

@@ -1,0 +1,146 @@
+"""onnxruntime's own fused operators, where torch's exporter writes ONNX's standard ones.
+
+Attention of [batch, heads, n, size] with a bool mask becomes MultiHeadAttention of
+[batch, n, heads * size] with the mask as an addend: no transposes, and on CUDA a flash kernel, where
+the other turns the mask into an addend anew in every layer. Gelu becomes BiasGelu with a bias of
+zeros, whose kernel is vectorized. Both are float32's and float16's alone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+DOMAIN = "com.microsoft"
+_MASKED = -10000.0
+"""What a masked score gets, as onnxruntime has it: exp of it is 0, and a sum in float16 finite."""
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+
+
+def fuse(model: ir.Model) -> None:
+    """Replace what can be, in place; what has another form stays as it is."""
+    graph = model.graph
+    masks: dict[ir.Value, ir.Value] = {}
+    zeros: dict[tuple[ir.DataType, int], ir.Value] = {}
+    for node in list(graph):
+        if node.op_type == "Attention" and node.domain == "":
+            _fuse_attention(graph, node, masks)
+        elif node.op_type == "Gelu" and node.domain == "":
+            _fuse_gelu(graph, node, zeros)
+    if any(node.domain == DOMAIN for node in graph):
+        model.opset_imports[DOMAIN] = 1
+        RemoveUnusedNodesPass()(model)
+
+
+def _fuse_attention(graph: ir.Graph, node: ir.Node, masks: dict[ir.Value, ir.Value]) -> None:
+    whole = _joined_heads(node)
+    x = [_before_heads(value) for value in node.inputs[:3]]
+    query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
+    if whole is None or query is None or query.dtype not in _DTYPES or not all(x):
+        return
+    if mask is not None:
+        if mask.dtype != ir.DataType.BOOL or mask.shape is None or len(mask.shape) != 4:
+            return
+        if mask not in masks:
+            masks[mask] = _make_addend(graph, node, mask, query.dtype)
+    attributes: dict[str, int | float] = {"num_heads": _heads(node), "mask_filter_value": _MASKED}
+    if "scale" in node.attributes:
+        attributes["scale"] = node.attributes["scale"].as_float()
+    addend = masks[mask] if mask is not None else None
+    fused = _node("MultiHeadAttention", [*x, None, None, addend], attributes, node)
+    graph.insert_after(node, fused)
+    _replace(whole, fused.outputs[0])
+
+
+def _joined_heads(node: ir.Node) -> ir.Value | None:
+    """What takes the place of an Attention's output once its heads are side by side.
+
+    None, if it does more than a mask and a scale, or its output is used in another way.
+    """
+    more = node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap", 0.0)
+    users = [user for user, _ in node.outputs[0].uses()]
+    if more or len(node.inputs) > 4 or len(node.outputs) > 1 or len(users) != 1:
+        return None
+    same_heads = len({str(value.shape[1]) for value in node.inputs[:3] if value and value.shape})
+    return users[0].outputs[0] if _swaps_heads(users[0]) and same_heads == 1 else None
+
+
+def _before_heads(value: ir.Value | None) -> ir.Value | None:
+    """x [batch, n, heads * size] of Transpose(Reshape(x)); None for another form."""
+    transpose = value.producer() if value is not None else None
+    if value is None or value.shape is None or transpose is None or not _swaps_heads(transpose):
+        return None
+    before = transpose.inputs[0]
+    reshape = before.producer() if before is not None else None
+    x = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    heads, size = value.shape[1], value.shape[3]
+    if x is None or x.shape is None or len(x.shape) != 3:
+        return None
+    fits = isinstance(heads, int) and isinstance(size, int) and x.shape[2] == heads * size
+    return x if fits else None
+
+
+def _swaps_heads(node: ir.Node) -> bool:
+    """Between [batch, n, heads, size] and [batch, heads, n, size]."""
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and perm is not None and [*perm.as_ints()] == [0, 2, 1, 3]
+
+
+def _heads(node: ir.Node) -> int:
+    query = node.inputs[0]
+    assert query is not None, "an Attention has a query"
+    assert query.shape is not None, "it was looked at"
+    return int(query.shape[1])  # type: ignore[arg-type]
+
+
+def _make_addend(
+    graph: ir.Graph, node: ir.Node, mask: ir.Value, dtype: ir.DataType | None
+) -> ir.Value:
+    """0 where the mask is true, else a number so low that its softmax is 0."""
+    ends = []
+    for name, number in (("shown", 0.0), ("masked", _MASKED)):
+        array = np.array(number, np.float16 if dtype == ir.DataType.FLOAT16 else np.float32)
+        ends.append(ir.Value(name=f"attention/{name}", const_value=ir.tensor(array)))
+        graph.initializers.add(ends[-1])
+    made = ir.node("Where", [mask, *ends])
+    graph.insert_before(node, made)
+    return made.outputs[0]
+
+
+def _fuse_gelu(
+    graph: ir.Graph, node: ir.Node, zeros: dict[tuple[ir.DataType, int], ir.Value]
+) -> None:
+    x, approximate = node.inputs[0], node.attributes.get("approximate")
+    if x is None or x.shape is None or x.dtype not in _DTYPES:
+        return
+    if approximate is not None and approximate.as_string() != "none":
+        return
+    width = x.shape[-1]
+    if not isinstance(width, int):
+        return
+    assert x.dtype is not None, "it is one of two"
+    if (x.dtype, width) not in zeros:
+        array = np.zeros(width, x.dtype.numpy())
+        zeros[x.dtype, width] = ir.Value(name=f"gelu/{width}", const_value=ir.tensor(array))
+        graph.initializers.add(zeros[x.dtype, width])
+    fused = _node("BiasGelu", [x, zeros[x.dtype, width]], {}, node)
+    graph.insert_after(node, fused)
+    _replace(node.outputs[0], fused.outputs[0])
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    new.type = old.type
+    for user, index in list(old.uses()):
+        user.replace_input_with(index, new)
+
+
+def _node(
+    kind: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, int | float],
+    old: ir.Node,
+) -> ir.Node:
+    made = ir.node(kind, inputs, attributes, domain=DOMAIN)
+    made.metadata_props.update(old.metadata_props)  # it says which module the node is of
+    return made
