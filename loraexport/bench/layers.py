@@ -3,6 +3,7 @@
 Outputs of all are compared on up to 1,024 tokens, spread over the batch.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property, partial
 from typing import Any
@@ -83,8 +84,8 @@ class _Chains:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The eager chains, on the device."""
-        layers = self.layers("masked")
+        """The eager chains, on the device; the export traces the others on the CPU."""
+        layers = copy.deepcopy(self.layers("masked"))
         made = {"base": BaseChain(layers), "loop": LoopChain(layers), "masked": MixedChain(layers)}
         return {name: one.to(self.lab.device.torch).eval() for name, one in made.items()}
 

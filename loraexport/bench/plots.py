@@ -90,11 +90,17 @@ def _plot_axis(make: Any, cells: Sequence[Cell], axis: str, title: str) -> Any:
 
 
 def _draw_lines(plot: Any, cells: Sequence[Cell], axis: str) -> dict[str, Any]:
-    """A line for each contestant with its quartiles, and the floor; the lines by name."""
+    """A line for each contestant with its quartiles, and the floor; the lines by name.
+
+    Of a graph that ran captured and not only the former is drawn.
+    """
     factor, unit = scale(cells[0].unit)
     points: dict[str, list[tuple[int, Any]]] = {}
     for cell in cells:
+        names = {entry.name for entry in cell.entries}
         for entry in cell.entries:
+            if f"{entry.name} captured" in names:
+                continue  # two lines of one graph would hide the others
             points.setdefault(entry.name, []).append((_position(cell, axis), entry.timing))
     drawn = {}
     for name, own in points.items():
@@ -168,10 +174,9 @@ def _plot_overhead(make: Any, cells: Sequence[Cell], title: str) -> Any:
             fontsize=8,
         )
     plot.axvline(1, color="black", linewidth=1)
-    widest = max([ratio for _, ratio, _ in rows], default=1)
-    plot.set_xlim(
-        min(0.95, *(ratio for _, ratio, _ in rows)) - 0.02, 1 + (widest - 1) * 1.25 + 0.05
-    )
+    ratios = [1.0, *(ratio for _, ratio, _ in rows)]
+    room = max(ratios) - min(ratios) + 0.1
+    plot.set_xlim(min(ratios) - 0.05 * room, max(ratios) + 0.25 * room)  # the names stand there
     _label_rows(plot, [label for label, _, _ in rows])
     plot.set_xlabel("time over the base alone, run the same way (1: adapters cost nothing)")
     figure.suptitle(f"overhead of a mixed batch: {title}", fontsize=11)

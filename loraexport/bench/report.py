@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .contest import base_of
+from .contest import Group, base_of
 from .results import Cell, Entry, Results
 from .words import PEERS, cell_label, number, scale, who
 
@@ -62,9 +62,7 @@ def _ratios(cells: Sequence[Cell]) -> list[str]:
             speed = f"{cell.rows / seconds:.0f}" if seconds and cell.phase == "decode" else ""
             row.append(speed)
         if has_floor:
-            for name, group in ((cell.ours, "mixed"), (base, "base")):
-                floor, own = cell.floors[group].seconds, cell.seconds(name)
-                row.append(number(own / floor) if floor and own else "")
+            row += [_over_floor(cell, cell.ours, "mixed"), _over_floor(cell, base, "base")]
         rows.append(row)
     return _table(columns, rows)
 
@@ -73,6 +71,11 @@ def _ratio(cell: Cell, name: str | None, over: str | None) -> str:
     """Empty where one of the two did not run, or both are one."""
     mine, other = cell.seconds(name), cell.seconds(over)
     return number(mine / other) if mine and other and name != over else ""
+
+
+def _over_floor(cell: Cell, name: str | None, group: Group) -> str:
+    floor, own = cell.floors[group].seconds, cell.seconds(name)
+    return number(own / floor) if floor and own else ""
 
 
 def _times(cells: Sequence[Cell]) -> list[str]:
@@ -84,8 +87,9 @@ def _times(cells: Sequence[Cell]) -> list[str]:
     for name in _in_order(cells):
         times = [_time(entries.get(name), factor) for entries in by_cell]
         rows.append([name, *times])
-    for group in ("base", "mixed"):
-        floors = [cell.floors[group].seconds for cell in cells]  # type: ignore[index]
+    groups: tuple[Group, ...] = ("base", "mixed")
+    for group in groups:
+        floors = [cell.floors[group].seconds for cell in cells]
         if any(floors):
             shown = ["" if one is None else number(one * factor) for one in floors]
             rows.append([f"floor, {group}", *shown])
