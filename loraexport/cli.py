@@ -194,6 +194,8 @@ def bench(
         _print_json(found.model_dump(mode="json"))
     else:
         out_console.print(Text((out / "bench.md").read_text(encoding="utf-8").rstrip()))
+    if found.disagreements:
+        raise ParityError("\n".join(found.disagreements))
 
 
 @app.command()

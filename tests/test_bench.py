@@ -418,17 +418,22 @@ def test_a_wrong_contestant_is_an_error() -> None:
     assert passed.ours is None
 
 
-def test_a_wrong_contestant_ends_a_whole_run(
+def test_a_run_with_a_wrong_contestant_fails(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loraexport.bench import layers
 
     monkeypatch.setattr(layers, "rows_by_slot", lambda slots: {1: list(range(len(slots)))})
-    layer = TINY["workloads"][0] | {"tokens": [12], "strategies": ["masked"]}
-    code, _, err = run(write(tmp_path, TINY | {"workloads": [layer]}), "--out", tmp_path)
+    layer = TINY["workloads"][0] | {"tokens": [12], "leave_out": ["PEFT", "masked torch"]}
+    path = write(tmp_path, TINY | {"workloads": [layer]})
+    code, out, err = run(path, "--out", tmp_path)
     assert code == 3
     assert "ParityError: workload 'layer'" in err
     assert "'one at a time' disagrees with 'segmented torch'" in err
+    assert "- not timed: workload 'layer'" in out
+    results = read_results(tmp_path / "bench.json")
+    assert results.cells == ()
+    assert len(results.disagreements) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

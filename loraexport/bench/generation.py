@@ -38,8 +38,8 @@ from .projects import Lab, adapter_names, model_spec
 from .results import Cell
 from .workloads import GenerationWorkload
 
-_COMPARED = 4
-"""New tokens."""
+_COMPARED = 2
+"""New tokens: the prefill's, and one of a step; the more, the likelier is a tie in one of them."""
 
 
 def generation_contests(workload: GenerationWorkload, lab: Lab) -> Iterator[Contest]:

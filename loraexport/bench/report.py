@@ -6,6 +6,12 @@ from .contest import Group, base_of
 from .results import Cell, Entry, Results
 from .words import PEERS, cell_label, number, scale, who
 
+_CUDA = (
+    "Times are between two events on the device's stream; bench.json has the wall times too. The"
+    " inputs rotate over several copies. A captured contestant has a CUDA graph for each copy, and"
+    " onnxruntime waits for the device after each replay, of the base's too."
+)
+
 
 def to_markdown(results: Results) -> str:
     """The whole report."""
@@ -18,6 +24,10 @@ def to_markdown(results: Results) -> str:
         "",
         ", ".join(f"{key} {value}" for key, value in results.environment.items()),
     ]
+    if bench.device == "cuda":
+        lines += ["", _CUDA]
+    if results.disagreements:
+        lines += ["", *(f"- not timed: {one}" for one in results.disagreements)]
     for name in dict.fromkeys(cell.workload for cell in results.cells):
         cells = [cell for cell in results.cells if cell.workload == name]
         lines += ["", f"## {name}", "", _describe(cells), "", *_ratios(cells)]

@@ -82,6 +82,8 @@ class Results(_Model):
     environment: dict[str, str]
     workloads: Workloads
     cells: tuple[Cell, ...]
+    disagreements: tuple[str, ...] = ()
+    """Cells that were not timed, because contestants gave different numbers."""
 
 
 def read_results(path: Path) -> Results:

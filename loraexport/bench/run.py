@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import ParityError, UsageError
 from .contest import Contest, run_contest
 from .device import Device
 from .plots import write_plots
@@ -22,9 +22,10 @@ def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) ->
 
     `out`/bench.json is written after each cell: a run that is cut short leaves what it found.
 
+    Cells whose contestants disagree are not timed, and end in `disagreements`.
+
     Raises:
         ProviderError: the device cannot run here.
-        ParityError: contestants disagree.
         BaseModelError, UsageError: a workload cannot be made.
     """
     device = Device(bench.device, bench.threads)
@@ -34,11 +35,21 @@ def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) ->
         with tempfile.TemporaryDirectory(prefix="loraexport-bench-") as folder, device.active():
             for contest in _contests(workload, Lab(Path(folder), device, bench)):
                 progress(f"{workload.name}: {', '.join(axes(contest.cell).values())}")
-                cell = run_contest(contest, bench, device)
-                results = results.model_copy(update={"cells": (*results.cells, cell)})
+                results = _with(results, contest, bench, device)
                 _write_json(results, out)
         device.free()
     return results
+
+
+def _with(results: Results, contest: Contest, bench: Workloads, device: Device) -> Results:
+    """The results and one cell more, or one disagreement."""
+    try:
+        cell = run_contest(contest, bench, device)
+    except ParityError as error:
+        update: dict[str, object] = {"disagreements": (*results.disagreements, str(error))}
+    else:
+        update = {"cells": (*results.cells, cell)}
+    return results.model_copy(update=update)
 
 
 def write_report(results: Results, out: Path) -> UsageError | None:
