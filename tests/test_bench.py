@@ -1,6 +1,7 @@
 """`loraexport bench`: a tiny run through the command line, workload files, agreement, reports."""
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
@@ -15,8 +16,16 @@ import yaml
 from loraexport import cli
 from loraexport.bench import run as bench_run
 from loraexport.bench.batches import draw_slots, even_bounds, rows_by_slot
-from loraexport.bench.contest import Contest, Contestant, Work, check_agreement, run_contest
+from loraexport.bench.contest import (
+    CannotRun,
+    Contest,
+    Contestant,
+    Work,
+    check_agreement,
+    run_contest,
+)
 from loraexport.bench.device import Device
+from loraexport.bench.eager import wrap_with_peft
 from loraexport.bench.graphs import Graph
 from loraexport.bench.report import to_markdown
 from loraexport.bench.results import Cell, Floor, Results, read_results
@@ -232,7 +241,7 @@ def test_json_is_what_the_file_holds(measured: Path) -> None:
 def test_without_matplotlib_the_rest_is_written(
     measured: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     results = read_results(measured / "bench.json")
     missing = bench_run.write_report(results, tmp_path)
     assert str(missing) == (
@@ -243,6 +252,18 @@ def test_without_matplotlib_the_rest_is_written(
     code, out, err = run("--from", measured / "bench.json", "--out", tmp_path)
     assert (code, out) == (2, "")
     assert "UsageError: plots need matplotlib" in err
+
+
+def test_without_peft_no_model_can_be_made(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    path = write(tmp_path, TINY | {"workloads": [TINY["workloads"][1]]})
+    code, _, err = run(path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "workload 'bert' needs peft to make adapters; install 'loraexport[bench]'" in err
+    with pytest.raises(CannotRun, match=r"peft is not installed; install 'loraexport\[bench\]'"):
+        wrap_with_peft(torch.nn.Linear(1, 1), tmp_path, ["a1"])
 
 
 # Workload files

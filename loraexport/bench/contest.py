@@ -62,6 +62,12 @@ def base_of(name: str) -> str:
     return next((f"base {how}" for how in ("captured", "GenAI") if name.endswith(how)), "base")
 
 
+def run_in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    """A call that is made of several."""
+    for call in calls:
+        call()
+
+
 def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     """Make the contestants, compare their outputs, time them.
 
@@ -84,6 +90,7 @@ def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
             works[one.name], outputs[one.name] = work, work.output()
         except Exception as error:  # another library's refusal is what the table shows
             left_out[one.name] = _reason(error)
+            device.recover()
     differences = check_agreement(_title(contest.cell), outputs, groups, bench.dtype)
     timings = time_works(works, bench.rounds, bench.round_ms / 1000, device) if works else {}
     entries = tuple(

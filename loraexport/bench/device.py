@@ -1,5 +1,6 @@
 """The device of a run: its stream, its caches, and what it could do at best."""
 
+import ctypes
 import gc
 import math
 import os
@@ -7,7 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,6 +75,16 @@ class Device:
 
     def synchronize(self) -> None:
         if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def recover(self) -> None:
+        """After a failed contestant: end its capture, or the stream refuses all that follows."""
+        if self._stream is None:
+            return
+        graph, stream = ctypes.c_void_p(), ctypes.c_void_p(self._stream.cuda_stream)
+        # An error code, which may be ignored, if there is no capture.
+        ctypes.CDLL("libcuda.so.1").cuStreamEndCapture(stream, ctypes.byref(graph))
+        with suppress(RuntimeError):  # what failed is told already
             torch.cuda.synchronize()
 
     def free(self) -> None:

@@ -17,7 +17,7 @@ from ..plan import Plan, make_plan
 from ..tensors import to_numpy, to_torch
 from .batches import draw_slots, even_bounds, rows_by_slot
 from .chain import AloneChain, BaseChain, LoopChain, MixedChain, export_chain
-from .contest import Contest, Contestant, Work
+from .contest import Contest, Contestant, Work, run_in_turn
 from .eager import wrap_with_peft
 from .floors import site_floors
 from .graphs import Graph
@@ -250,7 +250,7 @@ class _Tokens:
                 }
                 runs.append(graph.bind({"x": own, **bound}, {"y": parts[slot]}))
             outputs.append(parts)
-            calls.append(partial(_run_all, runs))
+            calls.append(partial(run_in_turn, runs))
 
         def read() -> Tensor:
             y = self._empty(self.tokens)
@@ -263,8 +263,3 @@ class _Tokens:
     def _empty(self, tokens: int) -> Tensor:
         size = (tokens, self._chains.workload.out_features)
         return torch.empty(size, device=self._lab.device.torch, dtype=self._lab.dtype)
-
-
-def _run_all(runs: Sequence[Callable[[], Any]]) -> None:
-    for run in runs:
-        run()

@@ -3,10 +3,13 @@
 Outputs of all are compared on the first 8 features of every token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -30,9 +33,9 @@ from ..export.onnx import export_model_onnx
 from ..lora.rows import RowSlots
 from ..plan import Plan, make_plan
 from ..quiet import quiet_models
-from ..tensors import TORCH_DTYPES, to_numpy, to_torch
+from ..tensors import to_numpy, to_torch
 from .batches import draw_slots, rows_by_slot
-from .contest import Contest, Contestant, Work
+from .contest import Contest, Contestant, Work, run_in_turn
 from .eager import with_loop, wrap_with_peft
 from .floors import site_floors
 from .graphs import Graph
@@ -67,8 +70,8 @@ class _Model:
         self.modules = load_model(self.plan)[1]
         self.graph = cache(self._graph)
 
-    def _plan(self, slots: int) -> Plan:
-        spec = model_spec(self.workload, self.lab, self.adapters, self.rank)
+    def _plan(self, slots: int, **export: Any) -> Plan:
+        spec = model_spec(self.workload, self.lab, self.adapters, self.rank, **export)
         spec = spec.model_copy(update={"adapters": spec.adapters[:slots]})
         return make_plan(spec, self.lab.folder)
 
@@ -76,7 +79,7 @@ class _Model:
     def base(self) -> ModelModules:
         """The model as it is, in the form in which the project's export takes models."""
         model: Any = load_plain_model(self.directory, self.task, {})
-        model = model.to(TORCH_DTYPES[self.lab.bench.dtype])
+        model = model.to(self.lab.dtype)
         pooling = None
         if self.task == "sentence-embedding":
             pooling = SentencePooling.read(self.directory)
@@ -84,8 +87,15 @@ class _Model:
         rotary = has_rotary_positions(model.config)
         context = RowContext(RowSlots(self.adapters))
         module = MultiLoraModel(model, signature, pooling, context, [], rotary).eval()
-        kind = model.config.model_type
-        return ModelModules(module, kind, (), signature, None, {}, {}, {})
+        none: dict[str, Any] = {}
+        return replace(
+            self.modules,
+            module=module,
+            layers=(),
+            stacks=none,
+            base_rows=none,
+            output_scales=none,
+        )
 
     def _graph(self, kind: str, captured: bool) -> Graph:
         """`base`, `mixed`, or `alone`: the mixed graph of one slot."""
@@ -99,29 +109,32 @@ class _Model:
             export_model_onnx(modules, kind, path)
         return Graph(path, self.lab.device, captured)
 
+    def on_device(self, stacks: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        return {name: to_torch(one).to(self.lab.device.torch) for name, one in stacks.items()}
+
     @cached_property
     def stacks(self) -> dict[str, Tensor]:
-        values = self.modules.stacks.items()
-        return {name: to_torch(value).to(self.lab.device.torch) for name, value in values}
+        """Of the mixed graph."""
+        return self.on_device(self.modules.stacks)
 
     @cached_property
-    def eager(self) -> dict[str, nn.Module]:
-        """On the device, once the graphs have been exported from the CPU."""
-        for kind in ("base", "mixed"):
-            self.graph(kind, False)
-        made = {"base": self.base.module, "masked": self.modules.module}
-        return {name: one.to(self.lab.device.torch) for name, one in made.items()}
+    def base_torch(self) -> nn.Module:
+        self.graph("base", False)  # the export traces it on the CPU
+        return self.base.module.to(self.lab.device.torch)
 
     @cached_property
-    def loop(self) -> nn.Module:
-        modules = load_model(self.plan)[1]  # a copy would take what tracing left in the other
-        module = with_loop(modules.module, modules.layers, self.adapters)
-        return module.to(self.lab.device.torch)
+    def eager(self) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+        """(masked, the seed's loop, the stacks of both), on the device."""
+        modules = load_model(self._plan(self.adapters, strategy="masked"))[1]
+        loop = with_loop(copy.deepcopy(modules.module), modules.layers, self.adapters)
+        stacks = list(self.on_device(modules.stacks).values())
+        place = self.lab.device.torch
+        return modules.module.to(place), loop.to(place), stacks
 
     @cached_property
     def peft(self) -> Any:
         config = read_config(self.directory, self.task)
-        dtype = TORCH_DTYPES[self.lab.bench.dtype]
+        dtype = self.lab.dtype
         with quiet_models(), no_progress_bar():
             plain = model_class(config, self.task).from_pretrained(self.directory, dtype=dtype)
         folder = self.lab.folder / f"rank{self.rank}"
@@ -187,19 +200,19 @@ class _Batch:
         return Work(calls, lambda: to_numpy(read()[..., :_COMPARED]))
 
     def _eager(self, run: Callable[[dict[str, Tensor]], Tensor]) -> Work:
-        calls = [partial(run, copy) for copy in self.copies]
+        calls = [partial(run, inputs) for inputs in self.copies]
         return self._work(calls, lambda: run(self.copies[0]))
 
     def _base_torch(self) -> Work:
-        module = self._model.eager["base"]
+        module = self._model.base_torch
         return self._eager(lambda inputs: module(inputs, self._ids, []))
 
     def _loop(self) -> Work:
-        module, stacks = self._model.loop, list(self._model.stacks.values())
+        _, module, stacks = self._model.eager
         return self._eager(lambda inputs: module(inputs, self._ids, stacks))
 
     def _masked(self) -> Work:
-        module, stacks = self._model.eager["masked"], list(self._model.stacks.values())
+        module, _, stacks = self._model.eager
         ids = self._ids.to(self._lab.device.torch)
         return self._eager(lambda inputs: module(inputs, ids, stacks))
 
@@ -220,8 +233,8 @@ class _Batch:
         control = {key: one for key, one in control.items() if key in graph.inputs}
         outputs = [self._empty(self._size) for _ in self.copies]
         calls = [
-            graph.bind({**copy, **control}, {name: y})
-            for copy, y in zip(self.copies, outputs, strict=True)
+            graph.bind({**inputs, **control}, {name: y})
+            for inputs, y in zip(self.copies, outputs, strict=True)
         ]
         return self._work(calls, lambda: outputs[0])
 
@@ -239,19 +252,20 @@ class _Batch:
         groups = rows_by_slot(self.slots)
         outputs: list[dict[int, Tensor]] = []
         calls: list[Callable[[], Any]] = []
-        for copy in self.copies:
+        for inputs in self.copies:
             parts, runs = {}, []
             for slot, rows in groups.items():
-                feeds = {key: one[rows].contiguous() for key, one in copy.items()}
+                feeds = {key: one[rows].contiguous() for key, one in inputs.items()}
                 feeds["adapter_ids"] = torch.ones(len(rows), dtype=torch.int64).to(
                     self._lab.device.torch
                 )
                 for key, stack in self._model.stacks.items():
-                    feeds[key] = stack[by_name[key].rows(slot)]
+                    own, ahead = stack[by_name[key].rows(slot)], by_name[key].row_offset
+                    feeds[key] = torch.cat([stack[:ahead], own]) if ahead else own
                 parts[slot] = self._empty([len(rows), *self._size[1:]])
                 runs.append(graph.bind(feeds, {name: parts[slot]}))
             outputs.append(parts)
-            calls.append(partial(_run_all, runs))
+            calls.append(partial(run_in_turn, runs))
 
         def read() -> Tensor:
             y = self._empty(self._size)
@@ -263,8 +277,3 @@ class _Batch:
 
     def _empty(self, size: Sequence[int]) -> Tensor:
         return torch.empty(list(size), device=self._lab.device.torch, dtype=self._lab.dtype)
-
-
-def _run_all(runs: Sequence[Callable[[], Any]]) -> None:
-    for run in runs:
-        run()
