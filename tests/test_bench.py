@@ -484,7 +484,7 @@ def test_who_cannot_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
     device = Device("cpu", 1)
 
     def refuse() -> Work:
-        raise RuntimeError("no such kernel\nand more")
+        raise RuntimeError("/tmp/loraexport-bench-x1/base.onnx: no such kernel\nand more")
 
     def capture() -> Work:
         Graph(tmp_path / "none.onnx", device, captured=True)
@@ -500,13 +500,13 @@ def test_who_cannot_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
         Contest(cell(), contestants, ["masked captured", "masked"]), workloads(), device
     )
     assert found.left_out == {
-        "base torch": "RuntimeError: no such kernel",
+        "base torch": "RuntimeError: base.onnx: no such kernel",
         "masked captured": CAPTURED,
     }
     assert found.ours == "masked"
     results = Results(environment={"device": "d"}, workloads=workloads(), cells=(found,))
     text = to_markdown(results)
-    assert "- not run: base torch: RuntimeError: no such kernel" in text
+    assert "- not run: base torch: RuntimeError: base.onnx: no such kernel" in text
     assert f"- not run: masked captured: {CAPTURED}" in text
 
 

@@ -1,5 +1,6 @@
 """What a contestant is; whether all of a cell agree; and a cell from its contestants."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,8 @@ from .results import Cell, Entry
 from .workloads import Workloads
 
 Group = Literal["base", "mixed"]
+SCRATCH = "loraexport-bench-"
+"""How the names of scratch folders begin."""
 
 # Sums in another order and roundings in between, through all layers; not a proof, which is
 # verify's, but far below what one row with a wrong adapter would show.
@@ -142,8 +145,10 @@ def _difference(y: np.ndarray, reference: np.ndarray) -> float:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0][:200] if isinstance(error, CannotRun) else f"{type(error).__name__}: {lines[0]}"
+    """One line, without the scratch folder's name."""
+    text = (str(error).strip().splitlines() or ["no message"])[0]
+    text = re.sub(rf"\S*{SCRATCH}[^/]*/", "", text)[:200]
+    return text if isinstance(error, CannotRun) else f"{type(error).__name__}: {text}"
 
 
 def _title(cell: Cell) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import ParityError, UsageError
-from .contest import Contest, run_contest
+from .contest import SCRATCH, Contest, run_contest
 from .device import Device
 from .plots import write_plots
 from .projects import Lab
@@ -32,7 +32,7 @@ def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) ->
     results = Results(environment=device.environment(), workloads=bench, cells=())
     for workload in bench.workloads:
         progress(f"{workload.name}: make the base, the adapters and the graphs")
-        with tempfile.TemporaryDirectory(prefix="loraexport-bench-") as folder, device.active():
+        with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, device.active():
             for contest in _contests(workload, Lab(Path(folder), device, bench)):
                 progress(f"{workload.name}: {', '.join(axes(contest.cell).values())}")
                 results = _with(results, contest, bench, device)
