@@ -118,8 +118,7 @@ def _draw_lines(plot: Any, cells: Sequence[Cell], axis: str) -> dict[str, Any]:
     ticks = sorted({_position(cell, axis) for cell in cells})
     plot.set_xticks(ticks, [str(one) for one in ticks], fontsize=8)
     plot.minorticks_off()
-    plot.yaxis.set_major_locator(_decades())
-    plot.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _round_ticks(plot.yaxis)
     plot.tick_params(axis="y", labelsize=8)
     rows = axis == "tokens" and cells[0].kind == "generation"
     plot.set_xlabel("rows of the batch" if rows else _AXES[axis])
@@ -128,10 +127,14 @@ def _draw_lines(plot: Any, cells: Sequence[Cell], axis: str) -> dict[str, Any]:
     return drawn
 
 
-def _decades() -> Any:
+def _round_ticks(axis: Any) -> None:
+    """Ticks at 1, 2, 5 of every decade, more of them where there is but one."""
     from matplotlib.ticker import LogLocator
 
-    return LogLocator(base=10, subs=(1, 2, 5), numticks=20)
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=20))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -208,8 +211,7 @@ def _plot_peers(make: Any, cells: Sequence[Cell], title: str) -> Any:
             drawn[name] = plot.lines[-1]
     plot.axvline(1, color="black", linewidth=1)
     plot.set_xscale("log")
-    plot.xaxis.set_major_locator(_decades())
-    plot.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _round_ticks(plot.xaxis)
     _label_rows(plot, [_row_label(cell, cells) for cell in shown])
     plot.set_xlabel("times as long as ours")
     figure.legend(list(drawn.values()), list(drawn), loc="outside right center", **_LEGEND)
