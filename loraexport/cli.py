@@ -157,6 +157,55 @@ def generate(
 
 
 @app.command()
+def bench(
+    workloads: Annotated[
+        Path | None, typer.Argument(help="The YAML of workloads.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.json, bench.md and the plots.")
+    ] = Path("bench"),
+    results: Annotated[
+        Path | None,
+        typer.Option("--from", help="Only tables and plots, of a bench.json.", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Also fit the costs by which strategy: auto chooses on this GPU.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time mixed batches against the base alone and other ways to run them."""
+    from .bench.calibrate import as_spec
+    from .bench.calibrate import calibrate as fit_costs
+    from .bench.results import read_results
+    from .bench.run import run as run_bench
+    from .bench.run import write_report
+    from .bench.workloads import read_workloads
+
+    if (workloads is None) == (results is None):
+        raise UsageError("give either a file of workloads, as specs/bench/cpu.yaml, or --from")
+    if results is not None:
+        found = read_results(results)
+    else:
+        assert workloads is not None, "one of the two is given"
+        asked = read_workloads(workloads)
+        with _progress(f"measuring {workloads}", as_json) as progress:
+            found = run_bench(asked, out, progress)
+    missing = write_report(found, out)
+    if missing is not None and results is not None:
+        raise missing
+    if missing is not None:
+        err_console.print(Text(f"warning: no plots: {missing}"))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        out_console.print(Text((out / "bench.md").read_text(encoding="utf-8").rstrip()))
+    if calibrate:
+        err_console.print(f"For the spec of a build:\n{as_spec(fit_costs(found, out))}".rstrip())
+    if found.disagreements:
+        raise ParityError("\n".join(found.disagreements))
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An artifact, a PEFT adapter directory, or a spec.")],
     base: Annotated[

@@ -10,6 +10,7 @@ from loraexport_runtime.errors import AdapterConfigError
 from loraexport_runtime.manifest import Layer, Slice, Stack, Strategy
 from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 
+from .costs import Shape, read_costs
 from .errors import BaseModelError
 from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec
 
@@ -43,22 +44,24 @@ class LayerPlan:
 
 
 def choose_strategy(
-    kind: Literal["linear", "embedding"], spec: Spec, num_slots: int, stack_width: int, in_size: int
+    kind: Literal["linear", "embedding"],
+    spec: Spec,
+    num_slots: int,
+    rows_per_slot: int,
+    in_size: int,
+    out_size: int,
 ) -> tuple[Strategy, str]:
     """The strategy of a layer, and why.
 
-    `auto` follows measurements on one H200 (float16, rank 16, layers of 4096 x 4096): augmented is
-    the fastest from 8 to 16,384 tokens, until the stack is as wide as a quarter of the layer and
-    each adapter has 64 tokens or more; there chunked wins (128 adapters, 8,192 tokens: 589
-    against 919 microseconds). On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
+    `auto` takes what costs least on the GPU that `tune` names (see costs.py): of a whole model
+    masked or augmented, which share their mask, of a single layer chunked too. On a CPU masked
+    costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
     asked, tune = spec.export.strategy, spec.export.tune
     if spec.export.blend:
         return "masked", "the mask holds each row's weights of the slots"
     if spec.base.kind in ("causal_lm", "onnx"):
         return "masked", "it joins a graph that exists, with one mask for every site"
-    if asked == "auto" and spec.base.kind == "transformers":
-        return "masked", "one mask, made once, serves every site of a whole model"
     if asked == "augmented" and kind == "embedding":
         return "masked", "an embedding has no [W ; B] product; masked is its nearest form"
     if asked != "auto":
@@ -67,13 +70,19 @@ def choose_strategy(
         return "masked", "on a CPU masked costs least: augmented is never prepacked"
     if kind == "embedding":
         return "masked", "its shrink is a gather, so only the expand is a product"
-    many_tokens_each = tune.tokens >= 64 * num_slots
-    if 4 * stack_width >= in_size and many_tokens_each and num_slots > 32:
-        return "chunked", (
-            f"{num_slots} slots make a stack {stack_width} wide beside {in_size} features, and"
-            f" {tune.tokens} tokens fill whole chunks: it skips the other slots' products"
-        )
-    return "augmented", f"fastest on CUDA for {num_slots} slots and {tune.tokens} tokens"
+    costs = tune.costs or read_costs()
+    size = BYTES_PER_VALUE[spec.export.dtype]
+    shape = Shape(tune.tokens, in_size, out_size, num_slots, rows_per_slot, size)
+    candidates: list[Strategy] = ["augmented", "masked"]
+    if spec.base.kind == "layers":
+        candidates.append("chunked")
+    added = {one: costs.added(one, shape) for one in candidates}
+    best, *others = sorted(candidates, key=lambda one: added[one])
+    rest = ", ".join(f"{one} {added[one]:.1f}" for one in others)
+    return best, (
+        f"least by the costs of one {costs.device} for {tune.tokens} tokens and {num_slots} slots:"
+        f" {added[best]:.1f} us over the base; {rest}"
+    )
 
 
 def refuse_features(headers: Iterable[AdapterHeader], place: str, instead: str) -> None:
@@ -147,7 +156,7 @@ def make_layer_plan(
     """
     rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
     size_in, size_out = layer.in_features, layer.out_features
-    strategy, reason = choose_strategy(layer.kind, spec, num_slots, num_slots * rows, size_in)
+    strategy, reason = choose_strategy(layer.kind, spec, num_slots, rows, size_in, size_out)
     if strategy == "augmented" and set(roles) != set(LORA):
         strategy, reason = "masked", "a slot's own base parameters leave no [W ; B] product"
     stacks = _stacks(layer, strategy, num_slots, rows, roles)

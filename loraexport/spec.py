@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraexport_runtime.manifest import DType
 
+from .costs import Costs
 from .errors import SpecError
 from .spec_problems import cross_problems, schema_problems
 from .strict_yaml import read_yaml, to_yaml
@@ -164,6 +165,9 @@ class TuneSpec(_Model):
 
     device: Literal["cpu", "cuda"] = "cuda"
     tokens: Size = Field(512, description="tokens of a typical batch, all rows together")
+    costs: Costs | None = Field(
+        None, description="of your GPU, from loraexport bench --calibrate; default: an H200's"
+    )
 
 
 class ExportSpec(_Model):
@@ -260,6 +264,7 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         AdapterSpec,
         ExportSpec,
         TuneSpec,
+        Costs,
         ParitySpec,
     ]
     models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
@@ -273,6 +278,7 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         ("adapters",): [AdapterSpec],
         ("export",): [ExportSpec],
         ("export", "tune"): [TuneSpec],
+        ("export", "tune", "costs"): [Costs],
         ("parity",): [ParitySpec],
     }
     parent = tuple(part for part in location[:-1] if isinstance(part, str))

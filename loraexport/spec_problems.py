@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import Problem
-from .strict_yaml import Lines, dotted
+from .strict_yaml import SPEC, Format, Lines, dotted
 
 KINDS = ("layers", "transformers", "causal_lm", "onnx")
 """Of a base."""
@@ -128,7 +128,9 @@ _EXPECTED = {
 }
 
 
-def schema_problems(details: Sequence[Any], lines: Lines, keys_at: KeysAt) -> list[Problem]:
+def schema_problems(
+    details: Sequence[Any], lines: Lines, keys_at: KeysAt, kind: Format = SPEC
+) -> list[Problem]:
     """pydantic's findings in the words of a spec; one problem for all members of a union."""
     expected: dict[tuple[str | int, ...], list[str]] = {}
     given: dict[tuple[str | int, ...], Any] = {}
@@ -139,7 +141,7 @@ def schema_problems(details: Sequence[Any], lines: Lines, keys_at: KeysAt) -> li
             expected.setdefault(location, []).append(_EXPECTED[detail["type"]])
             given[location] = detail["input"]
         elif detail["type"] != "too_short" or not detail["input"]:  # else its items are wrong
-            problems.append(_problem(detail, location, lines, keys_at))
+            problems.append(_problem(detail, location, lines, keys_at, kind))
     for location, kinds in expected.items():
         value = given[location]
         message = f"expected {' or '.join(kinds)}, got {_shown(value)}"
@@ -179,13 +181,13 @@ def _type_hint(expected: str, value: Any) -> str:
 
 
 def _problem(
-    detail: Any, location: tuple[str | int, ...], lines: Lines, keys_at: KeysAt
+    detail: Any, location: tuple[str | int, ...], lines: Lines, keys_at: KeysAt, file: Format
 ) -> Problem:
     kind, given, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     line, path = _line(location, lines), dotted(location)
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), keys_at(location), n=1)
-        hint = "remove it; 'loraexport schema' lists the keys"
+        hint = f"remove it; {file.keys}"
         return Problem(line, path, "unknown key", f"did you mean {near[0]!r}?" if near else hint)
     if kind == "missing":
         return Problem(line, path, "required key is missing", "add it")

@@ -6,7 +6,7 @@ Stricter than PyYAML: YAML 1.2 scalars, no tags, no merge keys, no duplicate key
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,13 +18,23 @@ Lines = dict[tuple[str | int, ...], int]
 _MAX_VALUES = 100_000
 
 
-def read_yaml(path: Path) -> tuple[Any, Lines, list[Problem]]:
+class Format(NamedTuple):
+    """What hints say of a kind of file: where there is one to see, and where its keys are."""
+
+    example: str
+    keys: str
+
+
+SPEC = Format("a spec, as specs/quickstart.yaml", "'loraexport schema' lists the keys")
+
+
+def read_yaml(path: Path, kind: Format = SPEC) -> tuple[Any, Lines, list[Problem]]:
     """The data of a YAML file, the line of every value, and the duplicate keys."""
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        hint = "give the path of a spec, as specs/quickstart.yaml"
+        hint = f"give the path of {kind.example}"
         raise SpecError(source, [Problem(1, "", "no such file", hint)]) from error
     except UnicodeDecodeError as error:
         problem = Problem(1, "", f"not UTF-8 text: {error}", "save it as UTF-8")
@@ -45,8 +55,7 @@ def read_yaml(path: Path) -> tuple[Any, Lines, list[Problem]]:
     except RecursionError as error:
         raise SpecError(source, [Problem(1, "", "not YAML: nested too deeply")]) from error
     if data is None:
-        hint = "'loraexport schema' lists the keys"
-        raise SpecError(source, [Problem(1, "", "the file is empty", hint)])
+        raise SpecError(source, [Problem(1, "", "the file is empty", kind.keys)])
     return data, loader.lines, loader.problems
 
 

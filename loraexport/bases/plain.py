@@ -47,7 +47,7 @@ def load_plain_model(directory: Path, task: str, headless: Mapping[str, int]) ->
     """
     config = read_config(directory, task)
     try:
-        with quiet_models(), _no_progress_bar():
+        with quiet_models(), no_progress_bar():
             model, info = model_class(config, task).from_pretrained(
                 directory,
                 config=config,
@@ -127,7 +127,8 @@ def model_class(config: Any, task: str) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Hide what transformers draws while it reads or writes weights."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -1,8 +1,8 @@
 """onnxruntime's own fused operators, where torch's exporter writes ONNX's standard ones.
 
 Attention of [batch, heads, n, size] with a bool mask becomes MultiHeadAttention of
-[batch, n, heads * size] with the mask as an addend: no transposes, and on CUDA a flash kernel, where
-the other turns the mask into an addend anew in every layer. Gelu becomes BiasGelu with a bias of
+[batch, n, heads * size] with the mask as an addend: no transposes, and on CUDA a flash kernel,
+where the other makes the mask an addend anew in every layer. Gelu becomes BiasGelu with a bias of
 zeros, whose kernel is vectorized. Both are float32's and float16's alone.
 """
 
@@ -58,7 +58,8 @@ def _joined_heads(node: ir.Node) -> ir.Value | None:
 
     None, if it does more than a mask and a scale, or its output is used in another way.
     """
-    more = node.attributes.get_int("is_causal", 0) or node.attributes.get_float("softcap", 0.0)
+    given = [node.attributes.get(name) for name in ("is_causal", "softcap")]
+    more = any(attribute is not None and attribute.value for attribute in given)
     users = [user for user, _ in node.outputs[0].uses()]
     if more or len(node.inputs) > 4 or len(node.outputs) > 1 or len(users) != 1:
         return None

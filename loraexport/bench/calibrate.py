@@ -1,0 +1,47 @@
+"""The layers of a run -> the costs by which `auto` chooses a strategy."""
+
+from pathlib import Path
+
+import yaml
+
+from ..costs import Costs, Shape, fit
+from ..errors import UsageError
+from ..layer_plan import BYTES_PER_VALUE
+from .results import Results
+
+COSTS_FILE = "costs.json"
+
+
+def calibrate(results: Results, out: Path) -> Costs:
+    """Fit the costs to every captured layer of a run, and write `out`/costs.json.
+
+    Raises:
+        UsageError: the run has too few of them.
+    """
+    size = BYTES_PER_VALUE[results.workloads.dtype]
+    sizes = {
+        one.name: (one.in_features, one.out_features)
+        for one in results.workloads.workloads
+        if one.kind == "layers"
+    }
+    measured = []
+    for cell in results.cells:
+        base = cell.seconds("base captured")
+        for strategy in ("masked", "augmented", "chunked"):
+            seconds = cell.seconds(f"{strategy} captured")
+            if base is not None and seconds is not None and cell.workload in sizes:
+                layer = sizes[cell.workload]
+                shape = Shape(cell.tokens, *layer, cell.adapters, cell.rank, size)
+                measured.append((strategy, shape, 1e6 * (seconds - base)))
+    if not measured:
+        raise UsageError("no layer of this run was captured, so there is nothing to calibrate with")
+    device = results.environment.get("device", "this device")
+    costs = fit(device, measured)  # type: ignore[arg-type]
+    (out / COSTS_FILE).write_text(f"{costs.model_dump_json(indent=1)}\n", encoding="utf-8")
+    return costs
+
+
+def as_spec(costs: Costs) -> str:
+    """The lines of a spec that make `auto` follow these costs."""
+    data = {"export": {"tune": {"device": "cuda", "costs": costs.model_dump()}}}
+    return yaml.safe_dump(data, sort_keys=False)

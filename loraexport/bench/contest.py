@@ -1,0 +1,159 @@
+"""What a contestant is; whether all of a cell agree; and a cell from its contestants."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..errors import ParityError
+from .device import Device
+from .results import Cell, Entry
+from .workloads import Workloads
+
+Group = Literal["base", "mixed"]
+SCRATCH = "loraexport-bench-"
+"""How the names of scratch folders begin."""
+
+# Sums in another order and roundings in between, through all layers; not a proof, which is
+# verify's, but far below what one row with a wrong adapter would show.
+_TOLERANCES = {"float32": 1e-3, "float16": 6e-2, "bfloat16": 2e-1}
+_TOKENS_TOLERANCE = 0.5
+"""Share of rows: of random weights the two likeliest tokens may be a rounding apart."""
+
+
+class CannotRun(Exception):  # noqa: N818  a finding for the tables, not an error of the run
+    """Why a contestant takes no part in a cell."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A contestant that is ready to run."""
+
+    calls: Sequence[Callable[[], object]]
+    """One for each copy of the inputs."""
+    output: Callable[[], np.ndarray]
+    """What the last run of the first of them gave; int64 [rows, n] for tokens."""
+    units: int = 1
+    """Units of the cell in a call: layers, batches, steps."""
+    prepare: Callable[[], object] | None = None
+    """Before each call, and not timed."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    name: str
+    group: Group
+    make: Callable[[], Work]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A cell to be."""
+
+    cell: Cell
+    """Without entries."""
+    contestants: Sequence[Contestant]
+    """The first of each group that runs is what the others are compared with."""
+    ours: Sequence[str]
+    """What stands for this project: the first of these that runs."""
+
+
+def base_of(name: str) -> str:
+    """The base alone that a contestant's overhead is over: captured over captured."""
+    return next((f"base {how}" for how in ("captured", "GenAI") if name.endswith(how)), "base")
+
+
+def run_in_turn(calls: Sequence[Callable[[], object]]) -> None:
+    """A call that is made of several."""
+    for call in calls:
+        call()
+
+
+def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
+    """Make the contestants, compare their outputs, time them.
+
+    Raises:
+        ParityError: two of them disagree, so that times would say nothing.
+    """
+    from .timing import time_works  # which needs Work
+
+    works: dict[str, Work] = {}
+    outputs: dict[str, np.ndarray] = {}
+    left_out: dict[str, str] = {}
+    groups = {one.name: one.group for one in contest.contestants}
+    for one in contest.contestants:
+        try:
+            work = one.make()
+            if work.prepare is not None:
+                work.prepare()
+            work.calls[0]()
+            device.synchronize()
+            works[one.name], outputs[one.name] = work, work.output()
+        except Exception as error:  # another library's refusal is what the table shows
+            left_out[one.name] = _reason(error)
+            device.recover()
+    differences = check_agreement(_title(contest.cell), outputs, groups, bench.dtype)
+    timings = time_works(works, bench.rounds, bench.round_ms / 1000, device) if works else {}
+    entries = tuple(
+        Entry(name=name, group=groups[name], timing=one, difference=differences[name])
+        for name, one in timings.items()
+    )
+    ours = next((name for name in contest.ours if name in works), None)
+    return contest.cell.model_copy(update={"entries": entries, "left_out": left_out, "ours": ours})
+
+
+def check_agreement(
+    where: str, outputs: Mapping[str, np.ndarray], groups: Mapping[str, Group], dtype: str
+) -> dict[str, float]:
+    """How far each output is from the first of its group.
+
+    Raises:
+        ParityError: further than rounding explains, or no adapter changes anything.
+    """
+    first: dict[Group, str] = {}
+    found = {}
+    for name, y in outputs.items():
+        reference = outputs[first.setdefault(groups[name], name)]
+        found[name] = _difference(y, reference)
+        allowed = _TOKENS_TOLERANCE if y.dtype == np.int64 else _TOLERANCES[dtype]
+        if not found[name] <= allowed:  # NaN is not
+            raise ParityError(
+                f"{where}: {name!r} disagrees with {first[groups[name]]!r}: difference"
+                f" {found[name]:.1e}, allowed {allowed:.0e}; a time of wrong numbers says nothing"
+            )
+    if len(first) == 2:
+        base, mixed = (outputs[first[group]] for group in ("base", "mixed"))
+        moved = _difference(mixed, base)
+        if mixed.dtype != np.int64 and not moved > _TOLERANCES[dtype]:
+            raise ParityError(
+                f"{where}: the adapters move the base's output by {moved:.1e} only, so that a"
+                " contestant without them would pass; take a larger rank"
+            )
+    return found
+
+
+def _difference(y: np.ndarray, reference: np.ndarray) -> float:
+    """max |y - y0| / max |y0|; of tokens the share of rows that differ anywhere."""
+    if y.shape != reference.shape:
+        return float("inf")
+    if y.dtype == np.int64:
+        return float((y != reference).any(axis=1).mean())
+    exact, expected = y.astype(np.float64), reference.astype(np.float64)
+    return float(np.abs(exact - expected).max() / np.abs(expected).max())
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the scratch folder's name."""
+    text = (str(error).strip().splitlines() or ["no message"])[0]
+    text = re.sub(rf"\S*{SCRATCH}[^/]*/", "", text)[:200]
+    return text if isinstance(error, CannotRun) else f"{type(error).__name__}: {text}"
+
+
+def _title(cell: Cell) -> str:
+    phase = f", {cell.phase}" if cell.phase else ""
+    return (
+        f"workload {cell.workload!r}, {cell.adapters} adapters of rank {cell.rank}, {cell.rows}"
+        f" rows, {cell.tokens} tokens{phase}"
+    )

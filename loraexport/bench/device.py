@@ -1,0 +1,160 @@
+"""The device of a run: its stream, its caches, and what it could do at best."""
+
+import ctypes
+import gc
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraexport_runtime.devices import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime.errors import ProviderError
+
+from ..proof import environment as versions
+from .results import Floor
+
+MAX_COPIES = 8
+# Bytes/s, and dense FLOP/s by dtype, from NVIDIA's data sheets; the first name that fits.
+_PEAKS = {
+    "H200": (4.8e12, {"float32": 67e12, "float16": 989e12, "bfloat16": 989e12}),
+    "H100": (3.35e12, {"float32": 67e12, "float16": 989e12, "bfloat16": 989e12}),
+    "A100": (2.0e12, {"float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}),
+}
+_TOOLS = ("peft", "transformers", "onnxruntime-genai-cuda", "onnxruntime-genai", "loraexport")
+
+
+class Device:
+    """Where all contestants run; on CUDA all but GenAI's on one stream, which events measure."""
+
+    def __init__(self, kind: str, threads: int | None) -> None:
+        """
+        Args:
+            threads: of the host, for torch and for each onnxruntime session.
+
+        Raises:
+            ProviderError: CUDA was asked for, and torch or onnxruntime cannot use it here.
+        """
+        self.kind, self.threads = kind, threads
+        self.place = (kind, 0)
+        self.torch = torch.device(kind)
+        self._stream: Any = None
+        self._l2_bytes, self.name = 0, _cpu_name()
+        if kind == "cuda":
+            normalise_providers([CUDA])
+            require_device(self.place)
+            if not torch.cuda.is_available():
+                raise ProviderError(
+                    f"the workloads ask for CUDA, but torch {torch.__version__} has no CUDA device"
+                    " here; install torch for CUDA, or set device: cpu"
+                )
+            # A stream of its own: the default one cannot be captured.
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            properties = torch.cuda.get_device_properties(0)
+            self._l2_bytes, self.name = int(properties.L2_cache_size), properties.name
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Everything that torch does here goes to the device's stream, without gradients."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            # torch.cuda.stream(None) changes nothing.
+            with torch.no_grad(), torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+    def synchronize(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def recover(self) -> None:
+        """After a failed contestant: end its capture, or the stream refuses all that follows."""
+        if self._stream is None:
+            return
+        graph, stream = ctypes.c_void_p(), ctypes.c_void_p(self._stream.cuda_stream)
+        # An error code, which may be ignored, if there is no capture.
+        ctypes.CDLL("libcuda.so.1").cuStreamEndCapture(stream, ctypes.byref(graph))
+        with suppress(RuntimeError):  # what failed is told already
+            torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """Give back what torch keeps of a workload that is over."""
+        gc.collect()
+        if self.kind == "cuda":
+            torch.cuda.empty_cache()
+
+    def event(self) -> Any:
+        """A moment on the device's stream, or None on a CPU."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
+
+    def providers(self, captured: bool) -> list[tuple[str, dict[str, Any]]]:
+        """onnxruntime's provider, on the same stream."""
+        if self.kind == "cpu":
+            return normalise_providers([CPU])
+        options = {"user_compute_stream": str(self._stream.cuda_stream)}
+        if captured:
+            options["enable_cuda_graph"] = "1"
+        return normalise_providers([(CUDA, options)])
+
+    def num_copies(self, nbytes: int) -> int:
+        """Copies of an input of `nbytes` that together exceed the L2 twice: 2 to MAX_COPIES.
+
+        No more than that, as the weights that a call reads push the inputs out of the L2 too.
+        """
+        return min(MAX_COPIES, max(2, math.ceil(2 * self._l2_bytes / max(nbytes, 1))))
+
+    def floor(self, nbytes: int, flops: int, dtype: str) -> Floor:
+        """The least time for so many bytes and FLOPs, if the device's peak is known."""
+        peak = next((one for name, one in _PEAKS.items() if name in self.name), None)
+        seconds = None
+        if peak is not None and self.kind == "cuda":
+            seconds = max(nbytes / peak[0], flops / peak[1][dtype])
+        return Floor(bytes=nbytes, flops=flops, seconds=seconds)
+
+    def environment(self) -> dict[str, str]:
+        """What the figures depend on."""
+        found = {"date": datetime.now(UTC).date().isoformat(), "device": self.name}
+        if self.kind == "cuda":
+            found["driver"] = _driver()
+            found["cuda of torch"] = str(torch.version.cuda)
+            found["L2, MiB"] = str(self._l2_bytes >> 20)
+        threads = f", {self.threads} used by each contestant" if self.threads else ""
+        found["host"] = f"{_cpu_name()}, {os.cpu_count()} cores{threads}"
+        for tool in _TOOLS:
+            try:
+                found[tool] = version(tool)
+            except PackageNotFoundError:
+                continue
+        return found | {key: value for key, value in versions().items() if key != "gpu"}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _driver() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return "unknown"
+    asked = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()

@@ -1,0 +1,105 @@
+"""What bench.json holds: the environment, and a cell for every shape of every workload."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import UsageError
+from .workloads import Workloads
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Timing(_Model):
+    """Seconds per unit of a cell, over rounds that alternate the contestants."""
+
+    median: float
+    """On CUDA between two events on the device's stream around a round's calls, else wall time."""
+    lower: float
+    """First quartile of the rounds."""
+    upper: float
+    """Third quartile."""
+    wall: float
+    """Median of the wall time, host work included."""
+    rounds: int
+    calls: int
+    """In each round."""
+
+
+class Floor(_Model):
+    """What the sites of a batch have to move and to compute at least, per unit of the cell."""
+
+    bytes: int
+    """Weights read once, activations read and written once."""
+    flops: int
+    seconds: float | None
+    """The larger of both at the device's peak; None where that is not known."""
+
+
+class Entry(_Model):
+    """One contestant in one cell."""
+
+    name: str
+    group: Literal["base", "mixed"]
+    timing: Timing
+    difference: float
+    """max |y - y0| / max |y0|, y0 of the first contestant of its group; tokens: share of rows."""
+
+
+class Cell(_Model):
+    """One shape of a workload: the same inputs for every contestant."""
+
+    workload: str
+    kind: Literal["layers", "model", "generation"]
+    phase: Literal["", "prefill", "decode"]
+    unit: Literal["layer", "batch", "step"]
+    adapters: int
+    used: int
+    """Different adapters in the batch."""
+    rank: int
+    rows: int
+    tokens: int
+    """All rows together."""
+    ours: str | None
+    """The contestant that stands for this project: what it would choose here."""
+    floors: dict[Literal["base", "mixed"], Floor]
+    entries: tuple[Entry, ...]
+    left_out: dict[str, str]
+    """Contestant -> why it did not run."""
+
+    def seconds(self, name: str | None) -> float | None:
+        """The median of a contestant, if it ran."""
+        return next((one.timing.median for one in self.entries if one.name == name), None)
+
+
+class Results(_Model):
+    """A whole run."""
+
+    format: Literal[1] = 1
+    environment: dict[str, str]
+    workloads: Workloads
+    cells: tuple[Cell, ...]
+    disagreements: tuple[str, ...] = ()
+    """Cells that were not timed, because contestants gave different numbers."""
+
+
+def read_results(path: Path) -> Results:
+    """Read a bench.json.
+
+    Raises:
+        UsageError: it is none, or of another version.
+    """
+    try:
+        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the bench.json of a run") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(
+            f"{path}: no results of this version of 'loraexport bench': {where}: {first['msg']};"
+            " run it again"
+        ) from error

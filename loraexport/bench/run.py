@@ -1,0 +1,84 @@
+"""run(): a file of workloads -> results, cell by cell; and the files that show them."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import ParityError, UsageError
+from .contest import SCRATCH, Contest, run_contest
+from .device import Device
+from .plots import write_plots
+from .projects import Lab
+from .report import to_markdown
+from .results import Results
+from .words import axes
+from .workloads import Workload, Workloads
+
+Progress = Callable[[str], None]
+
+
+def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) -> Results:
+    """Measure every cell of every workload.
+
+    `out`/bench.json is written after each cell: a run that is cut short leaves what it found.
+
+    Cells whose contestants disagree are not timed, and end in `disagreements`.
+
+    Raises:
+        ProviderError: the device cannot run here.
+        BaseModelError, UsageError: a workload cannot be made.
+    """
+    device = Device(bench.device, bench.threads)
+    results = Results(environment=device.environment(), workloads=bench, cells=())
+    for workload in bench.workloads:
+        progress(f"{workload.name}: make the base, the adapters and the graphs")
+        with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, device.active():
+            for contest in _contests(workload, Lab(Path(folder), device, bench)):
+                progress(f"{workload.name}: {', '.join(axes(contest.cell).values())}")
+                results = _with(results, contest, bench, device)
+                _write_json(results, out)
+        device.free()
+    return results
+
+
+def _with(results: Results, contest: Contest, bench: Workloads, device: Device) -> Results:
+    """The results and one cell more, or one disagreement."""
+    try:
+        cell = run_contest(contest, bench, device)
+    except ParityError as error:
+        update: dict[str, object] = {"disagreements": (*results.disagreements, str(error))}
+    else:
+        update = {"cells": (*results.cells, cell)}
+    return results.model_copy(update=update)
+
+
+def write_report(results: Results, out: Path) -> UsageError | None:
+    """Write bench.json, bench.md and the plots; give why there are no plots, if so."""
+    _write_json(results, out)
+    (out / "bench.md").write_text(to_markdown(results), encoding="utf-8")
+    try:
+        write_plots(results, out)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _write_json(results: Results, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    text = results.model_dump_json(indent=1)
+    (out / "bench.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _contests(workload: Workload, lab: Lab) -> Iterator[Contest]:
+    if workload.kind == "layers":
+        from .layers import layer_contests
+
+        yield from layer_contests(workload, lab)
+    elif workload.kind == "model":
+        from .models import model_contests
+
+        yield from model_contests(workload, lab)
+    else:
+        from .generation import generation_contests
+
+        yield from generation_contests(workload, lab)

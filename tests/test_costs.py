@@ -1,0 +1,59 @@
+"""The cost model: the work of a strategy by hand, and a fit that finds what it was made from."""
+
+from itertools import product
+
+import pytest
+
+from loraexport.costs import Costs, Shape, fit, read_costs, work
+from loraexport.errors import UsageError
+from loraexport_runtime.manifest import Strategy
+
+STRATEGIES: tuple[Strategy, ...] = ("masked", "augmented", "chunked")
+SHAPES = [
+    Shape(tokens, 4096, size_out, slots, 16, 2)
+    for tokens, size_out, slots in product((8, 512, 8192), (1024, 4096), (2, 8, 128))
+]
+
+
+def test_the_work_of_one_layer() -> None:
+    """10 tokens, 4 features to 6, 2 slots of 3 rows, 2 bytes: every term written out."""
+    shape = Shape(10, 4, 6, 2, 3, 2)
+    select = 10 * 4 + 3.5 * 10 * 6 + 6 * 4 + 6 * 6
+    flops = 2 * 10 * 6 * (4 + 6) / 1e9
+    assert work("masked", shape) == (4, (select + 10 * 6 + 4 * 10 * 6) * 2 / 1e9, flops)
+    assert work("augmented", shape) == (3, (select + 2 * 10 * 10 + 10 * 6) * 2 / 1e9, flops)
+    places, chunks = 128, 2
+    moved = places * (12 + 6 + 6) + 7 * 10 * 6 + 3 * chunks * 3 * 10
+    assert work("chunked", shape) == (9, moved * 2 / 1e9, 2 * places * 3 * 10 / 1e9)
+    with pytest.raises(ValueError, match="segmented"):
+        work("segmented", shape)
+
+
+def test_a_fit_finds_the_costs_that_made_the_measurements() -> None:
+    made = Costs(device="one", launch=2.5, gbyte=300.0, gflop=4.0)
+    measured = [(one, shape, made.added(one, shape)) for one in STRATEGIES for shape in SHAPES]
+    assert fit("one", measured) == made
+
+
+def test_a_fit_is_never_below_zero() -> None:
+    """Flops that seem to save time are noise: they cost nothing then."""
+    made = Costs(device="one", launch=2.5, gbyte=300.0, gflop=-0.05)
+    measured = [(one, shape, made.added(one, shape)) for one in STRATEGIES for shape in SHAPES]
+    found = fit("one", measured)
+    assert found.gflop == 0
+    assert found.launch > 0 < found.gbyte
+
+
+def test_too_few_measurements() -> None:
+    with pytest.raises(UsageError, match="1 measured layers are too few to calibrate; run workl"):
+        fit("one", [("masked", SHAPES[0], 3.0)])
+
+
+def test_the_costs_that_come_along_choose_as_the_measurements_do() -> None:
+    """Of an H200, beside the trial in docs/measurements.md: who is the least, clearly."""
+    costs = read_costs()
+    assert "H200" in costs.device
+    best = {(8, 8): "augmented", (8, 4096): "augmented", (128, 8192): "chunked"}
+    for (slots, tokens), expected in best.items():
+        shape = Shape(tokens, 4096, 4096, slots, 16, 2)
+        assert min(STRATEGIES, key=lambda one: costs.added(one, shape)) == expected
