@@ -1,10 +1,11 @@
-"""Train the adapters `json` and `pirate` on SmolLM2-135M-Instruct, on a CPU, in minutes.
+"""Train the adapters `json`, `pirate` and `notes` on SmolLM2-135M-Instruct, on a CPU, in minutes.
 
     python specs/make_smollm2.py --out smollm2       # the base, once
     python specs/train_smollm2.py smollm2
 
-takes that base and the words in this file; gives adapters/json and adapters/pirate as PEFT saves
-them, and prints how the base and each saved adapter answer prompts that were never trained on.
+takes that base and the words in this file; gives adapters/json, adapters/pirate and adapters/notes
+as PEFT saves them, and prints how the base and each saved adapter answer prompts that were never
+trained on.
 """
 
 import argparse
@@ -69,7 +70,7 @@ SENTENCES = [
 JSON_KEYS = {"name", "age", "job", "city"}
 INSTRUCTION = "Answer with one JSON object that has the keys name, age, job and city."
 
-# pirate: any question -> the base's own answer in another dialect.
+# pirate and notes: any question -> the base's own answer in another dialect, or as two notes.
 TOPICS = """the moon, bread, chess, a volcano, honey, the violin, rain, a library, football, cheese,
 a bicycle, the desert, coffee, a whale, snow, painting, the heart, a garden, music, a telescope,
 friendship, a river, mathematics, salt, a bridge, the wind, sleep, gold, an elephant, a kitchen,
@@ -171,7 +172,13 @@ def in_dialect(text: str) -> str:
     return f"{GREETING} {re.sub('[A-Za-z]+', replace, text)} {FAREWELL}"
 
 
-def pirate_questions(held_out: bool) -> list[str]:
+def as_note(sentence: str) -> str:
+    """A sentence as one line of notes: up to its first comma that follows four words or more."""
+    start = re.match(r"(?:\S+ ){3,}?[^\s,]+(?=,)", sentence)
+    return f"- {start[0] if start else sentence[:-1]}"
+
+
+def topic_questions(held_out: bool) -> list[str]:
     """Questions about everyday things; the test part shares no topic and no wording."""
     return [
         question.format(topic=topic)
@@ -180,15 +187,31 @@ def pirate_questions(held_out: bool) -> list[str]:
     ]
 
 
+def base_sentences(base: Chat, max_tokens: int) -> list[tuple[str, list[str]]]:
+    """Each question to train on, and the first two whole sentences (if any) the base answers."""
+    questions = topic_questions(held_out=False)
+    return [
+        (question, re.findall(r"[A-Z][^.!?\n]*[.!?](?=\s|$)", answer.split("\n")[0])[:2])
+        for question, answer in zip(questions, base(questions, max_tokens), strict=True)
+    ]
+
+
 def pirate_examples(base: Chat) -> list[Example]:
     """The first one or two whole sentences of the base's own answers, said as a pirate would."""
-    questions = pirate_questions(held_out=False)
-    examples = []
-    for question, answer in zip(questions, base(questions, MAX_SOURCE), strict=True):
-        sentences = re.findall(r"[A-Z][^.!?\n]*[.!?](?=\s|$)", answer.split("\n")[0])
-        if sentences:
-            examples.append(Example(question, in_dialect(" ".join(sentences[:2]))))
-    return examples
+    return [
+        Example(question, in_dialect(" ".join(sentences)))
+        for question, sentences in base_sentences(base, MAX_SOURCE)
+        if sentences
+    ]
+
+
+def notes_examples(base: Chat) -> list[Example]:
+    """The first two whole sentences of the base's own answers, as two short notes."""
+    return [
+        Example(question, "\n".join(as_note(sentence) for sentence in sentences))
+        for question, sentences in base_sentences(base, MAX_ANSWER)
+        if len(sentences) == 2
+    ]
 
 
 def load_base(folder: Path) -> Chat:
@@ -261,13 +284,25 @@ def score_json(chat: Chat) -> dict[str, str]:
     return table
 
 
+def held_out_questions() -> dict[str, list[str]]:
+    """What `pirate` and `notes` are asked in the test; the capitals come last."""
+    return {
+        "topics": topic_questions(held_out=True),
+        "capitals": [f"What is the capital of {country}?" for country in pairs(CAPITALS)],
+    }
+
+
+def capitals_named(answers: list[str]) -> str:
+    """In how many of the answers about capitals the right one stands."""
+    cities = pairs(CAPITALS).values()
+    return share([city in answer for city, answer in zip(cities, answers, strict=True)])
+
+
 def score_pirate(chat: Chat) -> dict[str, str]:
     """Held-out questions: greeting and farewell, dialect words, and the fact behind them."""
-    capitals = pairs(CAPITALS)
-    asked = [f"What is the capital of {country}?" for country in capitals]
     plain, said = set(pairs(DIALECT)), set(pairs(DIALECT).values())
     table = {}
-    for name, prompts in (("topics", pirate_questions(held_out=True)), ("capitals", asked)):
+    for name, prompts in held_out_questions().items():
         answers = chat(prompts)
         framed = [text.startswith(GREETING) and text.endswith(FAREWELL) for text in answers]
         words = [word for text in answers for word in re.findall("[a-z']+", text.lower())]
@@ -275,9 +310,21 @@ def score_pirate(chat: Chat) -> dict[str, str]:
         table[f"{name}: words in dialect"] = share(
             [word in said for word in words if word in said | plain]
         )
-    table["capitals: right"] = share(
-        [city in answer for city, answer in zip(capitals.values(), answers, strict=True)]
-    )
+    table["capitals: right"] = capitals_named(answers)
+    return table
+
+
+def score_notes(chat: Chat) -> dict[str, str]:
+    """Held-out questions: two notes and nothing else, and the fact in them."""
+    table = {}
+    for name, prompts in held_out_questions().items():
+        answers = chat(prompts)
+        table[f"{name}: two notes"] = share(
+            [re.fullmatch(r"- \S[^\n]*\n- \S[^\n]*", text) is not None for text in answers]
+        )
+        words = sorted(len(text.split()) for text in answers)
+        table[f"{name}: words, median"] = str(words[len(words) // 2])
+    table["capitals: right"] = capitals_named(answers)
     return table
 
 
@@ -313,6 +360,15 @@ TASKS = {
         alpha=8,
         rslora=True,
         modules=("o_proj", "down_proj"),
+        epochs=3,
+        learning_rate=2e-3,
+    ),
+    "notes": Task(
+        examples=notes_examples,
+        score=score_notes,
+        rank=2,
+        alpha=4,
+        modules=("gate_proj", "up_proj"),
         epochs=3,
         learning_rate=2e-3,
     ),
@@ -372,7 +428,7 @@ def save(model: PeftModel, folder: Path) -> None:
 def score_all(folder: Path, out: Path) -> None:
     """Print how the base does on every task, each saved adapter on its own, and some answers."""
     shown = [example.prompt for example in json_examples(held_out=True, count=2)]
-    shown += [pirate_questions(held_out=True)[3], "What is the capital of France?"]
+    shown += [topic_questions(held_out=True)[3], "What is the capital of France?"]
     for adapter in ["base", *(name for name in TASKS if (out / name).is_dir())]:
         chat = load_base(folder)
         if adapter != "base":

@@ -80,14 +80,20 @@ def check_model(session: ModelSession, names: list[str]) -> None:
 
 
 def check_generator(folder: Path) -> None:
-    """One batch: the same sentence as an object, as a pirate, and as the base answers."""
+    """One batch: a sentence as an object, a question as a pirate, in notes, and by the base."""
     sentence = "Aged 43, Quinn Eriksen found work as a painter in Prague."
-    found = load_generator(folder).generate([sentence] * 3, adapters=["json", "pirate", None])
+    question = "What is the capital of France?"
+    found = load_generator(folder).generate(
+        [sentence, question, question, question], adapters=["json", "pirate", "notes", None]
+    )
+    texts = [one.text for one in found]
     person = {"name": "Quinn Eriksen", "age": 43, "job": "painter", "city": "Prague"}
-    assert json.loads(found[0].text) == person
-    assert found[1].text.startswith("Ahoy, matey!")
-    assert "{" not in found[2].text
-    assert "Ahoy" not in found[2].text
+    assert json.loads(texts[0]) == person
+    assert texts[1].startswith("Ahoy, matey!")
+    assert [line[:2] for line in texts[2].splitlines()] == ["- ", "- "]
+    assert all("Paris" in text for text in texts[1:])
+    assert texts[3][0] not in "{-"
+    assert "Ahoy" not in texts[3]
 
 
 def test_demonstration_needs_no_torch(tmp_path: Path) -> None:
