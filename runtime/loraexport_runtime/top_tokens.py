@@ -106,6 +106,7 @@ class BoundTopTokens:
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """(logits float32, tokens int64), each [m, num]."""
         self._session.run_with_iobinding(self._binding, self._run_options)
+        self._binding.synchronize_outputs()  # a replay returns at once
         return self._values.numpy(), self._tokens.numpy()
 
     def release(self) -> None:
