@@ -32,6 +32,7 @@ class Shape:
     slots: int
     rows_per_slot: int
     bytes_per_value: int
+    has_bias: bool = False
 
 
 class Costs(BaseModel):
@@ -65,9 +66,10 @@ def read_costs(path: Path = COSTS_FILE) -> Costs:
 def work(strategy: Strategy, shape: Shape) -> tuple[int, float, float]:
     """(kernels, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
 
-    masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | h], and K
-    more columns in the base's product. chunked, P places in chunks: gathers of x, A and B, two
-    batched products, a gather back, where, add. segmented runs its loop: no model of it.
+    masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | 1 | h], and K
+    more columns in the base's product, less that one's pass for its bias. chunked, P places in
+    chunks: gathers of x, A and B, two batched products, a gather back, where, add. segmented runs
+    its loop: no model of it.
     """
     tokens, size_in, size_out = shape.tokens, shape.in_features, shape.out_features
     width, every = shape.rows_per_slot, shape.rows_per_slot * shape.slots
@@ -78,6 +80,8 @@ def work(strategy: Strategy, shape: Shape) -> tuple[int, float, float]:
         flops = 2 * tokens * every * (size_in + size_out)
     elif strategy == "augmented":
         kernels, values = 3, values + 2 * tokens * (size_in + every) + tokens * every
+        if shape.has_bias:  # the base's product gets it by a pass of its own over y
+            kernels, values = 2, values - 2 * tokens * size_out
         flops = 2 * tokens * every * (size_in + size_out)
     elif strategy == "chunked":
         chunks = tokens // _CHUNK + shape.slots

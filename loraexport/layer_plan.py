@@ -7,7 +7,7 @@ from typing import Literal
 
 from loraexport_runtime.adapters import AdapterHeader
 from loraexport_runtime.errors import AdapterConfigError
-from loraexport_runtime.manifest import Layer, Slice, Stack, Strategy
+from loraexport_runtime.manifest import BIAS_ROWS, Layer, Slice, Stack, Strategy
 from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 
 from .costs import Shape, read_costs
@@ -50,6 +50,7 @@ def choose_strategy(
     rows_per_slot: int,
     in_size: int,
     out_size: int,
+    has_bias: bool = False,
 ) -> tuple[Strategy, str]:
     """The strategy of a layer, and why.
 
@@ -72,7 +73,7 @@ def choose_strategy(
         return "masked", "its shrink is a gather, so only the expand is a product"
     costs = tune.costs or read_costs()
     size = BYTES_PER_VALUE[spec.export.dtype]
-    shape = Shape(tune.tokens, in_size, out_size, num_slots, rows_per_slot, size)
+    shape = Shape(tune.tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
     candidates: list[Strategy] = ["augmented", "masked"]
     if spec.base.kind == "layers":
         candidates.append("chunked")
@@ -138,6 +139,7 @@ def plan_layer(
         isinstance(layer, LinearSpec) and layer.fan_in_fan_out,
         spec,
         num_slots,
+        has_bias=any(source.has_bias for source in sources),
     )
 
 
@@ -148,18 +150,22 @@ def make_layer_plan(
     spec: Spec,
     num_slots: int,
     roles: Collection[str] = LORA,
+    has_bias: bool = False,
 ) -> LayerPlan:
     """Strategy, stacks and costs of a layer whose sizes are known.
 
     Args:
         roles: of its stacks; beside LoRA those parameters that adapters replace.
+        has_bias: whether the base's layer has one, in any slice.
     """
     rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
     size_in, size_out = layer.in_features, layer.out_features
-    strategy, reason = choose_strategy(layer.kind, spec, num_slots, rows, size_in, size_out)
+    strategy, reason = choose_strategy(
+        layer.kind, spec, num_slots, rows, size_in, size_out, has_bias
+    )
     if strategy == "augmented" and set(roles) != set(LORA):
         strategy, reason = "masked", "a slot's own base parameters leave no [W ; B] product"
-    stacks = _stacks(layer, strategy, num_slots, rows, roles)
+    stacks = _stacks(layer, strategy, num_slots, rows, roles, has_bias)
     has_base_rows = any(stack.row_offset for stack in stacks)
     graph = layer.name if spec.base.kind == "layers" else "model"
     size = BYTES_PER_VALUE[spec.export.dtype]
@@ -186,11 +192,16 @@ def make_layer_plan(
 
 
 def _stacks(
-    layer: Layer, strategy: Strategy, num_slots: int, rows: int, roles: Collection[str]
+    layer: Layer,
+    strategy: Strategy,
+    num_slots: int,
+    rows: int,
+    roles: Collection[str],
+    has_bias: bool,
 ) -> tuple[Stack, ...]:
     """The overridable initializers of a layer; every slot is one block of whole rows."""
     size_in, size_out = layer.in_features, layer.out_features
-    offset = size_in if strategy == "augmented" else 0
+    offset = size_in + BIAS_ROWS * has_bias if strategy == "augmented" else 0
     # Role -> width, rows of a slot, rows of the base ahead of them.
     sizes = {
         "lora_A": (rows, size_in, 0) if layer.kind == "embedding" else (size_in, rows, 0),

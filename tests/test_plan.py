@@ -107,8 +107,9 @@ def test_stacks(project: Project, strategy: str) -> None:
     augmented = strategy == "augmented"
     assert (a.name, a.shape, a.rows_per_slot, a.row_offset) == ("qkv.lora_A", (48, 32), 24, 0)
     assert b.name == ("qkv.weight_lora_B" if augmented else "qkv.lora_B")
-    assert b.shape == ((32 + 48, 64) if augmented else (48, 64))
-    assert (b.rows_per_slot, b.row_offset) == (24, 32 if augmented else 0)
+    # W^T, and 8 rows for the bias of q, k and v.
+    assert b.shape == ((32 + 8 + 48, 64) if augmented else (48, 64))
+    assert (b.rows_per_slot, b.row_offset) == (24, 40 if augmented else 0)
     assert (plan.layers[0].layer.base_rows is not None) == augmented
 
 
@@ -279,7 +280,8 @@ def test_plan_as_text_cuts_nothing_off(project: Project, width: int) -> None:
         assert "not loaded" in text
         assert "GFLOP, 512 tokens" in text
     assert "augmented: least by the costs of one NVIDIA H200 for 512 tokens and 1 slots: " in text
-    assert " (qkv, up)" in text
+    assert " (qkv)" in text
+    assert " (up)" in text
 
 
 def shown(plan: Plan, width: int = 80) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from loraexport_runtime.adapters import LoraWeights, check_base_copies, read_lora_weights
 from loraexport_runtime.devices import NUMPY_DTYPES
-from loraexport_runtime.manifest import Layer
+from loraexport_runtime.manifest import BIAS_ROWS, Layer
 from loraexport_runtime.stacks import assemble, pack
 from loraexport_runtime.weights import digest_array, read_tensors
 
@@ -20,7 +20,7 @@ from ..lora.linear import MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
 from ..lora.strategy import EmbeddingBase, LinearBase
 from ..plan import Plan
-from ..tensors import to_torch
+from ..tensors import TORCH_DTYPES, to_torch
 
 
 @dataclass(frozen=True)
@@ -178,20 +178,21 @@ def _build(
     dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     weight, bias = _fuse([base.sites[part.site] for part in layer.slices], layer, dtype)
     blocks = {slot: pack(layer, weights, scale, dtype) for slot, (weights, scale) in slots.items()}
+    ahead = weight.T if bias is None else join_bias(weight.T, bias)
     base_rows = {
-        stack.name: np.ascontiguousarray(weight.T) for stack in layer.stacks if stack.row_offset
+        stack.name: np.ascontiguousarray(ahead) for stack in layer.stacks if stack.row_offset
     }
     stacks = {
         stack.name: assemble(stack, dtype, base_rows.get(stack.name), blocks)
         for stack in layer.stacks
     }
-    strategy = STRATEGIES[layer.strategy](
-        plan.num_slots, len(layer.slices) * layer.max_rank, layer.in_features
-    )
+    rows = len(layer.slices) * layer.max_rank
+    torch_dtype = TORCH_DTYPES[plan.spec.export.dtype]
+    strategy = STRATEGIES[layer.strategy](plan.num_slots, rows, layer.in_features, torch_dtype)
     make_base = EmbeddingBase if layer.kind == "embedding" else LinearBase
     torch_bias = None if bias is None else to_torch(bias)
     whole_base = make_base(to_torch(weight), torch_bias)
-    stacked_base = make_base(None, torch_bias) if base_rows else whole_base
+    stacked_base = make_base(None, None) if base_rows else whole_base
     make_layer = MultiLoraEmbedding if layer.kind == "embedding" else MultiLoraLinear
     loop = SegmentedLoop(layer, slots, plan.num_slots, dtype)
     return LayerModules(
@@ -201,6 +202,13 @@ def _build(
         stacks,
         base_rows,
     )
+
+
+def join_bias(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """W^T [in, out] and below it the bias among BIAS_ROWS rows, as an augmented stack begins."""
+    rows = np.zeros((BIAS_ROWS, len(bias)), weight.dtype)
+    rows[0] = bias
+    return np.concatenate([weight, rows])
 
 
 def _fuse(

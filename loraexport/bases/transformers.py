@@ -192,7 +192,9 @@ def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarra
                 one = base.sites[part.site]
                 columns = slice(part.offset, part.offset + part.width)
                 if stack.role == "lora_B":
-                    value[:, columns] = one.weight.T
+                    value[: layer.in_features, columns] = one.weight.T
+                    if stack.row_offset > layer.in_features and one.bias is not None:
+                        value[layer.in_features, columns] = one.bias
                 elif stack.role == "weight":
                     value[: len(one.weight)] = one.weight
                 elif stack.role == "bias":
@@ -228,11 +230,12 @@ def _replace_sites(
         base = RowLinear(weight, bias, layer, context)
     else:
         in_stack = any(stack.row_offset for stack in layer.stacks)
-        base = LinearBase(None if in_stack else weight, bias)
+        base = LinearBase(None, None) if in_stack else LinearBase(weight, bias)
     lora = None
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]
-        lora = make(num_slots, len(layer.slices) * layer.max_rank, layer.in_features)
+        rows = len(layer.slices) * layer.max_rank
+        lora = make(num_slots, rows, layer.in_features, weight.dtype)
     factor = float(getattr(modules[0], "embed_scale", 1.0))
     whole = ModelSite(base, lora, layer, context, factor)
     for part in layer.slices:

@@ -31,7 +31,7 @@ def calibrate(results: Results, out: Path) -> Costs:
             seconds = cell.seconds(f"{strategy} captured")
             if base is not None and seconds is not None and cell.workload in sizes:
                 layer = sizes[cell.workload]
-                shape = Shape(cell.tokens, *layer, cell.adapters, cell.rank, size)
+                shape = Shape(cell.tokens, *layer, cell.adapters, cell.rank, size, has_bias=True)
                 measured.append((strategy, shape, 1e6 * (seconds - base)))
     if not measured:
         raise UsageError("no layer of this run was captured, so there is nothing to calibrate with")

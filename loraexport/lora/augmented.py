@@ -1,7 +1,8 @@
-"""`augmented`: as masked, then one product for base and expand together.
+"""`augmented`: as masked, then one product for base, bias and expand together.
 
-y = [x | where(own, x A^T, 0)] [W^T ; B] + b: no second pass over y. The stack b holds W^T in its
-first `in` rows, so no other copy of W is needed.
+y = [x | 1 | where(own, x A^T, 0)] [W^T ; b ; B]: no second pass over y. The stack holds W^T in its
+first `in` rows, so no other copy of W is needed, and below it the bias in a row among 8 (the others
+zero, for the alignment of the rest); a layer without a bias has no such rows.
 """
 
 import torch
@@ -12,26 +13,31 @@ from .strategy import Base, Routing
 
 
 class BaseExpand(nn.Module):
-    """y = [x | h] [W^T ; B] + bias."""
+    """y = [x | h] [W^T ; B], with ones between where the stack has rows of a bias."""
 
-    def forward(self, x: Tensor, h: Tensor, weight_b: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, in], h [T, S * W], weight_b [in + S * W, out], bias [out] -> [T, out]."""
-        both = torch.cat([x, h], dim=1)
-        if bias is None:
-            return both @ weight_b
-        return torch.addmm(bias, both, weight_b)
+    def forward(self, parts: list[Tensor], weight_b: Tensor) -> Tensor:
+        """parts [T, …], together as wide as weight_b [in + 8 + S * W, out] has rows -> [T, out]."""
+        return torch.cat(parts, dim=1) @ weight_b
 
 
 class Augmented(Masked):
     """See the module's formula; routing as in Masked. An embedding has no such product."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features)
+    def __init__(
+        self,
+        num_slots: int,
+        rows_per_slot: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_slots, rows_per_slot, in_features, dtype)
         self.base_expand = BaseExpand()
 
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        _, own = routing
-        return self.base_expand(x, self.select(self.shrink(x, a), own), b, base.bias)
+        _, own, ones = routing
+        h = self.select(self.shrink(x, a), own)
+        has_bias = b.shape[0] > x.shape[1] + a.shape[0]
+        return self.base_expand([x, ones, h] if has_bias else [x, h], b)
 
     def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError("the plan gives embeddings another strategy")

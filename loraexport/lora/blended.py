@@ -19,8 +19,14 @@ class Weigh(nn.Module):
 class Blended(Masked):
     """See the module's formula. Routing: (weights of the stack's columns [T, S * W],)."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features)
+    def __init__(
+        self,
+        num_slots: int,
+        rows_per_slot: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_slots, rows_per_slot, in_features, dtype)
         self.weigh = Weigh()
 
     def route_rows(self, slots: Tensor, per_row: int) -> Routing:

@@ -89,9 +89,14 @@ class Chunked(Strategy):
     """See the module's formula. Routing: what ChunkLayout gives."""
 
     def __init__(
-        self, num_slots: int, rows_per_slot: int, in_features: int, chunk: int = CHUNK
+        self,
+        num_slots: int,
+        rows_per_slot: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+        chunk: int = CHUNK,
     ) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features)
+        super().__init__(num_slots, rows_per_slot, in_features, dtype)
         self.layout = ChunkLayout(chunk)
         self.gather = Gather(in_features)
         self.shrink = ChunkShrink(num_slots)

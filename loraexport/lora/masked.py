@@ -7,6 +7,8 @@ may be inf, and inf * 0 would be NaN.
 import torch
 from torch import Tensor, nn
 
+from loraexport_runtime.manifest import BIAS_ROWS
+
 from .segments import TokenSlots
 from .strategy import Base, Expand, Gather, Routing, Shrink, Strategy
 
@@ -34,10 +36,19 @@ class Select(nn.Module):
 
 
 class Masked(Strategy):
-    """See the module's formula. Routing: (slots int64 [T], own bool [T, S * W])."""
+    """See the module's formula.
 
-    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features)
+    Routing: (slots int64 [T], own bool [T, S * W], ones [T, 8] for layers that are augmented).
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        rows_per_slot: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_slots, rows_per_slot, in_features, dtype)
         self.slots = TokenSlots()
         self.own = Own(num_slots, rows_per_slot)
         self.shrink = Shrink()
@@ -52,13 +63,14 @@ class Masked(Strategy):
         return self._route_tokens(slots.unsqueeze(1).expand(-1, per_row).flatten())
 
     def _route_tokens(self, slots: Tensor) -> Routing:
-        return slots, self.own(slots)
+        ones = torch.ones(slots.shape[0], BIAS_ROWS, dtype=self.dtype, device=slots.device)
+        return slots, self.own(slots), ones
 
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        _, own = routing
+        own = routing[1]
         return self.expand(base(x), self.select(self.shrink(x, a), own), b)
 
     def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        slots, own = routing
+        slots, own = routing[:2]
         h = self.gather(ids, slots, a).repeat(1, self.num_slots)
         return self.expand(base(ids), self.select(h, own), b)

@@ -217,8 +217,14 @@ class Segmented(Strategy):
     Routing: (slots int64 [T],). Sizes depend on values, so CUDA graphs cannot capture it.
     """
 
-    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features)
+    def __init__(
+        self,
+        num_slots: int,
+        rows_per_slot: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(num_slots, rows_per_slot, in_features, dtype)
         self.slots = TokenSlots()
         self.rows = OwnRows()
         self.gather = Gather(in_features)

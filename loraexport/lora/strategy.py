@@ -45,11 +45,19 @@ class EmbeddingBase(Base):
 class Strategy(nn.Module):
     """How a mixed batch is computed: `route` once per batch, then any number of layers."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        rows_per_slot: int,
+        in_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`dtype`: of x and of the stacks."""
         super().__init__()
         self.num_slots = num_slots
         self.rows_per_slot = rows_per_slot
         self.in_features = in_features
+        self.dtype = dtype
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         """From segments: seg_indptr int64 [n + 1], seg_slots int64 [n]."""

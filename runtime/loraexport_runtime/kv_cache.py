@@ -217,7 +217,7 @@ class Step:
             if name in self._inputs:
                 self._inputs[name].update_inplace(array)
         self._graph.session.run_with_iobinding(self._binding, self._options)
-        self._binding.synchronize_outputs()  # a replay returns at once, and `top` has its own stream
+        self._binding.synchronize_outputs()  # a replay returns at once; `top` has its stream
 
     def _bind(self, inputs: Mapping[str, ort.OrtValue], logits: int, tokens: int) -> Any:
         graph = self._graph

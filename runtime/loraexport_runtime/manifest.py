@@ -17,6 +17,8 @@ from .errors import ArtifactError
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
+BIAS_ROWS = 8
+"""Rows that the bias of an augmented layer takes in its stack: itself, and zeros for alignment."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -38,8 +40,9 @@ class Stack:
     """One overridable initializer that holds a factor or parameter of every slot.
 
     Slot s, from 1 on, owns the `rows_per_slot` rows from `row_offset + (s - 1) * rows_per_slot`
-    on. The rows ahead of `row_offset` are the base's: W^T where base and expand are one product
-    (augmented), its own value where a role replaces a parameter of the base.
+    on. The rows ahead of `row_offset` are the base's: W^T, and BIAS_ROWS for its bias if it has
+    one, where base and expand are one product (augmented); its own value where a role replaces a
+    parameter of the base.
     """
 
     name: str
