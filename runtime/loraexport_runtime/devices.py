@@ -28,7 +28,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 # onnx.TensorProto.DataType, spelled out so that the runtime needs no onnx.
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-_DLPACK_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
+_DLPACK_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int64": (0, 64)}
 
 
 def normalise_providers(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
@@ -60,6 +60,25 @@ def session_device(provider: tuple[str, dict[str, Any]]) -> tuple[str, int]:
     """Where a session of this first provider keeps its buffers, as ("cuda", 1) or ("cpu", 0)."""
     name, options = provider
     return ("cuda", int(options.get("device_id", 0))) if name == CUDA else ("cpu", 0)
+
+
+def require_cuda_graphs(provider: tuple[str, dict[str, Any]]) -> None:
+    """Raise ProviderError unless a session of this first provider can capture CUDA graphs."""
+    if provider[0] != CUDA:
+        raise ProviderError(
+            f"CUDA graphs were asked for on {provider[0]}; pass providers=['cuda'], or no"
+            " cuda_graphs"
+        )
+
+
+def with_cuda_graphs(
+    providers: Sequence[tuple[str, dict[str, Any]]],
+) -> list[tuple[str, dict[str, Any]]]:
+    """The same providers, where CUDA may capture: a run says whether, by its `gpu_graph_id`."""
+    return [
+        (name, {**options, "enable_cuda_graph": "1"} if name == CUDA else options)
+        for name, options in providers
+    ]
 
 
 def require_device(device: tuple[str, int]) -> None:
