@@ -437,6 +437,12 @@ def test_cuda_graphs_on_another_device(model: Path) -> None:
         lr.load(model, cuda_graphs=True)
 
 
+@pytest.mark.parametrize("value", ["1", 1, True])
+def test_the_option_of_onnxruntime_alone(model: Path, value: Any) -> None:
+    with pytest.raises(lr.ProviderError, match="one batch's graph for all others; pass cuda_grap"):
+        lr.load(model, [("cuda", {"enable_cuda_graph": value})])
+
+
 def test_a_capture_that_fails(layers: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from loraexport_runtime import buckets
 

@@ -62,12 +62,18 @@ def session_device(provider: tuple[str, dict[str, Any]]) -> tuple[str, int]:
     return ("cuda", int(options.get("device_id", 0))) if name == CUDA else ("cpu", 0)
 
 
-def require_cuda_graphs(provider: tuple[str, dict[str, Any]]) -> None:
-    """Raise ProviderError unless a session of this first provider can capture CUDA graphs."""
-    if provider[0] != CUDA:
+def check_cuda_graphs(providers: Sequence[tuple[str, dict[str, Any]]], cuda_graphs: bool) -> None:
+    """Raise ProviderError unless sessions of these providers capture graphs as they are told to."""
+    if cuda_graphs and providers[0][0] != CUDA:
         raise ProviderError(
-            f"CUDA graphs were asked for on {provider[0]}; pass providers=['cuda'], or no"
+            f"CUDA graphs were asked for on {providers[0][0]}; pass providers=['cuda'], or no"
             " cuda_graphs"
+        )
+    given = [str(options.get("enable_cuda_graph", "0")) for _, options in providers]
+    if not cuda_graphs and not set(given) <= {"0", "False"}:
+        raise ProviderError(
+            "enable_cuda_graph alone would replay one batch's graph for all others; pass"
+            " cuda_graphs=True instead, and warm_up the sizes of your batches"
         )
 
 

@@ -64,7 +64,8 @@ class ModelSession(AdapterHost):
         Args:
             inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
                 (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors on the session's device, used
-                without a copy. Padding as the attention mask says.
+                without a copy (but copied on the device into a bucket, see `warm_up`). Padding as
+                the attention mask says.
             adapters: for each row a loaded adapter's name, None for the base, or (export.blend) a
                 blend `{"sql": 0.7, "chat": 0.3}`: at every site base + sum of w_i (y_i - base).
                 A weight may be negative; 0 selects nothing. Default: all None.

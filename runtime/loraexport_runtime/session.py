@@ -44,8 +44,7 @@ def load(
             CUDA graphs were asked for where there are none.
     """
     folder, pairs = Path(path), devices.normalise_providers(providers)
-    if cuda_graphs:
-        devices.require_cuda_graphs(pairs[0])
+    devices.check_cuda_graphs(pairs, cuda_graphs)
     return open_artifact(
         folder,
         allow_unverified,
@@ -163,7 +162,8 @@ class LayerSession:
         Args:
             x: a numpy array of the artifact's dtype (bfloat16 as `ml_dtypes.bfloat16`; int64 ids
                 for an embedding), or any DLPack tensor on the session's device, used without a
-                copy. Ids on a CUDA device are not checked: that would wait for the device.
+                copy (but copied on the device into a bucket, see `warm_up`). Ids on a CUDA device
+                are not checked: that would wait for the device.
             segments: (adapter name, number of tokens) in order; None names the base. No tokens
                 give no rows.
             seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers. Pin
