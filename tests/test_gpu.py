@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Project, write_adapter, write_base, write_model_project
+from conftest import (
+    Project,
+    write_adapter,
+    write_base,
+    write_model_project,
+    write_vit_project,
+)
 from test_decoder import FAMILIES, PAD, VOCABULARY, write_decoder
 
 from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
@@ -22,6 +28,7 @@ from loraexport.tensors import to_numpy
 from loraexport.verify_decoder import _compare_tokens
 from loraexport.verify_model import TOLERANCES
 from loraexport_runtime import InputError, ModelSession, Session, driven, load
+from loraexport_runtime.buckets import Bucket, Replays
 from loraexport_runtime.devices import NUMPY_DTYPES, host_value
 from loraexport_runtime.driven import DrivenEngine
 from loraexport_runtime.generate import TextGenerator, load_generator
@@ -326,3 +333,156 @@ def test_captured_steps_from_threads(decoder: Decoder) -> None:
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda batch: generator.greedy(*batch, 12), batches))
     assert all(np.array_equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+# CUDA graphs of layers and of whole models
+
+_ERRORS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}
+
+
+def _opened(artifact: Path, kind: Any) -> tuple[Any, Any]:
+    """The same artifact with CUDA graphs and without."""
+    captured, plain = load(artifact, ["cuda"], cuda_graphs=True), load(artifact, ["cuda"])
+    assert isinstance(captured, kind)
+    assert isinstance(plain, kind)
+    return captured, plain
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens or rows of every replay, in order."""
+    sizes: list[int] = []
+    run = Replays.run
+
+    def spy(self: Replays, bucket: Bucket) -> None:
+        assert bucket.options is not None
+        sizes.append(next(iter(bucket.host.values())).shape[0])
+        run(self, bucket)
+
+    monkeypatch.setattr(Replays, "run", spy)
+    return sizes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["masked", "augmented", "chunked"])
+def test_captured_layers(folder: Path, replayed: list[int], strategy: str, dtype: str) -> None:
+    """What plain runs give: smaller batches, device tensors, adapters swapped, other threads."""
+    path = spec(folder, strategy, dtype)
+    artifact, _ = build(path, folder / "captured")
+    captured, plain = _opened(artifact, Session)
+    captured.warm_up([64, 16])
+    replayed.clear()
+
+    def check(layer: str, segments: list[tuple[str | None, int]]) -> None:
+        num_tokens = sum(length for _, length in segments)
+        x = torch.randn(num_tokens, 32, dtype=getattr(torch, dtype))
+        if layer == "words":
+            x = torch.randint(0, 40, (num_tokens,))
+        array = x.numpy() if layer == "words" else to_numpy(x)
+        found, wanted = (one[layer].run(array, segments=segments) for one in (captured, plain))
+        assert found.shape == wanted.shape
+        error = np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max()
+        assert error <= _ERRORS[dtype]
+        value = torch.from_dlpack(captured[layer].run(x.cuda(), segments=segments))
+        assert value.is_cuda
+        assert to_numpy(value).tobytes() == found.tobytes()
+
+    mixes: list[list[tuple[str | None, int]]] = [
+        [("sql", 16)],
+        [("sql", 3), (None, 2), ("chat", 1)],
+        [("chat", 40), ("sql", 1)],
+        [(None, 1)],
+        [("sql", 30), ("chat", 34)],
+    ]
+    for segments in mixes:
+        check("qkv", segments)
+        check("words", segments)
+    assert len(replayed) == 4 * len(mixes)
+    check("qkv", [("sql", 60), (None, 5)])  # more tokens than any bucket
+    check("qkv", [("sql", 0)] * 70 + [("chat", 5)])  # more segments
+    assert len(replayed) == 4 * len(mixes)
+    for name, source in (("legal", "legal"), ("sql", "chat"), ("legal", "sql")):
+        for one in (captured, plain):
+            one.load_adapter(name, folder / source)
+        check("qkv", [("legal", 5), (None, 2), ("sql", 4)])
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(4):
+            list(threads.map(lambda segments: check("qkv", segments), mixes))
+    check("qkv", [("sql", 3), (None, 2), ("chat", 1)])
+
+
+@pytest.mark.parametrize("blend", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_captured_model(tmp_path: Path, replayed: list[int], dtype: str, blend: bool) -> None:
+    export = {"dtype": dtype, "formats": ["onnx"], "blend": blend}
+    artifact, _ = build(write_model_project(tmp_path, export=export), tmp_path / "artifacts")
+    captured, plain = _opened(artifact, ModelSession)
+    captured.warm_up([(8, 16), (4, 8)])
+    replayed.clear()
+    names = ["sql", None, {"sql": 0.5, "chat": -1} if blend else "chat", "chat", "sql"]
+
+    def check(batch: int, sequence: int, names: list[Any] = names) -> None:
+        ids = torch.randint(1, 60, (batch, sequence))
+        mask = ids * 0 + 1
+        mask[0, (sequence + 1) // 2 :] = 0
+        values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids % 2}
+        arrays = {name: one.numpy() for name, one in values.items()}
+        rows = [names[row % len(names)] for row in range(batch)]
+        found, wanted = (one.run(arrays, rows)["last_hidden_state"] for one in (captured, plain))
+        assert found.shape == wanted.shape
+        error = np.abs(found.astype(np.float64) - wanted.astype(np.float64)).max()
+        assert error <= _ERRORS[dtype]
+        tensors = {name: one.cuda() for name, one in values.items()}
+        value = torch.from_dlpack(captured.run(tensors, rows)["last_hidden_state"])
+        difference = np.abs(to_numpy(value).astype(np.float64) - found.astype(np.float64)).max()
+        assert difference <= _ERRORS[dtype]
+
+    for batch, sequence in ((4, 8), (3, 5), (8, 16), (5, 9), (1, 1), (4, 8)):
+        check(batch, sequence)
+    # Device tensors are replayed where their texts are as long as a bucket's.
+    assert len(replayed) == 6 + 3
+    check(9, 5)
+    check(2, 17)
+    assert len(replayed) == 6 + 3
+    for name, source in (("legal", "legal"), ("sql", "legal"), ("legal", "chat")):
+        for one in (captured, plain):
+            one.load_adapter(name, tmp_path / source)
+        check(3, 8, ["legal", None, "sql"])
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda size: check(*size), [(4, 8), (3, 5), (8, 16), (1, 1)] * 4))
+    check(4, 8)
+
+
+def test_a_captured_model_warmed_up_by_another_thread(tmp_path: Path) -> None:
+    """The thread may end: its graphs are not the only ones."""
+    export = {"dtype": "float16", "formats": ["onnx"]}
+    artifact, _ = build(write_model_project(tmp_path, export=export), tmp_path / "artifacts")
+    captured, plain = _opened(artifact, ModelSession)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(captured.warm_up, [(4, 8)]).result()
+    ids = np.random.default_rng(0).integers(1, 60, (3, 7))
+    values = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
+    for _ in range(3):
+        names = ["sql", None, "chat"]
+        found, wanted = (one.run(values, names)["last_hidden_state"] for one in (captured, plain))
+        assert np.abs(found.astype(np.float64) - wanted).max() <= _ERRORS["float16"]
+        captured.warm_up([(4, 8), (2, 8)])  # and for this one
+
+
+def test_captured_images(tmp_path: Path, replayed: list[int]) -> None:
+    export = {"dtype": "float16", "formats": ["onnx"]}
+    artifact, _ = build(write_vit_project(tmp_path, export=export), tmp_path / "artifacts")
+    captured, plain = _opened(artifact, ModelSession)
+    captured.warm_up([4])
+    replayed.clear()
+    for batch in (4, 2, 1, 5):
+        pixels = torch.randn(batch, 3, 8, 12).half()
+        names = [("birds", None)[row % 2] for row in range(batch)]
+        values: list[dict[str, Any]] = [{"pixel_values": pixels.numpy()}]
+        found, wanted = (one.run(values[0], names) for one in (captured, plain))
+        error = found["last_hidden_state"].astype(np.float64) - wanted["last_hidden_state"]
+        assert np.abs(error).max() <= _ERRORS["float16"]
+        on_device = captured.run({"pixel_values": pixels.cuda()}, names)["last_hidden_state"]
+        difference = to_numpy(torch.from_dlpack(on_device)) - found["last_hidden_state"]
+        assert np.abs(difference).max() <= _ERRORS["float16"]
+    assert len(replayed) == 6

@@ -1,7 +1,8 @@
 """Adapter names per segment -> `seg_indptr` and `seg_slots`, per row -> `adapter_ids`; checked."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -9,6 +10,8 @@ from .errors import InputError, SegmentsError
 
 Row = str | Mapping[str, float] | None
 """One adapter, a blend of several with their weights, or the base."""
+
+_PLAIN = {str, type(None)}
 
 Segments = Sequence[tuple[str | None, int]]
 """(adapter name or None for the base, number of tokens) in the order of the tokens."""
@@ -44,8 +47,8 @@ def segment_arrays(
     segments: Segments, slots: Mapping[str | None, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """`seg_indptr int64 [n + 1]` and `seg_slots int64 [n]` for what `read_segments` gave."""
-    seg_indptr = np.zeros(len(segments) + 1, dtype=np.int64)
-    np.cumsum([length for _, length in segments], out=seg_indptr[1:])
+    ends = accumulate((length for _, length in segments), initial=0)
+    seg_indptr = np.fromiter(ends, np.int64, len(segments) + 1)
     return seg_indptr, np.array([slots[name] for name, _ in segments], dtype=np.int64)
 
 
@@ -100,7 +103,7 @@ def read_rows(adapters: Any, batch: int) -> list[Row]:
             f"adapters names {len(rows)} rows, but the inputs have {batch}; give one name, or"
             " None for the base, for each row"
         )
-    for index, row in enumerate(rows):
+    for index, row in enumerate([] if are_plain(rows) else rows):
         if row is not None and not isinstance(row, str | Mapping):
             raise InputError(
                 f"adapters[{index}] is {row!r}; expected an adapter's name, a blend such as"
@@ -115,8 +118,15 @@ def read_rows(adapters: Any, batch: int) -> list[Row]:
     return rows
 
 
+def are_plain(rows: Sequence[Row]) -> TypeGuard[Sequence[str | None]]:
+    """Whether no row blends: what most batches are, and quickly told."""
+    return {type(row) for row in rows} <= _PLAIN
+
+
 def row_names(rows: Sequence[Row]) -> list[str]:
     """Every adapter that the rows name."""
+    if are_plain(rows):
+        return [name for name in rows if name is not None]
     return [
         name
         for row in rows
@@ -129,6 +139,8 @@ def row_arrays(
     rows: Sequence[Row], slots: Mapping[str | None, int], num_slots: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`adapter_ids int64 [batch]`, and `adapter_weights float32 [batch, slots]` if a row blends."""
+    if are_plain(rows):
+        return np.array([slots[name] for name in rows], dtype=np.int64), None
     adapter_ids = np.zeros(len(rows), dtype=np.int64)
     weights = np.zeros((len(rows), num_slots), dtype=np.float32)
     for index, row in enumerate(rows):

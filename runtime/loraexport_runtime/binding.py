@@ -15,6 +15,7 @@ def run_bound(
     control: Mapping[str, np.ndarray],
     outputs: Mapping[str, tuple[list[int], str]],
     device: tuple[str, int],
+    options: ort.RunOptions | None = None,
 ) -> dict[str, Any]:
     """Run a graph and give its outputs by name.
 
@@ -50,7 +51,7 @@ def run_bound(
             binding.bind_ortvalue_output(name, found[name])
     if not on_host:
         binding.synchronize_inputs()
-    session.run_with_iobinding(binding)
+    session.run_with_iobinding(binding, options)
     return found
 
 

@@ -28,7 +28,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 # onnx.TensorProto.DataType, spelled out so that the runtime needs no onnx.
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
-_DLPACK_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16)}
+_DLPACK_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int64": (0, 64)}
 
 
 def normalise_providers(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
@@ -60,6 +60,31 @@ def session_device(provider: tuple[str, dict[str, Any]]) -> tuple[str, int]:
     """Where a session of this first provider keeps its buffers, as ("cuda", 1) or ("cpu", 0)."""
     name, options = provider
     return ("cuda", int(options.get("device_id", 0))) if name == CUDA else ("cpu", 0)
+
+
+def check_cuda_graphs(providers: Sequence[tuple[str, dict[str, Any]]], cuda_graphs: bool) -> None:
+    """Raise ProviderError unless sessions of these providers capture graphs as they are told to."""
+    if cuda_graphs and providers[0][0] != CUDA:
+        raise ProviderError(
+            f"CUDA graphs were asked for on {providers[0][0]}; pass providers=['cuda'], or no"
+            " cuda_graphs"
+        )
+    given = [str(options.get("enable_cuda_graph", "0")) for _, options in providers]
+    if not cuda_graphs and not set(given) <= {"0", "False"}:
+        raise ProviderError(
+            "enable_cuda_graph alone would replay one batch's graph for all others; pass"
+            " cuda_graphs=True instead, and warm_up the sizes of your batches"
+        )
+
+
+def with_cuda_graphs(
+    providers: Sequence[tuple[str, dict[str, Any]]],
+) -> list[tuple[str, dict[str, Any]]]:
+    """The same providers, where CUDA may capture: a run says whether, by its `gpu_graph_id`."""
+    return [
+        (name, {**options, "enable_cuda_graph": "1"} if name == CUDA else options)
+        for name, options in providers
+    ]
 
 
 def require_device(device: tuple[str, int]) -> None:

@@ -4,12 +4,14 @@ What a session of layers and a session of a whole model have in common.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from . import adapters as peft
 from .adapters import ModuleWeights
+from .buckets import Replays, check_capturable
 from .devices import NUMPY_DTYPES, StackBuffer
 from .dora import SCALES_FILE, dora_sites, find_base_weights, output_scales
 from .errors import AdapterError, ArtifactError
@@ -29,9 +31,14 @@ class AdapterHost:
     that names it. So paging copies ready blocks, and never reads from the device.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: tuple[str, int]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: tuple[str, int], cuda_graphs: bool = False
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._replays = Replays(capture=device[0] == "cuda") if cuda_graphs else None
+        if self._replays is not None:
+            check_capturable(manifest)
         self._dtype = NUMPY_DTYPES[manifest.dtype]
         self._base_rows = self._read_base_rows()
         loaded = {entry.name: entry.slot for entry in manifest.adapters if entry.slot is not None}
@@ -134,8 +141,10 @@ class AdapterHost:
         return {Path(one.onnx).stem: one.stacks for one in self.manifest.layers if one.onnx}
 
     def _write_slot(self, slot: int, blocks: Blocks) -> None:
-        for stack, block in blocks.items():
-            self._stacks[stack].write(slot, block)
+        # Not while a graph is captured: CUDA refuses the copy, and gives the capture up.
+        with nullcontext() if self._replays is None else self._replays.lock:
+            for stack, block in blocks.items():
+                self._stacks[stack].write(slot, block)
 
     def _carried(self, name: str) -> AdapterEntry:
         carried = {entry.name: entry for entry in self.manifest.adapters}

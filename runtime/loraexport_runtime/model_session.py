@@ -1,17 +1,19 @@
 """A whole model whose rows use different adapters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from . import devices
-from .batch import Row, read_rows, row_arrays, row_names
+from .batch import Row, are_plain, read_rows, row_arrays, row_names
 from .binding import run_bound
 from .errors import ArtifactError, InputError
 from .hosting import AdapterHost
 from .manifest import Manifest, Model, Stack, resolve
+from .row_buckets import RowBuckets, read_sizes, sample_inputs
 from .stacks import lowest
 
 
@@ -29,6 +31,7 @@ class ModelSession(AdapterHost):
         model: Model,
         providers: list[tuple[str, dict[str, Any]]],
         threads: int | None,
+        cuda_graphs: bool = False,
     ) -> None:
         if model.onnx is None:
             raise ArtifactError(
@@ -37,11 +40,21 @@ class ModelSession(AdapterHost):
         self.model = model
         self._device = devices.session_device(providers[0])
         devices.require_device(self._device)
-        super().__init__(folder, manifest, self._device)
+        super().__init__(folder, manifest, self._device, cuda_graphs)
+        if self._replays is not None and self._replays.capture:
+            providers = devices.with_cuda_graphs(providers)
         stacks = {name: buffer.value for name, buffer in self._stacks.items()}
         self._session: ort.InferenceSession = devices.open_session(
             resolve(folder, model.onnx), providers, stacks, threads
         )
+        headless = [layer.name for layer in manifest.layers if not layer.in_base]
+        self._headless = headless[0] if headless else None
+        self._buckets = None
+        if self._replays is not None:
+            first = 0 if self._headless is None else 1
+            self._buckets = RowBuckets(
+                self._session, model, manifest.num_slots, first, self._device, self._replays
+            )
 
     def run(
         self, inputs: Mapping[str, Any], adapters: Sequence[Row] | None = None
@@ -51,7 +64,8 @@ class ModelSession(AdapterHost):
         Args:
             inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
                 (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors on the session's device, used
-                without a copy. Padding as the attention mask says.
+                without a copy (but copied on the device into a bucket, see `warm_up`). Padding as
+                the attention mask says.
             adapters: for each row a loaded adapter's name, None for the base, or (export.blend) a
                 blend `{"sql": 0.7, "chat": 0.3}`: at every site base + sum of w_i (y_i - base).
                 A weight may be negative; 0 selects nothing. Default: all None.
@@ -65,20 +79,66 @@ class ModelSession(AdapterHost):
         batch, sequence = self._check_inputs(inputs)
         rows = read_rows(adapters, batch)
         self._check_rows(rows)
-        tensors = {entry.name: (inputs[entry.name], entry.dtype) for entry in self.model.inputs}
-        outputs = {
-            entry.name: (entry.sizes(batch, sequence), entry.dtype) for entry in self.model.outputs
-        }
         with self.slots.lease(row_names(rows)) as slots:
             adapter_ids, weights = row_arrays(rows, slots, self.manifest.num_slots)
-            control = {"adapter_ids": adapter_ids}
-            if weights is not None:
-                control["adapter_weights"] = weights
-            return run_bound(self._session, tensors, control, outputs, self._device)
+            return self._run_graph(inputs, batch, sequence, adapter_ids, weights)
+
+    def warm_up(self, sizes: Iterable[tuple[int, int] | int]) -> None:
+        """Take memory and, with `load(…, cuda_graphs=True)`, capture CUDA graphs ahead of runs.
+
+        A run then takes the smallest bucket that holds it: rows are added, and shorter texts are
+        filled up on the right, masked. That holds for numpy arrays, and for models that give the
+        same for padded texts, which is tried for each bucket; otherwise, and for device tensors,
+        a bucket takes texts of just its length. What fits into none is computed as ever. Adapters
+        that are loaded later are seen by what is captured. Call it before other threads use the
+        device: CUDA refuses much of their work during a capture. The thread that calls it replays
+        at once; others hand their runs to a thread of the session.
+
+        Args:
+            sizes: (rows, tokens per row); of a model of images numbers of rows.
+
+        Raises:
+            InputError: a size is not of numbers from 1 on.
+            ProviderError: onnxruntime cannot capture this graph.
+        """
+        if self._buckets is not None:
+            self._buckets.warm_up(sizes)
+            return
+        slot = 0 if self._headless is None else 1
+        for rows, tokens in read_sizes(self.model, sizes):
+            adapter_ids = np.full(rows, slot, np.int64)
+            inputs = sample_inputs(self.model, rows, tokens)
+            self._run_graph(inputs, rows, tokens, adapter_ids, None)
+
+    def _run_graph(
+        self,
+        inputs: Mapping[str, Any],
+        batch: int,
+        sequence: int,
+        adapter_ids: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> dict[str, Any]:
+        if self._buckets is not None:
+            on_host = all(isinstance(tensor, np.ndarray) for tensor in inputs.values())
+            sized = self._buckets.find(batch, sequence, on_host)
+            if sized is not None:
+                return self._buckets.run(sized, inputs, batch, sequence, adapter_ids, weights)
+        control = {"adapter_ids": adapter_ids}
+        if weights is not None:
+            control["adapter_weights"] = weights
+        run = run_bound if self._replays is None else self._replays.run_plain
+        return run(
+            self._session,
+            {entry.name: (inputs[entry.name], entry.dtype) for entry in self.model.inputs},
+            control,
+            {one.name: (one.sizes(batch, sequence), one.dtype) for one in self.model.outputs},
+            self._device,
+        )
 
     def _check_rows(self, rows: Sequence[Row]) -> None:
         """Refuse what this graph cannot give. Raises InputError."""
-        headless = [layer.name for layer in self.manifest.layers if not layer.in_base]
+        if self._headless is None and are_plain(rows):
+            return
         for index, row in enumerate(rows):
             if isinstance(row, Mapping) and not self.model.blend:
                 raise InputError(
@@ -93,9 +153,9 @@ class ModelSession(AdapterHost):
                         f" {self.manifest.dtype}"
                     )
             names_one = any(row.values()) if isinstance(row, Mapping) else row is not None
-            if headless and not names_one:
+            if self._headless is not None and not names_one:
                 raise InputError(
-                    f"adapters[{index}] names no adapter, but the base has no {headless[0]!r} of"
+                    f"adapters[{index}] names no adapter, but the base has no {self._headless!r} of"
                     " its own; name an adapter for every row"
                 )
 
