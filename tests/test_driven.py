@@ -21,7 +21,7 @@ from loraexport_runtime.kv_cache import Cache
 from loraexport_runtime.sampling import Sampling, choose
 from loraexport_runtime.top_tokens import TopTokens
 
-CPU = ("CPUExecutionProvider", {})
+CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 NAMES = (None, "first", "second")
 
 
@@ -178,7 +178,7 @@ def test_the_top_tokens(dtype: str, vocabulary: int, count: int) -> None:
     shape = (3, 2, vocabulary)
     logits = np.random.default_rng(0).standard_normal(shape).astype(NUMPY_DTYPES[dtype])
     value = ort.OrtValue.ortvalue_from_numpy(logits.copy())
-    top = TopTokens(dtype, vocabulary, CPU, capture=False)
+    top = TopTokens(dtype, vocabulary, CPU)
     bound = top.bind(value.data_ptr(), shape, np.array([5, 0]), count)
     for own in (logits, -logits):
         value.update_inplace(host_value(own, dtype))

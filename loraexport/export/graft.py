@@ -52,9 +52,12 @@ class _Site(nn.Module):
 
         Or x [rows, in], own [rows, S * W], ys [rows, out].
         """
-        base = torch.cat(ys, dim=-1) if len(ys) > 1 else ys[0]
-        y = self.lora.linear(x, _Given(base), (own, own), a, b)
-        return torch.split(y, [part.shape[-1] for part in ys], dim=-1) if len(ys) > 1 else (y,)
+        if len(ys) == 1:
+            return (self.lora.linear(x, _Given(ys[0]), (own, own), a, b),)
+        # Added part by part: joined, all of y would be written twice more.
+        added = self.lora.select(self.lora.shrink(x, a), own) @ b
+        parts = torch.split(added, [y.shape[-1] for y in ys], dim=-1)
+        return tuple(y + part for y, part in zip(ys, parts, strict=True))
 
 
 class _Route(nn.Module):

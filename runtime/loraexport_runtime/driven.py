@@ -65,8 +65,8 @@ class DrivenEngine:
                 f"{error}. If its steps cannot be captured, pass cuda_graphs=False"
             ) from error
         self._graph = read_graph(session, decoder, device, capture)
-        graph = self._graph
-        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, pairs[0], capture)
+        graph, plain = self._graph, devices.normalise_providers([provider])
+        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, plain)
         self._pad = pad
         self._context = int(config["model"]["context_length"])
         self._idle: deque[Cache] = deque()

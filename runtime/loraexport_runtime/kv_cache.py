@@ -166,15 +166,13 @@ class Step:
             shape = [self.rows, 1, self._graph.vocabulary]
             rows = np.arange(self.rows)
             address = int(self._logits.data_ptr())
-            self._top[num] = tokens.bind(address, shape, rows, num, capture=True)
+            self._top[num] = tokens.bind(address, shape, rows, num)
         return self._top[num]
 
     def release(self) -> None:
-        """Let go of the graphs that were captured."""
+        """Let go of the graph that was captured."""
         if self.graph_id is not None:
             self._graph.session.release_captured_graph(self.graph_id)
-        for top in self._top.values():
-            top.release()
 
     def read(
         self, ids: np.ndarray, lengths: np.ndarray, adapter_ids: np.ndarray, logits: int
@@ -200,6 +198,7 @@ class Step:
         values = {name: host_value(feeds[name], "int64") for name in self._inputs}
         binding = self._bind(values, logits, ids.shape[1])
         graph.session.run_with_iobinding(binding, graph.run_options(-1))
+        binding.synchronize_outputs()
 
     def run(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """One more token of every row; `top` reads what follows.

@@ -6,7 +6,6 @@ their highest are the row's. The runtime has no onnx: the graph is protobuf writ
 """
 
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -19,26 +18,26 @@ _PARTS = 128
 
 
 class TopTokens:
-    """logits [batch, n, vocabulary] -> the highest of every row, from the highest down."""
+    """logits [batch, n, vocabulary] -> the highest of every row, from the highest down.
+
+    Not captured: replays of a second CUDA graph of TopK gave tokens that no row had.
+    """
 
     def __init__(
-        self, dtype: str, vocabulary: int, provider: tuple[str, dict[str, Any]], capture: bool
+        self, dtype: str, vocabulary: int, providers: Sequence[tuple[str, dict[str, Any]]]
     ) -> None:
-        """`capture`: `bind` may record its work as a CUDA graph; the provider allows it."""
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1  # no second pool of threads that spin beside the decoder's
         self._session = ort.InferenceSession(
-            _graph(dtype), options, providers=[provider], enable_fallback=0
+            _graph(dtype), options, providers=list(providers), enable_fallback=0
         )
-        self._device = session_device(provider)
+        self._device = session_device(providers[0])
         self._dtype = dtype
         self._vocabulary = vocabulary
-        self._capture = capture
-        self._graph_ids = count(1)
 
     def bind(
-        self, address: int, shape: Sequence[int], rows: np.ndarray, num: int, capture: bool = False
+        self, address: int, shape: Sequence[int], rows: np.ndarray, num: int
     ) -> "BoundTopTokens":
         """The work on one buffer of logits, to be run as often as it is filled.
 
@@ -46,16 +45,10 @@ class TopTokens:
             address, shape: of the logits [batch, n, vocabulary] on the device.
             rows: int64 [m], into the batch * n rows of the logits.
             num: how many of each.
-            capture: as a CUDA graph, where this can be.
         """
         binding = self._session.io_binding()
         place = (*self._device, ONNX_TYPES[self._dtype], list(shape), address)
         binding.bind_input("logits", *place)
-        graph_id = next(self._graph_ids) if capture and self._capture else None
-        run_options = None
-        if self._capture:
-            run_options = ort.RunOptions()
-            run_options.add_run_config_entry("gpu_graph_id", str(graph_id or -1))
         parts = max(one for one in range(1, _PARTS + 1) if self._vocabulary % one == 0)
         width = self._vocabulary // parts
         own = min(num, width)
@@ -68,51 +61,30 @@ class TopTokens:
             "joined": np.array([len(rows), parts * own]),
             "count": np.array([num]),
         }
-        values = {name: host_value(array, "int64") for name, array in inputs.items()}
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        found = [
-            ort.OrtValue.ortvalue_from_shape_and_type(
-                [len(rows), num], ONNX_TYPES[dtype], *self._device
-            )
-            for dtype in ("float32", "int64")
-        ]
-        for name, value in zip(("values", "tokens"), found, strict=True):
-            binding.bind_ortvalue_output(name, value)
-        return BoundTopTokens(
-            self._session, binding, run_options, graph_id, found, (inputs, values)
-        )
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, host_value(array, "int64"))
+        return BoundTopTokens(self._session, binding, (len(rows), num), inputs)
 
 
 class BoundTopTokens:
-    """One buffer of logits, and memory for what is highest in it."""
+    """One buffer of logits, and memory on the host for what is highest in it."""
 
     def __init__(
-        self,
-        session: ort.InferenceSession,
-        binding: Any,
-        run_options: ort.RunOptions | None,
-        graph_id: int | None,
-        found: Sequence[ort.OrtValue],
-        alive: Any,
+        self, session: ort.InferenceSession, binding: Any, shape: tuple[int, int], alive: Any
     ) -> None:
         self._session = session
         self._binding = binding
-        self._run_options = run_options
-        self._graph_id = graph_id
-        self._values, self._tokens = found
         self._alive = alive
+        self.values = np.empty(shape, np.float32)
+        self.tokens = np.empty(shape, np.int64)
+        for name, array in (("values", self.values), ("tokens", self.tokens)):
+            dtype = ONNX_TYPES[str(array.dtype)]
+            binding.bind_output(name, "cpu", 0, dtype, array.shape, array.ctypes.data)
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """(logits float32, tokens int64), each [m, num]."""
-        self._session.run_with_iobinding(self._binding, self._run_options)
-        self._binding.synchronize_outputs()  # a replay returns at once
-        return self._values.numpy(), self._tokens.numpy()
-
-    def release(self) -> None:
-        """Let go of the graph that was captured."""
-        if self._graph_id is not None:
-            self._session.release_captured_graph(self._graph_id)
+        """(logits float32, tokens int64), each [m, num]; valid until the next run."""
+        self._session.run_with_iobinding(self._binding)
+        return self.values, self.tokens
 
 
 def _graph(dtype: str) -> bytes:
