@@ -565,7 +565,7 @@ def _captured(results: Path, costs: Costs) -> Path:
     data["cells"], data["environment"]["device"] = [], "made up"
     for tokens in (8, 512, 8192):
         added = {
-            f"{one} captured": costs.added(one, Shape(tokens, 32, 32, layer["adapters"], 4, 4))
+            f"{one} captured": costs.added(one, Shape(tokens, 32, 32, layer["adapters"], 4, 4, True))
             for one in ("masked", "augmented", "chunked")
         }
         entries = [
