@@ -94,28 +94,36 @@ def work(strategy: Strategy, shape: Shape) -> tuple[int, float, float]:
     return kernels, values * shape.bytes_per_value / 1e9, flops / 1e9
 
 
-def fit(device: str, measured: Sequence[tuple[Strategy, Shape, float]]) -> Costs:
-    """The three of least squared relative error, none below 0.
+@dataclass(frozen=True)
+class Measured:
+    """A layer that was timed, in microseconds."""
 
-    Args:
-        measured: (strategy, shape, microseconds that it added to the base alone).
+    strategy: Strategy
+    shape: Shape
+    added: float
+    base: float
+    """The base alone."""
+
+
+def fit(device: str, measured: Sequence[Measured]) -> Costs:
+    """The three of least squared error, relative to the whole layer's time; none below 0.
 
     Raises:
         UsageError: too few measurements.
     """
-    kept = [one for one in measured if one[2] > 0]
-    if len(kept) < 6:
+    if len(measured) < 6:
         raise UsageError(
-            f"{len(kept)} measured layers are too few to calibrate; run workloads of kind layers on"
-            " CUDA with several tokens, adapters and strategies, as specs/bench/h200.yaml does"
+            f"{len(measured)} measured layers are too few to calibrate; run workloads of kind"
+            " layers on CUDA with several tokens and adapters, as specs/bench/h200.yaml does"
         )
-    rows = np.array([work(strategy, shape) for strategy, shape, _ in kept])
-    rows /= np.array([seconds for _, _, seconds in kept])[:, None]
+    whole = np.array([one.base + one.added for one in measured])
+    rows = np.array([work(one.strategy, one.shape) for one in measured]) / whole[:, None]
+    wanted = np.array([one.added for one in measured]) / whole
     best, least = np.zeros(3), np.inf
     for size in (1, 2, 3):  # least squares on a face of the positive octant
         for chosen in itertools.combinations(range(3), size):
-            part, *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)
-            error = float(((rows[:, chosen] @ part - 1) ** 2).sum())
+            part, *_ = np.linalg.lstsq(rows[:, chosen], wanted, rcond=None)
+            error = float(((rows[:, chosen] @ part - wanted) ** 2).sum())
             if (part >= 0).all() and error < least:
                 best, least = np.zeros(3), error
                 best[list(chosen)] = part

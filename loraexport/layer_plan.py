@@ -156,7 +156,8 @@ def make_layer_plan(
 
     Args:
         roles: of its stacks; beside LoRA those parameters that adapters replace.
-        has_bias: whether the base's layer has one, in any slice.
+        has_bias: whether an augmented stack holds the base's bias too. In a whole model that cost
+            15 % (BERT-base on an H200), where single layers gained up to 12 %.
     """
     rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
     size_in, size_out = layer.in_features, layer.out_features

@@ -80,8 +80,7 @@ def plan_model(
             )
         roles = set(LORA if group[0] in lora else ())
         roles |= {"weight", "bias"} if head else _feature_roles(features, shape)
-        has_bias = any(skeleton.sites[site].has_bias for site in group)
-        plans.append(make_layer_plan(layer, (), False, spec, num_slots, roles, has_bias))
+        plans.append(make_layer_plan(layer, (), False, spec, num_slots, roles))
     inputs, outputs = skeleton.signature.inputs, skeleton.signature.outputs
     for plan in plans:
         if plan.layer.labels:

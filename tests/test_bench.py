@@ -557,6 +557,10 @@ def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
 # Calibration
 
 
+def _shape(tokens: int, adapters: int) -> Shape:
+    return Shape(tokens, 32, 32, adapters, 4, 4, has_bias=True)
+
+
 def _captured(results: Path, costs: Costs) -> Path:
     """A bench.json whose layers were captured, at what `costs` say."""
     data = json.loads(results.read_text())
@@ -565,7 +569,7 @@ def _captured(results: Path, costs: Costs) -> Path:
     data["cells"], data["environment"]["device"] = [], "made up"
     for tokens in (8, 512, 8192):
         added = {
-            f"{one} captured": costs.added(one, Shape(tokens, 32, 32, layer["adapters"], 4, 4, True))
+            f"{one} captured": costs.added(one, _shape(tokens, layer["adapters"]))
             for one in ("masked", "augmented", "chunked")
         }
         entries = [

@@ -192,9 +192,7 @@ def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarra
                 one = base.sites[part.site]
                 columns = slice(part.offset, part.offset + part.width)
                 if stack.role == "lora_B":
-                    value[: layer.in_features, columns] = one.weight.T
-                    if stack.row_offset > layer.in_features and one.bias is not None:
-                        value[layer.in_features, columns] = one.bias
+                    value[:, columns] = one.weight.T
                 elif stack.role == "weight":
                     value[: len(one.weight)] = one.weight
                 elif stack.role == "bias":
@@ -230,7 +228,7 @@ def _replace_sites(
         base = RowLinear(weight, bias, layer, context)
     else:
         in_stack = any(stack.row_offset for stack in layer.stacks)
-        base = LinearBase(None, None) if in_stack else LinearBase(weight, bias)
+        base = LinearBase(None if in_stack else weight, bias)
     lora = None
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]

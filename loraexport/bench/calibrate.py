@@ -4,12 +4,15 @@ from pathlib import Path
 
 import yaml
 
-from ..costs import Costs, Shape, fit
+from loraexport_runtime.manifest import Strategy
+
+from ..costs import Costs, Measured, Shape, fit
 from ..errors import UsageError
 from ..layer_plan import BYTES_PER_VALUE
 from .results import Results
 
 COSTS_FILE = "costs.json"
+_STRATEGIES: tuple[Strategy, ...] = ("masked", "augmented", "chunked")
 
 
 def calibrate(results: Results, out: Path) -> Costs:
@@ -24,19 +27,19 @@ def calibrate(results: Results, out: Path) -> Costs:
         for one in results.workloads.workloads
         if one.kind == "layers"
     }
-    measured = []
+    measured: list[Measured] = []
     for cell in results.cells:
         base = cell.seconds("base captured")
-        for strategy in ("masked", "augmented", "chunked"):
+        for strategy in _STRATEGIES:
             seconds = cell.seconds(f"{strategy} captured")
             if base is not None and seconds is not None and cell.workload in sizes:
                 layer = sizes[cell.workload]
                 shape = Shape(cell.tokens, *layer, cell.adapters, cell.rank, size, has_bias=True)
-                measured.append((strategy, shape, 1e6 * (seconds - base)))
+                measured.append(Measured(strategy, shape, 1e6 * (seconds - base), 1e6 * base))
     if not measured:
         raise UsageError("no layer of this run was captured, so there is nothing to calibrate with")
     device = results.environment.get("device", "this device")
-    costs = fit(device, measured)  # type: ignore[arg-type]
+    costs = fit(device, measured)
     (out / COSTS_FILE).write_text(f"{costs.model_dump_json(indent=1)}\n", encoding="utf-8")
     return costs
 
