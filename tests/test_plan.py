@@ -204,7 +204,7 @@ def tuned(project: Project, tokens: int, device: str = "cuda", strategy: str = "
     [
         ("linear", "cuda", 8, 4096, "augmented", "least by the costs of one NVIDIA H200 for 4096"),
         ("linear", "cuda", 128, 128, "augmented", "least by the costs of one NVIDIA H200 for 128 "),
-        ("linear", "cuda", 1024, 8192, "chunked", "least by the costs of one NVIDIA H200 for 8192"),
+        ("linear", "cuda", 512, 65536, "chunked", "least by the costs of one NVIDIA H200 for 65"),
         ("linear", "cuda", 32, 4096, "augmented", "least by the costs of one NVIDIA H200"),
         ("linear", "cpu", 128, 8192, "masked", "on a CPU masked costs least"),
         ("embedding", "cuda", 8, 4096, "masked", "its shrink is a gather"),
