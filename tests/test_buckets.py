@@ -2,6 +2,7 @@
 of a bucket, threads. tests/test_gpu.py captures.
 """
 
+import gc
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import loraexport_runtime as lr
 from loraexport.pipeline import build
 from loraexport_runtime.buckets import Bucket, Replays
 from loraexport_runtime.manifest import Manifest
+from loraexport_runtime.row_buckets import RowBuckets
 from loraexport_runtime.session import open_session
 
 CPU = [("CPUExecutionProvider", {})]
@@ -458,3 +460,21 @@ def test_a_capture_that_fails(layers: Callable[..., Path], monkeypatch: pytest.M
     ):
         session.warm_up([8])
     session["up"].run(draw("up", 3), segments=[("sql", 3)])
+
+
+def test_a_bucket_that_came_to_nothing_is_forgotten(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one at its address would pass for captured."""
+
+    def refuse(*args: Any) -> bool:
+        raise RuntimeError("no memory")
+
+    session = open_with_buckets(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(RowBuckets, "_is_neutral", refuse)
+        for _ in range(8):
+            with pytest.raises(RuntimeError, match="no memory"):
+                session.warm_up([(2, 8)])
+    gc.collect()
+    assert len(session._replays._mine.buckets) == 0

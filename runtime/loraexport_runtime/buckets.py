@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from math import prod
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime as ort
@@ -103,6 +104,8 @@ class Bucket:
         shape, dtype = self._tensors[name]
         found = self._allocate([num_rows, *shape[1:]], dtype)
         found.update_inplace(self._rows(name, num_rows))
+        # A copy on the device need not have ended, and the caller may read on any stream.
+        self.binding.synchronize_outputs()
         return found
 
     def _rows(self, name: str, num_rows: int, carried: str | None = None) -> ort.OrtValue:
@@ -166,10 +169,10 @@ class Replays:
                 f" {bucket.size}: {error}. Do not warm up more tokens per row than the model"
                 " takes; or open the artifact again, without cuda_graphs"
             ) from error
-        self._mine.__dict__.setdefault("buckets", set()).add(id(bucket))
+        self._mine.__dict__.setdefault("buckets", WeakSet()).add(bucket)
 
     def is_captured_here(self, bucket: Bucket) -> bool:
-        return id(bucket) in self._mine.__dict__.get("buckets", ())
+        return bucket in self._mine.__dict__.get("buckets", ())
 
     def run(self, bucket: Bucket) -> None:
         """Replay a bucket over what was written into it. Hold `lock`."""
