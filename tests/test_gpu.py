@@ -220,12 +220,15 @@ def test_a_model_in_torchscript_makes_no_sync(tmp_path: Path, dtype: str) -> Non
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_decoder(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float16", "float"), ("bfloat16", "float"), ("float16", "int4")]
+)
+def test_a_decoder(tmp_path: Path, dtype: str, weights: str) -> None:
     """onnxruntime-genai's graph for CUDA, with multi-LoRA: logits and tokens of mixed batches."""
     # These adapters double the logits, and with them what rounding does.
     parity = {"tolerance": {"float16": 0.05, "bfloat16": 0.3}[dtype]}
-    spec = write_decoder(tmp_path, FAMILIES["Llama"], export={"dtype": dtype}, parity=parity)
+    changes = {"base": {"kind": "causal_lm", "path": "base", "weights": weights}, "parity": parity}
+    spec = write_decoder(tmp_path, FAMILIES["Llama"], export={"dtype": dtype}, **changes)
     artifact, report = build(spec, tmp_path / "artifacts")
     assert report.status == "passed"
     assert {row.implementation for row in report.rows} >= {"onnx-cuda", "onnx-genai-cuda"}
