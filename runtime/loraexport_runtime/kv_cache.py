@@ -216,7 +216,7 @@ class Step:
             if name in self._inputs:
                 self._inputs[name].update_inplace(array)
         self._graph.session.run_with_iobinding(self._binding, self._options)
-        self._binding.synchronize_outputs()  # a replay returns at once; `top` has its stream
+        self._binding.synchronize_outputs()  # `top` reads on a stream of its own
 
     def _bind(self, inputs: Mapping[str, ort.OrtValue], logits: int, tokens: int) -> Any:
         graph = self._graph
