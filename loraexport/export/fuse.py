@@ -35,9 +35,11 @@ def fuse(model: ir.Model) -> None:
 
 def _fuse_attention(graph: ir.Graph, node: ir.Node, masks: dict[ir.Value, ir.Value]) -> None:
     whole = _joined_heads(node)
-    x = [_before_heads(value) for value in node.inputs[:3]]
     query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
-    if whole is None or query is None or query.dtype not in _DTYPES or not all(x):
+    if whole is None or query is None or query.dtype not in _DTYPES:
+        return
+    x = [_before_heads(graph, node, value) for value in node.inputs[:3]]
+    if not all(x):
         return
     if mask is not None:
         if mask.dtype != ir.DataType.BOOL or mask.shape is None or len(mask.shape) != 4:
@@ -67,19 +69,25 @@ def _joined_heads(node: ir.Node) -> ir.Value | None:
     return users[0].outputs[0] if _swaps_heads(users[0]) and same_heads == 1 else None
 
 
-def _before_heads(value: ir.Value | None) -> ir.Value | None:
-    """x [batch, n, heads * size] of Transpose(Reshape(x)); None for another form."""
+def _before_heads(graph: ir.Graph, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
+    """x [batch, n, heads * size] of Transpose([batch, n, heads, size]); None for another form."""
     transpose = value.producer() if value is not None else None
     if value is None or value.shape is None or transpose is None or not _swaps_heads(transpose):
         return None
-    before = transpose.inputs[0]
-    reshape = before.producer() if before is not None else None
-    x = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
-    heads, size = value.shape[1], value.shape[3]
-    if x is None or x.shape is None or len(x.shape) != 3:
+    apart, heads, size = transpose.inputs[0], value.shape[1], value.shape[3]
+    if apart is None or not isinstance(heads, int) or not isinstance(size, int):
         return None
-    fits = isinstance(heads, int) and isinstance(size, int) and x.shape[2] == heads * size
-    return x if fits else None
+    reshape = apart.producer()
+    x = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    if x is not None and x.shape is not None and len(x.shape) == 3:
+        return x if x.shape[2] == heads * size else None
+    name = f"attention/joined/{heads * size}"
+    if name not in graph.initializers:
+        sizes = ir.tensor(np.array([0, 0, heads * size], np.int64))  # 0: as it is
+        graph.initializers.add(ir.Value(name=name, const_value=sizes))
+    joined = ir.node("Reshape", [apart, graph.initializers[name]])
+    graph.insert_before(node, joined)
+    return joined.outputs[0]
 
 
 def _swaps_heads(node: ir.Node) -> bool:

@@ -147,7 +147,6 @@ class Step:
         self.graph_id = graph.next_graph_id() if graph.capture else None
         self._graph = graph
         self._memory = dict(memory)
-        self._adapter_ids = np.zeros(rows, dtype=np.int64)
         sizes = {"input_ids": [rows, 1], "attention_mask": [rows, length]}
         sizes |= {"position_ids": [rows, 1], "adapter_ids": [rows]}
         self._inputs = {

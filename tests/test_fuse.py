@@ -1,0 +1,106 @@
+"""onnxruntime's fused operators in exported models: where they are, and where they must not be."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import write_model_project, write_vit_project
+from onnx import TensorProto, helper, numpy_helper
+
+from loraexport.bases.transformers import load_model
+from loraexport.export.fuse import fuse
+from loraexport.export.onnx import export_model_onnx
+from loraexport.plan import make_plan
+from loraexport.spec import read_spec
+
+HEADS, SIZE, WIDTH = 2, 4, 8
+
+
+def export(spec: Path) -> dict[str, list[ir.Node]]:
+    """The nodes of a project's graph by operator."""
+    _, modules = load_model(make_plan(read_spec(spec), spec.parent))
+    path = spec.with_name("model.onnx")
+    export_model_onnx(modules, "model", path)
+    found: dict[str, list[ir.Node]] = {}
+    for node in ir.load(path).graph:
+        found.setdefault(node.op_type, []).append(node)
+    return found
+
+
+def test_a_bert_has_one_addend_for_all_layers(tmp_path: Path) -> None:
+    nodes = export(write_model_project(tmp_path))
+    assert "Attention" not in nodes
+    assert "Gelu" not in nodes
+    assert len(nodes["BiasGelu"]) == len(nodes["MultiHeadAttention"]) == 2
+    assert len({node.inputs[5] for node in nodes["MultiHeadAttention"]}) == 1
+    assert "Transpose" not in nodes
+    assert all("attention/self" in str(node.name) for node in nodes["MultiHeadAttention"])
+
+
+def test_a_vit_whose_first_layer_has_a_site_at_q_alone(tmp_path: Path) -> None:
+    """Its q comes out of the site as [rows, out], k and v as [batch, n, out]."""
+    nodes = export(write_vit_project(tmp_path))
+    assert "Attention" not in nodes
+    assert len(nodes["MultiHeadAttention"]) == 2
+
+
+def test_bfloat16_keeps_the_standard_operators(tmp_path: Path) -> None:
+    spec = write_model_project(tmp_path, export={"dtype": "bfloat16"}, parity={"onnx": "deferred"})
+    nodes = export(spec)
+    assert len(nodes["Attention"]) == len(nodes["Gelu"]) == 2
+    assert "MultiHeadAttention" not in nodes
+
+
+def attention(**attributes: Any) -> ir.Model:
+    """x -> heads -> Attention with a mask -> y, as torch.onnx.export writes it."""
+    nodes = []
+    for name in "qkv":
+        nodes.append(helper.make_node("Reshape", [name, "apart"], [f"{name}4"]))
+        nodes.append(helper.make_node("Transpose", [f"{name}4"], [f"{name}h"], perm=[0, 2, 1, 3]))
+    nodes.append(helper.make_node("Attention", ["qh", "kh", "vh", "mask"], ["h"], **attributes))
+    nodes.append(helper.make_node("Transpose", ["h"], ["t"], perm=[0, 2, 1, 3]))
+    nodes.append(helper.make_node("Reshape", ["t", "joined"], ["y"]))
+    x = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", "n", WIDTH]) for name in "qkv"
+    ]
+    mask = helper.make_tensor_value_info("mask", TensorProto.BOOL, ["b", 1, "n", "n"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", "n", WIDTH])
+    values = {"apart": [0, 0, HEADS, SIZE], "joined": [0, 0, WIDTH]}
+    constants = [numpy_helper.from_array(np.array(one), name) for name, one in values.items()]
+    graph = helper.make_graph(nodes, "g", [*x, mask], [y], constants)
+    opsets = [helper.make_opsetid("", 23)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def run(model: ir.Model) -> np.ndarray:
+    random = np.random.default_rng(0)
+    feeds: dict[str, Any] = {
+        name: random.standard_normal((3, 5, WIDTH)).astype(np.float32) for name in "qkv"
+    }
+    mask = np.arange(5) < np.array([5, 3, 1])[:, None]
+    feeds["mask"] = np.broadcast_to(mask[:, None, None], (3, 1, 5, 5)).copy()
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    y: np.ndarray = session.run(None, feeds)[0]
+    return y
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.1])
+def test_it_computes_the_same(scale: float) -> None:
+    expected = run(attention(scale=scale))
+    model = attention(scale=scale)
+    fuse(model)
+    assert [node.op_type for node in model.graph].count("MultiHeadAttention") == 1
+    np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"is_causal": 1}, {"softcap": 2.0}])
+def test_what_the_fused_one_cannot_do_stays(more: dict[str, Any]) -> None:
+    model = attention(**more)
+    fuse(model)
+    assert "Attention" in {node.op_type for node in model.graph}
+    assert "com.microsoft" not in model.opset_imports
