@@ -1,6 +1,5 @@
 """What a decoder should give: its logits and greedy tokens, every prompt alone, without padding."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from safetensors.numpy import load_file, save
 
 from loraexport_runtime.devices import NUMPY_DTYPES
+from loraexport_runtime.genai_config import end_tokens, read_genai_config
 from loraexport_runtime.manifest import Manifest, resolve
 
 from .model_reference import BASE, Mix, only
@@ -95,9 +95,7 @@ def make_reference(
 ) -> DecoderReference:
     """Run a decoder on every prompt of every case."""
     config = read_config(folder, manifest)
-    eos = config["eos_token_id"]
-    ends = eos if isinstance(eos, list) else [eos]
-    special = [*ends, config["pad_token_id"], config.get("bos_token_id")]
+    special = [*end_tokens(config), config["pad_token_id"], config.get("bos_token_id")]
     avoid = [token for token in special if isinstance(token, int)]
     prompts, tokens, logits, base_logits = {}, {}, {}, {}
     for case in make_cases(manifest):
@@ -127,8 +125,7 @@ def make_reference(
 def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """What onnxruntime-genai is told of the model."""
     assert manifest.generator is not None, "the manifest is of a decoder"
-    path = resolve(folder, manifest.generator.folder) / "genai_config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model"]
+    config: dict[str, Any] = read_genai_config(resolve(folder, manifest.generator.folder))["model"]
     return config
 
 

@@ -1,6 +1,5 @@
 """The sites of an ONNX graph that exists. No weight is read, and no torch."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import onnx_ir as ir
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites
 from loraexport_runtime.errors import AdapterWeightsError
+from loraexport_runtime.genai_config import GENAI_CONFIG, read_genai_config
 
 from .errors import BaseModelError
 from .export.graph_sites import Product, list_products
@@ -17,7 +17,6 @@ from .model_plan import named_sites, site_layer
 from .onnx_sites import Place, find_places
 from .spec import OnnxSpec, Spec
 
-GENAI_CONFIG = "genai_config.json"
 _OUTPUT_LAYERS = ("lm_head", "classifier", "score")
 """What all-linear leaves out, by the first or last part of a name."""
 
@@ -51,8 +50,8 @@ def plan_onnx(
     """
     file = directory / base.file
     products = list_products(read_graph(file).graph)
-    genai = directory / GENAI_CONFIG
-    config = json.loads(genai.read_text(encoding="utf-8"))["model"] if genai.is_file() else None
+    generates = (directory / GENAI_CONFIG).is_file()
+    config = read_genai_config(directory)["model"] if generates else None
     modules = {module for header in headers for module in header.modules}
     places = find_places(products, base.sites, config, modules, file)
     known = [site for place in places for site in place.sites]
@@ -74,7 +73,7 @@ def plan_onnx(
         layer = site_layer(widths, group[0].products[0].in_features, "linear", max_rank)
         layers.append(make_layer_plan(layer, (), False, spec, num_slots))
         outputs[layer.name] = tuple(one.output for place in group for one in place.products)
-    return tuple(layers), GraphPlan(directory, file, config is not None, outputs)
+    return tuple(layers), GraphPlan(directory, file, generates, outputs)
 
 
 def read_graph(file: Path) -> ir.Model:

@@ -80,17 +80,13 @@ def _take_genai_place(
     What is placed is taken out of `named`.
     """
     name, one = next(iter(named.items()))
-    whole = packed_whole(name)
-    if (
-        whole is not None
-        and _is_module(whole[0], modules)
-        and all(part in named for part in whole[1])
-    ):
-        split = tuple(named.pop(part) for part in whole[1])
-        return Place(split, {whole[0]: sum(part.out_features for part in split)})
+    whole, every = packed_whole(name)
+    if _is_module(whole, modules) and all(part in named for part in every):
+        split = tuple(named.pop(part) for part in every)
+        return Place(split, {whole: sum(part.out_features for part in split)})
     del named[name]
     parts, decoder = packed_parts(name), config["decoder"]
-    if _is_module(name, modules) or len(parts) == 1:
+    if len(parts) == 1:
         return Place((one,), {name: one.out_features})
     if len(parts) == 2:
         return Place((one,), dict.fromkeys(parts, one.out_features // 2))

@@ -6,8 +6,9 @@ from typing import Any
 
 import transformers
 
+from loraexport_runtime.genai_config import GENAI_CONFIG, end_tokens, read_genai_config
+
 FOLDER = "generator"
-CONFIG_FILE = "genai_config.json"
 
 
 def adapt_config(folder: Path) -> int:
@@ -17,12 +18,11 @@ def adapt_config(folder: Path) -> int:
         The padding: a token that no prompt holds, as onnxruntime-genai takes it for padding
         wherever it stands.
     """
-    path = folder / CONFIG_FILE
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    data = read_genai_config(folder)
     pad = _choose_pad(folder, data["model"])
     data["model"]["pad_token_id"] = pad
     data["model"]["decoder"].setdefault("session_options", {})["log_severity_level"] = 3
-    path.write_text(json.dumps(data, indent=4) + "\n", encoding="utf-8")
+    (folder / GENAI_CONFIG).write_text(json.dumps(data, indent=4) + "\n", encoding="utf-8")
     return pad
 
 
@@ -30,8 +30,7 @@ def _choose_pad(folder: Path, config: dict[str, Any]) -> int:
     """The tokenizer's own, unless it also ends or starts a text; else an added token that its chat
     template does not write; at last the highest id.
     """
-    eos = config["eos_token_id"]
-    ends = set(eos if isinstance(eos, list) else [eos]) | {config.get("bos_token_id")}
+    ends = {*end_tokens(config), config.get("bos_token_id")}
     pad = config.get("pad_token_id")
     if isinstance(pad, int) and pad >= 0 and pad not in ends:
         return pad

@@ -18,7 +18,7 @@ from ..lora import STRATEGIES
 from ..lora.embedding import MultiLoraEmbedding
 from ..lora.linear import MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
-from ..lora.strategy import EmbeddingBase, LinearBase
+from ..lora.strategy import EmbeddingBase, LinearBase, Sizes
 from ..plan import Plan
 from ..tensors import TORCH_DTYPES, to_torch
 
@@ -188,7 +188,9 @@ def _build(
     }
     rows = len(layer.slices) * layer.max_rank
     torch_dtype = TORCH_DTYPES[plan.spec.export.dtype]
-    strategy = STRATEGIES[layer.strategy](plan.num_slots, rows, layer.in_features, torch_dtype)
+    strategy = STRATEGIES[layer.strategy](
+        Sizes(plan.num_slots, rows, layer.in_features, torch_dtype)
+    )
     make_base = EmbeddingBase if layer.kind == "embedding" else LinearBase
     torch_bias = None if bias is None else to_torch(bias)
     whole_base = make_base(to_torch(weight), torch_bias)

@@ -28,7 +28,7 @@ from ..lora import STRATEGIES
 from ..lora.blended import Blended
 from ..lora.rows import RowBlend, RowSlots
 from ..lora.strategy import Base as SiteBase
-from ..lora.strategy import LinearBase
+from ..lora.strategy import LinearBase, Sizes
 from ..plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
 from .layers import Base, SiteWeights, digest_of
@@ -233,7 +233,7 @@ def _replace_sites(
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]
         rows = len(layer.slices) * layer.max_rank
-        lora = make(num_slots, rows, layer.in_features, weight.dtype)
+        lora = make(Sizes(num_slots, rows, layer.in_features, weight.dtype))
     factor = float(getattr(modules[0], "embed_scale", 1.0))
     whole = ModelSite(base, lora, layer, context, factor)
     for part in layer.slices:

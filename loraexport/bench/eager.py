@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loraexport_runtime.manifest import Layer
 
 from ..bases.sites import ModelSite
 from ..lora.segmented import add_segmented_lora
-from ..lora.strategy import Base, Routing, Strategy
+from ..lora.strategy import Base, Routing, Sizes, Strategy
 from ..quiet import quiet_models
 from .contest import CannotRun
 
@@ -21,8 +22,9 @@ class LoopOverStacks(Strategy):
     Routing: (seg_indptr, seg_slots), on the CPU. B holds the scaling, so that every alpha is 1.
     """
 
-    def __init__(self, num_slots: int, layer: Layer) -> None:
-        super().__init__(num_slots, len(layer.slices) * layer.max_rank, layer.in_features)
+    def __init__(self, num_slots: int, layer: Layer, dtype: torch.dtype) -> None:
+        rows = len(layer.slices) * layer.max_rank
+        super().__init__(Sizes(num_slots, rows, layer.in_features, dtype))
         self._rank = layer.max_rank
         self._columns = [part.offset for part in layer.slices] + [layer.out_features]
 
@@ -55,7 +57,8 @@ def with_loop(model: nn.Module, layers: Sequence[Layer], num_slots: int) -> Any:
         if isinstance(site, ModelSite):
             if site.is_embedding:
                 raise CannotRun("its sites have an embedding, for which there is no such loop here")
-            site.lora = LoopOverStacks(num_slots, by_name[site.name])
+            assert site.lora is not None, "every site of the benchmark has LoRA"
+            site.lora = LoopOverStacks(num_slots, by_name[site.name], site.lora.dtype)
     return model
 
 

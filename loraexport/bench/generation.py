@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loraexport_runtime.driven import DrivenEngine
+from loraexport_runtime.genai_config import GENAI_CONFIG, read_genai_config
 
 from ..bases.generator import adapt_config
 from ..bases.grafted import find_sites, load_base, load_graph
@@ -63,8 +64,7 @@ class _Decoder:
         spec = model_spec(workload, lab, adapters, rank)
         self.plan = make_plan(spec, lab.folder)
         self.folders = self._export(lab.folder / f"graphs-{rank}-{adapters}")
-        config = self.folders["mixed"] / "genai_config.json"
-        self.config: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["model"]
+        self.config: dict[str, Any] = read_genai_config(self.folders["mixed"])["model"]
         self.genai, self.graph = cache(self._genai), cache(self._graph)
         self.engine = cache(self._engine)
 
@@ -74,7 +74,7 @@ class _Decoder:
         folders = {name: folder / name for name in ("base", "mixed")}
         model = load_graph(self.plan, folders["mixed"])
         self.pad = adapt_config(folders["mixed"])
-        self._set_threads(folders["mixed"] / "genai_config.json")
+        self._set_threads(folders["mixed"] / GENAI_CONFIG)
         shutil.copytree(folders["mixed"], folders["base"])
         save_grafted(model, folders["base"] / "model.onnx")
         sites = find_sites(self.plan, model)

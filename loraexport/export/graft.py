@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..lora.masked import Masked
-from ..lora.strategy import Base
+from ..lora.strategy import Base, Sizes
 from ..tensors import TORCH_DTYPES
 from .graph_sites import Graft, Layout, take_place
 from .onnx import export_program, make_overridable
@@ -43,9 +43,9 @@ class _Given(Base):
 class _Site(nn.Module):
     """y' = y + where(own, x A^T, 0) B for one layer, y in one part or one per slice."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int, in_features: int) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.lora = Masked(num_slots, rows_per_slot, in_features)
+        self.lora = Masked(sizes)
 
     def forward(self, x: Tensor, own: Tensor, a: Tensor, b: Tensor, ys: list[Tensor]) -> Any:
         """x [batch, n, in], own bool [batch, 1, S * W], ys [batch, n, out] -> the same as ys.
@@ -63,9 +63,9 @@ class _Site(nn.Module):
 class _Route(nn.Module):
     """Which columns of the stacks are each row's own."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int, layout: Layout) -> None:
+    def __init__(self, sizes: Sizes, layout: Layout) -> None:
         super().__init__()
-        self.lora = Masked(num_slots, rows_per_slot, 1)
+        self.lora = Masked(sizes)
         self._layout = layout
 
     def forward(self, adapter_ids: Tensor, x: Tensor | None = None) -> Tensor:
@@ -146,7 +146,7 @@ class _Parts:
             if is_flat:
                 arguments.append(torch.zeros(21, size, dtype=self._dtype))
                 shapes.append({0: _ROWS})
-            route = _Route(self._num_slots, rows, one.layout)
+            route = _Route(Sizes(self._num_slots, rows, size, self._dtype), one.layout)
             self._add(name, route, tuple(arguments), tuple(shapes))
         return self._call(name, [adapter_ids, x] if is_flat else [adapter_ids], 1)
 
@@ -176,7 +176,8 @@ class _Parts:
                 [torch.zeros(*lead, width, dtype=self._dtype) for width in widths],
             )
             shapes = (row, own_row, None, None, [row] * len(widths))
-            self._add(name, _Site(self._num_slots, rows, size), arguments, shapes)
+            sizes = Sizes(self._num_slots, rows, size, self._dtype)
+            self._add(name, _Site(sizes), arguments, shapes)
         ys = [node.outputs[0] for node in one.nodes]
         return self._call(name, [x, own, a, b, *ys], len(ys))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .masked import Masked
-from .strategy import Base, Routing
+from .strategy import Base, Routing, Sizes
 
 
 class BaseExpand(nn.Module):
@@ -24,14 +24,8 @@ class BaseExpand(nn.Module):
 class Augmented(Masked):
     """See the module's formula; routing as in Masked. An embedding has no such product."""
 
-    def __init__(
-        self,
-        num_slots: int,
-        rows_per_slot: int,
-        in_features: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features, dtype)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
         self.base_expand = BaseExpand()
 
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .masked import Masked
-from .strategy import Base, Routing
+from .strategy import Base, Routing, Sizes
 
 
 class Weigh(nn.Module):
@@ -19,14 +19,8 @@ class Weigh(nn.Module):
 class Blended(Masked):
     """See the module's formula. Routing: (weights of the stack's columns [T, S * W],)."""
 
-    def __init__(
-        self,
-        num_slots: int,
-        rows_per_slot: int,
-        in_features: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features, dtype)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
         self.weigh = Weigh()
 
     def route_rows(self, slots: Tensor, per_row: int) -> Routing:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .segments import TokenSegments
-from .strategy import Base, Gather, Routing, Strategy
+from .strategy import Base, Gather, Routing, Sizes, Strategy
 
 CHUNK = 64
 
@@ -88,19 +88,12 @@ class ChunkExpand(nn.Module):
 class Chunked(Strategy):
     """See the module's formula. Routing: what ChunkLayout gives."""
 
-    def __init__(
-        self,
-        num_slots: int,
-        rows_per_slot: int,
-        in_features: int,
-        dtype: torch.dtype = torch.float32,
-        chunk: int = CHUNK,
-    ) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features, dtype)
-        self.layout = ChunkLayout(chunk)
-        self.gather = Gather(in_features)
-        self.shrink = ChunkShrink(num_slots)
-        self.expand = ChunkExpand(num_slots)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+        self.layout = ChunkLayout(CHUNK)
+        self.gather = Gather(sizes.in_features)
+        self.shrink = ChunkShrink(sizes.num_slots)
+        self.expand = ChunkExpand(sizes.num_slots)
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         return self.layout(seg_indptr, seg_slots, num_tokens)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loraexport_runtime.manifest import BIAS_ROWS
 
 from .segments import TokenSlots
-from .strategy import Base, Expand, Gather, Routing, Shrink, Strategy
+from .strategy import Base, Expand, Gather, Routing, Shrink, Sizes, Strategy
 
 
 class Own(nn.Module):
@@ -41,18 +41,12 @@ class Masked(Strategy):
     Routing: (slots int64 [T], own bool [T, S * W], ones [T, 8] for layers that are augmented).
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        rows_per_slot: int,
-        in_features: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features, dtype)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
         self.slots = TokenSlots()
-        self.own = Own(num_slots, rows_per_slot)
+        self.own = Own(sizes.num_slots, sizes.rows_per_slot)
         self.shrink = Shrink()
-        self.gather = Gather(in_features)
+        self.gather = Gather(sizes.in_features)
         self.select = Select()
         self.expand = Expand()
 

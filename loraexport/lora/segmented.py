@@ -23,7 +23,7 @@ from loraexport_runtime.manifest import Layer
 
 from ..tensors import to_torch
 from .segments import TokenSlots
-from .strategy import Base, Expand, Gather, Routing, Shrink, Strategy
+from .strategy import Base, Expand, Gather, Routing, Shrink, Sizes, Strategy
 
 
 def add_segmented_lora(
@@ -217,17 +217,11 @@ class Segmented(Strategy):
     Routing: (slots int64 [T],). Sizes depend on values, so CUDA graphs cannot capture it.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        rows_per_slot: int,
-        in_features: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(num_slots, rows_per_slot, in_features, dtype)
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
         self.slots = TokenSlots()
         self.rows = OwnRows()
-        self.gather = Gather(in_features)
+        self.gather = Gather(sizes.in_features)
         self.shrink = Shrink()
         self.expand = Expand()
         self.reorder = Reorder()

@@ -5,12 +5,25 @@ Stacks: a [S * W, in] (embedding: [S * vocabulary, W]), b [S * W, out]; scaling 
 Slot s, counted from 1, owns the block s - 1 of whole rows; slot 0 is the base and has none.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, addmm, nn
 
 Routing = tuple[Tensor, ...]
 """What a strategy derives from the segments, once for all layers that share them."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a strategy knows of its layer and its stacks."""
+
+    num_slots: int
+    rows_per_slot: int
+    in_features: int
+    dtype: torch.dtype
+    """Of x and of the stacks."""
 
 
 class Base(nn.Module):
@@ -45,19 +58,12 @@ class EmbeddingBase(Base):
 class Strategy(nn.Module):
     """How a mixed batch is computed: `route` once per batch, then any number of layers."""
 
-    def __init__(
-        self,
-        num_slots: int,
-        rows_per_slot: int,
-        in_features: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """`dtype`: of x and of the stacks."""
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.num_slots = num_slots
-        self.rows_per_slot = rows_per_slot
-        self.in_features = in_features
-        self.dtype = dtype
+        self.num_slots = sizes.num_slots
+        self.rows_per_slot = sizes.rows_per_slot
+        self.in_features = sizes.in_features
+        self.dtype = sizes.dtype
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         """From segments: seg_indptr int64 [n + 1], seg_slots int64 [n]."""

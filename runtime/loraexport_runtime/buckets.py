@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .binding import run_bound
-from .devices import NUMPY_DTYPES, ONNX_TYPES, host_value, rows_view
+from .devices import NUMPY_DTYPES, ONNX_TYPES, graph_options, host_value, rows_view
 from .errors import InputError, ProviderError
 from .manifest import Manifest
 
@@ -143,14 +143,14 @@ class Replays:
         """`capture`: False on a device without CUDA graphs, where buckets run as they are."""
         self.capture = capture
         self.lock = threading.Lock()
-        self.plain_options = _options(-1) if capture else None
+        self.plain_options = graph_options(-1) if capture else None
         self._ids = count(1)
         self._mine = threading.local()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-replay")
 
     def next_options(self) -> ort.RunOptions | None:
         """For the graph of a new bucket; no id is given twice."""
-        return _options(next(self._ids)) if self.capture else None
+        return graph_options(next(self._ids)) if self.capture else None
 
     def warm_up(self, bucket: Bucket) -> None:
         """Capture a bucket. Hold `lock`.
@@ -196,13 +196,6 @@ class Replays:
 
 def _run(bucket: Bucket) -> None:
     bucket.session.run_with_iobinding(bucket.binding, bucket.options)
-
-
-def _options(graph_id: int) -> ort.RunOptions:
-    """-1: not captured."""
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph_id))
-    return options
 
 
 def check_capturable(manifest: Manifest) -> None:

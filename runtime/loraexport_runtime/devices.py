@@ -87,6 +87,13 @@ def with_cuda_graphs(
     ]
 
 
+def graph_options(graph_id: int) -> ort.RunOptions:
+    """For a run of a session that may capture: replay, or capture, this graph; -1: neither."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options
+
+
 def require_device(device: tuple[str, int]) -> None:
     """Raise ProviderError unless memory can be had on a device; names what is missing."""
     if device[0] == "cpu":

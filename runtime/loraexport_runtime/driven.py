@@ -5,7 +5,6 @@ takes one token of a row then. Here the prompts are read without one and uncaptu
 memory that the captured steps use.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 
 from . import devices
 from .errors import ProviderError
+from .genai_config import read_genai_config
 from .kv_cache import Cache, Step, read_graph
 from .sampling import Sampling, choose
 from .top_tokens import BoundTopTokens, TopTokens
@@ -45,17 +45,17 @@ class DrivenEngine:
         Raises:
             ProviderError: the provider cannot run here, or cannot capture this graph.
         """
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        config = read_genai_config(folder)
         if not config["search"].get("past_present_share_buffer"):
             raise ProviderError(
                 f"{folder}: past and present of this graph do not share a buffer, so its steps"
                 " cannot be captured; pass cuda_graphs=False"
             )
         decoder = config["model"]["decoder"]
-        options = {"enable_cuda_graph": "1"} if capture else {}
-        pairs = devices.normalise_providers([(provider, options)])
-        device = devices.session_device(pairs[0])
+        plain = devices.normalise_providers([provider])
+        device = devices.session_device(plain[0])
         devices.require_device(device)
+        pairs = devices.with_cuda_graphs(plain) if capture else plain
         try:
             session = devices.open_session(folder / decoder["filename"], pairs, {}, None)
         except ProviderError as error:
@@ -65,7 +65,7 @@ class DrivenEngine:
                 f"{error}. If its steps cannot be captured, pass cuda_graphs=False"
             ) from error
         self._graph = read_graph(session, decoder, device, capture)
-        graph, plain = self._graph, devices.normalise_providers([provider])
+        graph = self._graph
         self._top = TopTokens(graph.logits_dtype, graph.vocabulary, plain)
         self._pad = pad
         self._context = int(config["model"]["context_length"])

@@ -17,6 +17,7 @@ from .batch import read_rows
 from .driven import DrivenEngine
 from .errors import ArtifactError, InputError, ProviderError, UnknownAdapterError
 from .genai import GenaiEngine, open_tokenizer
+from .genai_config import end_tokens, read_genai_config
 from .manifest import Generator, Manifest, resolve
 from .opening import open_artifact
 from .sampling import Sampling
@@ -124,9 +125,8 @@ class TextGenerator:
             self._engine = DrivenEngine(where, self._pad, provider, capture=provider == "cuda")
         else:
             self._engine = GenaiEngine(where, self._pad, provider)
-        config = json.loads((where / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        ends = config["eos_token_id"]
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        config = read_genai_config(where)["model"]
+        self._ends = set(end_tokens(config))
         self._context = int(config["context_length"])
         self._vocabulary = int(config["vocab_size"])
         self._has_template = self._finds_template()

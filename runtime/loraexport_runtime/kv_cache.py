@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .devices import NUMPY_DTYPES, ONNX_TYPES, host_value
+from .devices import NUMPY_DTYPES, ONNX_TYPES, graph_options, host_value
 from .top_tokens import BoundTopTokens, TopTokens
 
 _DTYPES = {
@@ -43,14 +43,6 @@ class DecoderGraph:
     def allocate(self, shape: list[int], dtype: str) -> ort.OrtValue:
         """Memory on the session's device."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[dtype], *self.device)
-
-    def run_options(self, graph_id: int | None) -> ort.RunOptions | None:
-        """-1: a run is not captured."""
-        if not self.capture:
-            return None
-        options = ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        return options
 
     def next_graph_id(self) -> int:
         """For a graph to capture; none is given twice, as none may be replayed on other memory."""
@@ -156,7 +148,7 @@ class Step:
         }
         self._logits = graph.allocate([rows, 1, graph.vocabulary], graph.logits_dtype)
         self._binding = self._bind(self._inputs, int(self._logits.data_ptr()), 1)
-        self._options = graph.run_options(self.graph_id)
+        self._options = None if self.graph_id is None else graph_options(self.graph_id)
         self._top: dict[int, BoundTopTokens] = {}
 
     def top(self, tokens: TopTokens, num: int) -> BoundTopTokens:
@@ -196,7 +188,8 @@ class Step:
             self._inputs["adapter_ids"].update_inplace(adapter_ids)
         values = {name: host_value(feeds[name], "int64") for name in self._inputs}
         binding = self._bind(values, logits, ids.shape[1])
-        graph.session.run_with_iobinding(binding, graph.run_options(-1))
+        options = graph_options(-1) if graph.capture else None
+        graph.session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
 
     def run(self, ids: np.ndarray, lengths: np.ndarray) -> None:

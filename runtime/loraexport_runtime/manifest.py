@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin
 
 from .errors import ArtifactError
+from .genai_config import GENAI_CONFIG
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -137,7 +138,7 @@ class Generator:
 
     def files(self) -> list[str]:
         """The paths that a generator cannot do without."""
-        return [self.onnx, f"{self.folder}/genai_config.json"]
+        return [self.onnx, f"{self.folder}/{GENAI_CONFIG}"]
 
 
 @dataclass(frozen=True)
