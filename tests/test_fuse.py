@@ -98,6 +98,31 @@ def test_it_computes_the_same(scale: float) -> None:
     np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("used_twice", "left"), [(False, False), (True, False), (False, True)])
+def test_a_gelu_takes_the_bias_that_was_added_before_it(used_twice: bool, left: bool) -> None:
+    random = np.random.default_rng(1)
+    bias = numpy_helper.from_array(random.standard_normal(WIDTH).astype(np.float32), "bias")
+    inputs = ["bias", "x"] if left else ["x", "bias"]
+    nodes = [helper.make_node("Add", inputs, ["s"]), helper.make_node("Gelu", ["s"], ["g"])]
+    nodes.append(helper.make_node("Neg", ["g"], ["y"]))
+    names = ["x", "y", *["s"] * used_twice]
+    x, *outputs = (
+        helper.make_tensor_value_info(one, TensorProto.FLOAT, ["b", WIDTH]) for one in names
+    )
+    graph = helper.make_graph(nodes, "g", [x], outputs, [bias])
+    opsets = [helper.make_opsetid("", 23)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    proto = onnx.shape_inference.infer_shapes(proto)
+    feeds = {"x": random.standard_normal((3, WIDTH)).astype(np.float32)}
+    expected = ort.InferenceSession(proto.SerializeToString()).run(["y"], feeds)[0]
+    model = ir.from_proto(proto)
+    fuse(model)
+    kinds = [node.op_type for node in model.graph]
+    assert kinds == ["Add"] * used_twice + ["BiasGelu", "Neg"]
+    found = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(["y"], feeds)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("more", [{"is_causal": 1}, {"softcap": 2.0}])
 def test_what_the_fused_one_cannot_do_stays(more: dict[str, Any]) -> None:
     model = attention(**more)

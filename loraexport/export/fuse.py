@@ -2,8 +2,8 @@
 
 Attention of [batch, heads, n, size] with a bool mask becomes MultiHeadAttention of
 [batch, n, heads * size] with the mask as an addend: no transposes, and on CUDA a flash kernel,
-where the other makes the mask an addend anew in every layer. Gelu becomes BiasGelu with a bias of
-zeros, whose kernel is vectorized. Both are float32's and float16's alone.
+where the other makes the mask an addend anew in every layer. Gelu becomes BiasGelu, whose kernel is
+vectorized, with the bias that was added before it or zeros. Both are float32's and float16's alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -129,13 +129,28 @@ def _fuse_gelu(
     if not isinstance(width, int):
         return
     assert x.dtype is not None, "it is one of two"
-    if (x.dtype, width) not in zeros:
-        array = np.zeros(width, x.dtype.numpy())
-        zeros[x.dtype, width] = ir.Value(name=f"gelu/{width}", const_value=ir.tensor(array))
-        graph.initializers.add(zeros[x.dtype, width])
-    fused = _node("BiasGelu", [x, zeros[x.dtype, width]], {}, node)
+    plain, bias = _added_bias(x, width)
+    if bias is None:
+        if (x.dtype, width) not in zeros:
+            array = np.zeros(width, x.dtype.numpy())
+            zeros[x.dtype, width] = ir.Value(name=f"gelu/{width}", const_value=ir.tensor(array))
+            graph.initializers.add(zeros[x.dtype, width])
+        bias = zeros[x.dtype, width]
+    fused = _node("BiasGelu", [plain, bias], {}, node)
     graph.insert_after(node, fused)
     _replace(node.outputs[0], fused.outputs[0])
+
+
+def _added_bias(x: ir.Value, width: int) -> tuple[ir.Value, ir.Value | None]:
+    """(y, b), where x is y + b for an initializer b [width] and nothing else; else (x, None)."""
+    add = x.producer()
+    if add is not None and add.op_type == "Add" and add.domain == "" and len(x.uses()) == 1:
+        for y, bias in (add.inputs, add.inputs[::-1]):
+            assert y is not None, "an Add has two inputs"
+            assert bias is not None, "an Add has two inputs"
+            if bias.is_initializer() and not bias.is_graph_input() and bias.shape == [width]:
+                return y, bias
+    return x, None
 
 
 def _replace(old: ir.Value, new: ir.Value) -> None:
