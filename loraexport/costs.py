@@ -50,6 +50,11 @@ class Costs(BaseModel):
         kernels, gbytes, gflops = work(strategy, shape)
         return self.launch * kernels + self.gbyte * gbytes + self.gflop * gflops
 
+    def is_apart(self, shape: Shape, slices: int) -> bool:
+        """Whether a product for each slice costs less than one for all, and y's split after it."""
+        moved = 2 * shape.tokens * shape.out_features * shape.bytes_per_value
+        return self.launch * (slices - 1) < self.launch + self.gbyte * moved / 1e9
+
 
 def read_costs(path: Path = COSTS_FILE) -> Costs:
     """Raises UsageError for a file that is none of `loraexport bench --calibrate`."""

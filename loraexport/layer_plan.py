@@ -1,7 +1,7 @@
 """One layer of a plan: where its tensors are, which strategy and why, its stacks and costs."""
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -54,15 +54,17 @@ def choose_strategy(
 ) -> tuple[Strategy, str]:
     """The strategy of a layer, and why.
 
-    `auto` takes what costs least on the GPU that `tune` names (see costs.py): of a whole model
-    masked or augmented, which share their mask, of a single layer chunked too. On a CPU masked
-    costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
+    `auto` takes what costs least on the GPU that `tune` names (see costs.py): of a whole model or
+    a decoder masked or augmented, which share their mask, of a single layer chunked too. On a CPU
+    masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
-    asked, tune = spec.export.strategy, spec.export.tune
+    asked, tune, tokens = spec.export.strategy, spec.export.tune, spec.typical_tokens
     if spec.export.blend:
         return "masked", "the mask holds each row's weights of the slots"
-    if spec.base.kind in ("causal_lm", "onnx"):
-        return "masked", "it joins a graph that exists, with one mask for every site"
+    if spec.base.kind == "onnx":
+        return "masked", "it joins a graph that exists, whose products stay as they are"
+    if spec.base.kind == "causal_lm" and spec.base.weights == "int4":
+        return "masked", "a product of int4 weights cannot take B too"
     if asked == "augmented" and kind == "embedding":
         return "masked", "an embedding has no [W ; B] product; masked is its nearest form"
     if asked != "auto":
@@ -73,7 +75,7 @@ def choose_strategy(
         return "masked", "its shrink is a gather, so only the expand is a product"
     costs = tune.costs or read_costs()
     size = BYTES_PER_VALUE[spec.export.dtype]
-    shape = Shape(tune.tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
+    shape = Shape(tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
     candidates: list[Strategy] = ["augmented", "masked"]
     if spec.base.kind == "layers":
         candidates.append("chunked")
@@ -81,7 +83,7 @@ def choose_strategy(
     best, *others = sorted(candidates, key=lambda one: added[one])
     rest = ", ".join(f"{one} {added[one]:.1f}" for one in others)
     return best, (
-        f"least by the costs of one {costs.device} for {tune.tokens} tokens and {num_slots} slots:"
+        f"least by the costs of one {costs.device} for {tokens} tokens and {num_slots} slots:"
         f" {added[best]:.1f} us over the base; {rest}"
     )
 
@@ -166,10 +168,15 @@ def make_layer_plan(
     )
     if strategy == "augmented" and set(roles) != set(LORA):
         strategy, reason = "masked", "a slot's own base parameters leave no [W ; B] product"
-    stacks = _stacks(layer, strategy, num_slots, rows, roles, has_bias)
-    has_base_rows = any(stack.row_offset for stack in stacks)
-    graph = layer.name if spec.base.kind == "layers" else "model"
     size = BYTES_PER_VALUE[spec.export.dtype]
+    widths = [size_out]
+    if strategy == "augmented" and spec.base.kind == "transformers":
+        shape = Shape(spec.typical_tokens, size_in, size_out, num_slots, rows, size)
+        if (spec.export.tune.costs or read_costs()).is_apart(shape, len(layer.slices)):
+            widths = [part.width for part in layer.slices]
+    stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias)
+    in_file = any(stack.row_offset for stack in stacks) and spec.base.kind != "causal_lm"
+    graph = layer.name if spec.base.kind == "layers" else "model"
     is_embedding = layer.kind == "embedding"
     lora_flops = 2 * rows * (size_out if is_embedding else size_in + size_out)
     slot_values = sum(stack.rows_per_slot * stack.shape[1] for stack in stacks)
@@ -178,7 +185,7 @@ def make_layer_plan(
             layer,
             strategy=strategy,
             stacks=stacks,
-            base_rows=f"graphs/{graph}.base.safetensors" if has_base_rows else None,
+            base_rows=f"graphs/{graph}.base.safetensors" if in_file else None,
         ),
         sources=sources,
         fan_in_fan_out=fan_in_fan_out,
@@ -192,16 +199,21 @@ def make_layer_plan(
     )
 
 
-def _stacks(
+def make_stacks(
     layer: Layer,
     strategy: Strategy,
     num_slots: int,
-    rows: int,
-    roles: Collection[str],
-    has_bias: bool,
+    widths: Sequence[int],
+    roles: Collection[str] = LORA,
+    has_bias: bool = False,
 ) -> tuple[Stack, ...]:
-    """The overridable initializers of a layer; every slot is one block of whole rows."""
+    """The overridable initializers of a layer; every slot is one block of whole rows.
+
+    Args:
+        widths: the columns of each stack of role lora_B, side by side.
+    """
     size_in, size_out = layer.in_features, layer.out_features
+    rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
     offset = size_in + BIAS_ROWS * has_bias if strategy == "augmented" else 0
     # Role -> width, rows of a slot, rows of the base ahead of them.
     sizes = {
@@ -212,13 +224,15 @@ def _stacks(
         "weight": (size_in, size_out, size_out),
     }
     stacks = []
-    for role, (width, per_slot, ahead) in sizes.items():
+    for role, (whole, per_slot, ahead) in sizes.items():
         if role in roles:
-            name = f"{layer.name}.weight_lora_B" if role == "lora_B" and ahead else None
-            shape = (ahead + num_slots * per_slot, width)
-            stacks.append(
-                Stack(name or f"{layer.name}.{role}", role, shape, per_slot, ahead)  # type: ignore[arg-type]
-            )
+            name = f"{layer.name}.{'weight_lora_B' if role == 'lora_B' and ahead else role}"
+            left = 0
+            for index, width in enumerate(widths if role == "lora_B" else [whole]):
+                shape = (ahead + num_slots * per_slot, width)
+                end = f".{index}" if width < whole else ""
+                stacks.append(Stack(f"{name}{end}", role, shape, per_slot, ahead, left))  # type: ignore[arg-type]
+                left += width
     return tuple(stacks)
 
 

@@ -20,7 +20,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
         "dtype": plan.spec.export.dtype,
         "slots": plan.num_slots,
         "max_rank": plan.max_rank,
-        "tokens": plan.spec.export.tune.tokens,
+        "tokens": plan.spec.typical_tokens,
         "adapters": [
             {
                 "name": adapter.name,
@@ -32,7 +32,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             }
             for adapter in plan.adapters
         ],
-        "layers": [_layer_dict(one, plan.spec.export.tune.tokens) for one in plan.layers],
+        "layers": [_layer_dict(one, plan.spec.typical_tokens) for one in plan.layers],
     }
 
 
@@ -52,8 +52,10 @@ def print_plan(plan: Plan, console: Console) -> None:
             print_line(console, f"  {layer['name']}: {', '.join(layer['sites'])}")
     shared = Counter(_pattern(one["name"]) for one in data["layers"] if len(one["sites"]) > 1)
     if plan.spec.base.kind != "layers" and shared:
-        # The products of a graph that is grafted are as they were.
-        products = " and one base product" if plan.spec.base.kind == "transformers" else ""
+        # The products of a graph that is grafted are as they were, and slices may have one each.
+        one_each = any(layer["stacks"].count("lora_B") > 1 for layer in data["layers"])
+        is_one = plan.spec.base.kind == "transformers" and not one_each
+        products = " and one base product" if is_one else ""
         print_line(console, f"One input, so one shrink{products} for all:")
         for name, count in shared.items():
             print_line(console, f"  {name} ({count} times)")

@@ -164,7 +164,11 @@ class TuneSpec(_Model):
     """What strategy `auto` optimises for."""
 
     device: Literal["cpu", "cuda"] = "cuda"
-    tokens: Size = Field(512, description="tokens of a typical batch, all rows together")
+    tokens: Size | None = Field(
+        None,
+        description="tokens of a typical batch, all rows together; default 512, or for a decoder"
+        " 32: one for each row of a step",
+    )
     costs: Costs | None = Field(
         None, description="of your GPU, from loraexport bench --calibrate; default: an H200's"
     )
@@ -219,6 +223,11 @@ class Spec(_Model):
     )
     export: ExportSpec = ExportSpec()
     parity: ParitySpec = ParitySpec()
+
+    @property
+    def typical_tokens(self) -> int:
+        """Of a batch, all rows together; a decoder's is a step."""
+        return self.export.tune.tokens or (32 if self.base.kind == "causal_lm" else 512)
 
     def to_yaml(self) -> str:
         """The resolved spec: every default written out."""

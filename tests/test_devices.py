@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 from loraexport_runtime.devices import ONNX_TYPES, StackBuffer, host_value, rows_view
 from loraexport_runtime.manifest import Stack
 
-STACK = Stack("layer.lora_B", "lora_B", (6, 3), rows_per_slot=2, row_offset=2)
+STACK = Stack("layer.lora_B", "lora_B", (6, 3), rows_per_slot=2, row_offset=2, column_offset=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -23,6 +23,8 @@ INPUTS = {
     "token_type_ids": np.zeros((3, 4), np.int64),
 }
 EVERYWHERE: dict[str, Any] = {"sites": "all-linear", "export": {"formats": ["onnx"]}}
+SCALES = {"sql": 1.0, "chat": 0.5}  # of the specs that conftest writes
+BYTES_ALONE = {"device": "one", "launch": 0.0, "gbyte": 1.0, "gflop": 0.0}
 _share = model_plan.share_inputs
 
 
@@ -32,13 +34,20 @@ def _apart(skeleton: Any, lora: Collection[str], heads: Mapping[str, Any]) -> li
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same spec with shared products and without."""
+    """The same spec with shared products, with a product for each over one [x | h], and without."""
     found = {}
-    for name, share in (("fused", _share), ("apart", _apart)):
+    tune = {"costs": BYTES_ALONE}
+    costs = {"export": {"formats": ["onnx"], "strategy": "augmented", "tune": tune}}
+    for name, share, more in (
+        ("fused", _share, {}),
+        ("beside", _share, costs),
+        ("apart", _apart, {}),
+    ):
         folder = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model_plan, "share_inputs", share)
-            found[name] = build(write_model_project(folder, **EVERYWHERE), folder / "out")[0]
+            spec = write_model_project(folder, **(EVERYWHERE | more))
+            found[name] = build(spec, folder / "out")[0]
     return found
 
 
@@ -49,7 +58,8 @@ def test_fused_sites_give_what_they_give_apart(artifacts: dict[str, Path]) -> No
         assert isinstance(session, ModelSession)
         y = session.run(INPUTS, adapters=["sql", None, "chat"])["last_hidden_state"]
         outputs[name] = y[INPUTS["attention_mask"] == 1]
-    np.testing.assert_allclose(outputs["fused"], outputs["apart"], rtol=1e-5, atol=1e-5)
+    for name in ("fused", "beside"):
+        np.testing.assert_allclose(outputs[name], outputs["apart"], rtol=1e-5, atol=1e-5)
 
 
 def test_three_sites_take_one_shrink_and_one_base_product(artifacts: dict[str, Path]) -> None:
@@ -58,8 +68,28 @@ def test_three_sites_take_one_shrink_and_one_base_product(artifacts: dict[str, P
         graph = onnx.load(artifact / "graphs/model.onnx").graph
         kinds = [node.op_type for node in graph.node]
         products[name] = kinds.count("Gemm") + kinds.count("MatMul")
+        assert kinds.count("Split") == (2 if name == "fused" else 0)
     # Two layers; q, k and v each had a shrink, and a product of base and expand (augmented).
     assert products["apart"] - products["fused"] == 2 * 2 * (3 - 1)
+    assert products["apart"] - products["beside"] == 2 * (3 - 1)
+
+
+def test_an_adapter_is_loaded_into_stacks_side_by_side(artifacts: dict[str, Path]) -> None:
+    folder = artifacts["beside"]
+    session = loraexport_runtime.load(folder, threads=1)
+    assert isinstance(session, ModelSession)
+    layer = next(one for one in session.manifest.layers if len(one.slices) == 3)
+    b = [stack for stack in layer.stacks if stack.role == "lora_B"]
+    assert [stack.columns for stack in b] == [slice(0, 32), slice(32, 64), slice(64, 96)]
+    first = session.run(INPUTS, adapters=["sql", None, "chat"])["last_hidden_state"]
+    for name in ("sql", "chat"):
+        session.unload_adapter(name)
+    for name in ("chat", "sql"):  # each in the other's slot
+        session.load_adapter(name, folder / "adapters" / name, scale=SCALES[name])
+    again = session.run(INPUTS, adapters=["sql", None, "chat"])["last_hidden_state"]
+    np.testing.assert_allclose(again, first, rtol=1e-5, atol=1e-5)
+    base = session.run(INPUTS, adapters=[None] * 3)["last_hidden_state"]
+    assert np.abs(base - first)[[0, 2]].max() > 0.01
 
 
 def test_the_plan_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +135,8 @@ def test_a_model_that_cannot_run_without_values_shares_nothing(
 
 def test_every_strategy_serves_fused_sites(tmp_path: Path) -> None:
     for strategy in ("segmented", "augmented", "chunked"):
-        export = {"formats": ["onnx"], "strategy": strategy}
+        export: dict[str, Any] = {"formats": ["torchscript", "onnx"], "strategy": strategy}
+        export["tune"] = {"costs": BYTES_ALONE}
         spec = write_model_project(tmp_path / strategy, **(EVERYWHERE | {"export": export}))
         folder, report = build(spec, tmp_path / "out")
         assert report.status == "passed"

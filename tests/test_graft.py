@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from loraexport.errors import BaseModelError, ExportError
-from loraexport.export.graft import graft
+from loraexport.export.graft import fit_stacks, graft
 from loraexport.export.graph_sites import find_grafts
-from loraexport_runtime.manifest import Layer, Slice, Stack
+from loraexport_runtime.manifest import Layer, Slice, Stack, Strategy
 
 SIZE, VOCABULARY, SLOTS, RANK, BLOCK = 32, 20, 2, 4, 16
 SCALINGS = {1: 0.5, 2: 2.0}
@@ -169,7 +169,13 @@ def _whole() -> Hand:
     return hand
 
 
-def _layer(name: str, sites: dict[str, int], size_in: int = SIZE, num_slots: int = SLOTS) -> Layer:
+def _layer(
+    name: str,
+    sites: dict[str, int],
+    size_in: int = SIZE,
+    num_slots: int = SLOTS,
+    strategy: Strategy = "masked",
+) -> Layer:
     offsets = np.cumsum([0, *sites.values()]).tolist()
     rows, size_out = len(sites) * RANK, offsets[-1]
     return Layer(
@@ -182,10 +188,10 @@ def _layer(name: str, sites: dict[str, int], size_in: int = SIZE, num_slots: int
             for (site, width), offset in zip(sites.items(), offsets, strict=False)
         ),
         max_rank=RANK,
-        strategy="masked",
+        strategy=strategy,
         stacks=(
-            Stack(f"{name}.lora_A", "lora_A", (num_slots * rows, size_in), rows, 0),
-            Stack(f"{name}.lora_B", "lora_B", (num_slots * rows, size_out), rows, 0),
+            Stack(f"{name}.lora_A", "lora_A", (num_slots * rows, size_in), rows, 0, 0),
+            Stack(f"{name}.lora_B", "lora_B", (num_slots * rows, size_out), rows, 0, 0),
         ),
         base_rows=None,
         in_base=True,
@@ -196,9 +202,10 @@ def _layer(name: str, sites: dict[str, int], size_in: int = SIZE, num_slots: int
 
 
 def _fill(layer: Layer, seed: int) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
-    """Random stacks of a layer, and by slot the scaled B A [in, out] in float64."""
-    stacks = {stack.name: np.zeros(stack.shape, np.float32) for stack in layer.stacks}
-    first, second = layer.stacks
+    """The slots' rows of a layer's stacks, and by slot the scaled B A [in, out] in float64."""
+    first, *others = layer.stacks
+    b_rows = np.zeros((SLOTS * first.rows_per_slot, layer.out_features), np.float32)
+    stacks = {first.name: np.zeros(first.shape, np.float32)}
     deltas = {slot: np.zeros((layer.in_features, layer.out_features)) for slot in range(SLOTS + 1)}
     generator = np.random.default_rng([seed, 1])
     for slot, scaling in SCALINGS.items():
@@ -208,10 +215,10 @@ def _fill(layer: Layer, seed: int) -> tuple[dict[str, np.ndarray], dict[int, np.
             rows = slice(*(first.rows(slot).start + RANK * at for at in (index, index + 1)))
             columns = slice(part.offset, part.offset + part.width)
             stacks[first.name][rows] = a
-            stacks[second.name][rows, columns] = scaling * b.T  # powers of two: nothing is rounded
+            b_rows[rows, columns] = scaling * b.T  # powers of two: nothing is rounded
             delta = scaling * b.astype(np.float64) @ a.astype(np.float64)
             deltas[slot][:, columns] = delta.T
-    return stacks, deltas
+    return stacks | {one.name: b_rows[:, one.columns] for one in others}, deltas
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,7 @@ class Grafted:
     hand: Hand
     layers: dict[str, Layer]
     stacks: dict[str, np.ndarray]
+    """As the graph has them, W among them where a layer is augmented."""
     deltas: dict[str, dict[int, np.ndarray]]
     plain: ort.InferenceSession
     session: ort.InferenceSession
@@ -241,20 +249,27 @@ def _open(model: ir.Model) -> tuple[onnx.ModelProto, ort.InferenceSession]:
 OUTPUTS = tuple(name for case in CASES.values() for name in case.outputs)
 
 
-@pytest.fixture(scope="module")
-def grafted() -> Grafted:
+@pytest.fixture(scope="module", params=["masked", "augmented"])
+def grafted(request: pytest.FixtureRequest) -> Grafted:
     hand = _whole()
     model = hand.model(OUTPUTS)
     _, plain = _open(model)
-    layers = {name: _layer(name, case.sites) for name, case in CASES.items()}
+    asked = [_layer(name, case.sites, strategy=request.param) for name, case in CASES.items()]
+    grafts = [fit_stacks(one, SLOTS) for one in find_grafts(model.graph, asked)]
+    layers = dict(zip(CASES, (one.layer for one in grafts), strict=True))
     stacks: dict[str, np.ndarray] = {}
     deltas = {}
     for seed, (name, layer) in enumerate(layers.items()):
         own, deltas[name] = _fill(layer, seed)
         stacks |= own
-    graft(model, find_grafts(model.graph, layers.values()), stacks, SLOTS, "float32")
+    graft(model, grafts, stacks, SLOTS, "float32")
     proto, session = _open(model)
-    return Grafted(hand, layers, stacks, deltas, plain, session, proto)
+    whole = {one.name: numpy_helper.to_array(one) for one in proto.graph.initializer}
+    for layer in layers.values():
+        for stack in layer.stacks:
+            assert whole[stack.name][stack.row_offset :].tobytes() == stacks[stack.name].tobytes()
+    every = {stack: whole[stack] for stack in stacks}
+    return Grafted(hand, layers, every, deltas, plain, session, proto)
 
 
 IDS = np.random.default_rng(1).integers(0, VOCABULARY, (4, 5))
@@ -282,8 +297,10 @@ def test_rows_of_slot_0_are_the_base_bit_for_bit(grafted: Grafted, name: str) ->
     plain = grafted.plain.run(CASES[name].outputs, {"input_ids": IDS})
     alone, mixed = grafted.run(IDS, (0, 0, 0, 0)), grafted.run(IDS, (1, 0, 2, 0))
     for output, base in zip(CASES[name].outputs, plain, strict=True):
-        assert alone[output].tobytes() == base.tobytes()
-        assert mixed[output][[1, 3]].tobytes() == base[[1, 3]].tobytes()
+        if grafted.layers[name].strategy == "masked":
+            assert alone[output].tobytes() == base.tobytes()
+        np.testing.assert_allclose(alone[output], base, rtol=0, atol=1e-6 * np.abs(base).max())
+        assert mixed[output][[1, 3]].tobytes() == alone[output][[1, 3]].tobytes()
 
 
 def test_a_row_does_not_see_the_others(grafted: Grafted) -> None:
@@ -323,9 +340,15 @@ def test_the_graph_that_is_left(grafted: Grafted) -> None:
     names = ["input_ids", "adapter_ids", *grafted.stacks]
     assert [one.name for one in proto.graph.input] == names
     assert [one.name for one in proto.graph.output] == list(OUTPUTS)
-    kept = {one.name: numpy_helper.to_array(one) for one in proto.graph.initializer}
-    for name, value in grafted.stacks.items():
-        assert kept[name].tobytes() == value.tobytes()
+    for layer in grafted.layers.values():
+        for one in layer.stacks:
+            assert grafted.stacks[one.name].shape == one.shape
+    # A weight is in the stack alone, or beside it.
+    kept = {one.name for one in proto.graph.initializer}
+    joined = {name for name, one in grafted.layers.items() if one.strategy == "augmented"}
+    plain = {"matmul", "matmul-add", "packed", "split", "slices"}
+    assert joined in (set(), plain)
+    assert ("model.layers.0.mlp.down_proj.MatMul.weight" in kept) == (not joined)
     inputs = {one.name: one for one in grafted.session.get_inputs()}
     assert (inputs["adapter_ids"].type, inputs["adapter_ids"].shape) == ("tensor(int64)", ["batch"])
     found = [node.op_type for node in proto.graph.node]
@@ -335,7 +358,10 @@ def test_the_graph_that_is_left(grafted: Grafted) -> None:
 
 
 def test_a_stack_that_is_fed_takes_the_place_of_the_graphs(grafted: Grafted) -> None:
-    none = {name: np.zeros_like(value) for name, value in grafted.stacks.items()}
+    none = {name: value.copy() for name, value in grafted.stacks.items()}
+    for layer in grafted.layers.values():
+        for one in layer.stacks:
+            none[one.name][one.row_offset :] = 0
     found, plain = grafted.run(IDS, (1, 2, 1, 2), **none), grafted.run(IDS, (0, 0, 0, 0))
     for name in OUTPUTS:
         np.testing.assert_array_equal(found[name], plain[name])

@@ -37,7 +37,7 @@ def make_layer(*roles: str, widths: tuple[int, ...] = (4,), **changes: Any) -> L
     for role in roles:
         width, per_slot, ahead = sizes[role]
         shape = (ahead + SLOTS * per_slot, width)
-        stacks.append(Stack(f"layer.{role}", role, shape, per_slot, ahead))  # type: ignore[arg-type]
+        stacks.append(Stack(f"layer.{role}", role, shape, per_slot, ahead, 0))  # type: ignore[arg-type]
     parts = [
         Slice(f"site{index}", f"site{index}", sum(widths[:index]), width)
         for index, width in enumerate(widths)
@@ -205,7 +205,7 @@ def test_slots_without_an_adapter_are_as_the_base(role: str) -> None:
 @pytest.mark.parametrize("ahead", [0, SIZE_IN])
 def test_factors_of_a_slot_without_an_adapter_are_zero(ahead: int) -> None:
     """Also where W^T stands ahead of them (augmented)."""
-    stack = Stack("layer.lora_B", "lora_B", (ahead + SLOTS * MAX_RANK, 4), MAX_RANK, ahead)
+    stack = Stack("layer.lora_B", "lora_B", (ahead + SLOTS * MAX_RANK, 4), MAX_RANK, ahead, 0)
     rows, block = draw(ahead, 4), draw(MAX_RANK, 4)
     whole = assemble(stack, FLOAT32, rows if ahead else None, {2: {stack.name: block}})
     np.testing.assert_array_equal(whole, np.concatenate([rows, np.zeros((MAX_RANK, 4)), block]))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ..export.graft import fit_stacks
 from ..export.graph_sites import Graft, find_grafts
 from ..plan import Plan
 from . import causal_lm, onnx_graph
@@ -46,4 +47,5 @@ def find_sites(plan: Plan, model: ir.Model) -> list[Graft]:
     """
     if plan.graph:
         return onnx_graph.find_sites(plan, model, {})
-    return find_grafts(model.graph, [one.layer for one in plan.layers])
+    found = find_grafts(model.graph, [one.layer for one in plan.layers])
+    return [fit_stacks(one, plan.num_slots) for one in found]

@@ -1,8 +1,8 @@
 """`kind: layers`: the planned layers' weights, from a checkpoint or a seed, and their modules."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -141,8 +141,11 @@ def load_adapters(plan: Plan, base: Base) -> dict[str, AdapterWeights]:
     return loaded
 
 
-def pack_adapters(plan: Plan, base: Base) -> dict[str, np.ndarray]:
-    """The initial value of every stack that a graft brings, by name.
+def pack_adapters(plan: Plan, base: Base, layers: Iterable[Layer]) -> dict[str, np.ndarray]:
+    """The slots' rows of every stack that a graft brings, by name; the base's are in its graph.
+
+    Args:
+        layers: the plan's, with the stacks that fit the graph.
 
     Raises:
         WeightsError, AdapterWeightsError: see `load_adapters`.
@@ -150,13 +153,16 @@ def pack_adapters(plan: Plan, base: Base) -> dict[str, np.ndarray]:
     adapters = load_adapters(plan, base)
     dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     stacks: dict[str, np.ndarray] = {}
-    for layer in [one.layer for one in plan.layers]:
+    for layer in layers:
         blocks = {
             one.slot: pack(layer, adapters[one.name], one.scale, dtype)
             for one in plan.adapters
             if one.slot is not None
         }
-        stacks |= {stack.name: assemble(stack, dtype, None, blocks) for stack in layer.stacks}
+        for stack in layer.stacks:
+            rows = (stack.shape[0] - stack.row_offset, stack.shape[1])
+            own = replace(stack, shape=rows, row_offset=0)
+            stacks[stack.name] = assemble(own, dtype, None, blocks)
     return stacks
 
 

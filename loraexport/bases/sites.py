@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from loraexport_runtime.manifest import Layer
 
 from ..errors import BaseModelError
+from ..lora.augmented import Augmented
 from ..lora.rows import RowSlots
-from ..lora.strategy import Base, Routing, Strategy
+from ..lora.strategy import Base, Routing, SliceBases, Strategy
 
 
 class RowContext:
@@ -26,7 +27,7 @@ class RowContext:
         self.stacks: Mapping[str, Tensor] = {}
         self.selector: Tensor = torch.zeros(0)
         self._routings: dict[tuple[bool, int], Routing] = {}
-        self._whole: dict[str, tuple[Tensor, Tensor]] = {}
+        self._whole: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     def begin(
         self, adapter_ids: Tensor, adapter_weights: Tensor | None, stacks: Mapping[str, Tensor]
@@ -46,11 +47,11 @@ class RowContext:
         """Each row's own block of a stack of parameters, [batch, k, n]."""
         return self.rows.parameter(self.selector, self.stacks[stack])
 
-    def once(self, site: "ModelSite", x: Tensor) -> Tensor:
-        """The layer's whole output for x; computed for the first of its slices."""
+    def once(self, site: "ModelSite", x: Tensor) -> list[Tensor]:
+        """The outputs of all slices of a layer for x; computed for the first of them."""
         known = self._whole.get(site.name)
         if known is None or known[0] is not x:
-            known = self._whole[site.name] = (x, site(x))
+            known = self._whole[site.name] = (x, site.slices(x))
         return known[1]
 
 
@@ -119,7 +120,9 @@ class ModelSite(nn.Module):
         self.base = base
         self.lora = lora
         self.is_embedding = layer.kind == "embedding"
-        self._names = {stack.role: stack.name for stack in layer.stacks}
+        self._a = next((one.name for one in layer.stacks if one.role == "lora_A"), "")
+        self._bs = [one.name for one in layer.stacks if one.role == "lora_B"]
+        self._widths = [part.width for part in layer.slices]
         self._context = context
         self._factor = factor
 
@@ -130,24 +133,36 @@ class ModelSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in] or [batch, n, in] -> the same with out for in; ids [batch, n] -> one more
-        dimension, out."""
+        dimension, out. Of a layer of one slice."""
+        (y,) = self.slices(x)
+        return y
+
+    def slices(self, x: Tensor) -> list[Tensor]:
+        """As `forward`, the output of every slice."""
         self._require_rows(x)
         ids = self.is_embedding
         shape = x.shape if ids else x.shape[:-1]
         tokens = x.reshape(-1) if ids else x.reshape(-1, x.shape[-1])
-        y = self._tokens(tokens, shape)
-        y = y * self._factor if self._factor != 1 else y
-        return y.view(*shape, y.shape[-1])
+        ys = self._tokens(tokens, shape)
+        ys = [y * self._factor for y in ys] if self._factor != 1 else ys
+        wide = [y.view(*shape, y.shape[-1]) for y in ys]
+        is_joined = len(wide) < len(self._widths)
+        return list(torch.split(wide[0], self._widths, -1)) if is_joined else wide
 
-    def _tokens(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+    def _tokens(self, tokens: Tensor, shape: torch.Size) -> list[Tensor]:
+        """[T, out], or [T, width] of every slice."""
         if self.lora is None:
-            y: Tensor = self.base(tokens)
-            return y
+            return [self.base(tokens)]
         per_row = shape[1] if len(shape) == 2 else 1
         routing = self._context.routing(self.lora, per_row, len(shape) == 2)
-        a, b = (self._context.stacks[self._names[role]] for role in ("lora_A", "lora_B"))
+        stacks = self._context.stacks
+        a, bs = stacks[self._a], [stacks[name] for name in self._bs]
+        if len(bs) > 1:
+            assert isinstance(self.lora, Augmented), "no other strategy has stacks side by side"
+            assert isinstance(self.base, SliceBases), "it comes with them"
+            return self.lora.slices(tokens, self.base, routing[1], a, bs)
         compute = self.lora.embedding if self.is_embedding else self.lora.linear
-        return compute(tokens, self.base, routing, a, b)
+        return [compute(tokens, self.base, routing, a, bs[0])]
 
     def _require_rows(self, x: Tensor) -> None:
         dims = (1, 2) if self.is_embedding else (2, 3)
@@ -161,10 +176,10 @@ class ModelSite(nn.Module):
 class SlicedSite(nn.Module):
     """One slice of a layer that several sites share, in the place of one of them."""
 
-    def __init__(self, whole: ModelSite, offset: int, width: int, context: RowContext) -> None:
+    def __init__(self, whole: ModelSite, index: int, context: RowContext) -> None:
         super().__init__()
         self.whole = whole
-        self._columns = slice(offset, offset + width)
+        self._index = index
         self._context = context
 
     @property
@@ -174,4 +189,4 @@ class SlicedSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in] or [batch, n, in] -> the same with the slice's width for in."""
-        return self._context.once(self.whole, x)[..., self._columns]
+        return self._context.once(self.whole, x)[self._index]

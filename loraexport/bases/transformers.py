@@ -28,7 +28,7 @@ from ..lora import STRATEGIES
 from ..lora.blended import Blended
 from ..lora.rows import RowBlend, RowSlots
 from ..lora.strategy import Base as SiteBase
-from ..lora.strategy import LinearBase, Sizes
+from ..lora.strategy import LinearBase, Sizes, SliceBases
 from ..plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
 from .layers import Base, SiteWeights, digest_of
@@ -192,7 +192,9 @@ def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarra
                 one = base.sites[part.site]
                 columns = slice(part.offset, part.offset + part.width)
                 if stack.role == "lora_B":
-                    value[:, columns] = one.weight.T
+                    own = slice(part.offset - stack.column_offset, None)
+                    if stack.columns.start <= part.offset < stack.columns.stop:
+                        value[:, own][:, : part.width] = one.weight.T
                 elif stack.role == "weight":
                     value[: len(one.weight)] = one.weight
                 elif stack.role == "bias":
@@ -227,8 +229,10 @@ def _replace_sites(
     elif roles & {"output_scale", "bias"}:
         base = RowLinear(weight, bias, layer, context)
     else:
-        in_stack = any(stack.row_offset for stack in layer.stacks)
-        base = LinearBase(None if in_stack else weight, bias)
+        of_w = [stack.shape[1] for stack in layer.stacks if stack.row_offset]
+        base = LinearBase(None if of_w else weight, bias)
+        if len(of_w) > 1:
+            base = SliceBases([None] * len(of_w) if bias is None else torch.split(bias, of_w))
     lora = None
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]
@@ -236,9 +240,9 @@ def _replace_sites(
         lora = make(Sizes(num_slots, rows, layer.in_features, weight.dtype))
     factor = float(getattr(modules[0], "embed_scale", 1.0))
     whole = ModelSite(base, lora, layer, context, factor)
-    for part in layer.slices:
+    for index, part in enumerate(layer.slices):
         parent, _, child = part.site.rpartition(".")
-        sliced = SlicedSite(whole, part.offset, part.width, context)
+        sliced = SlicedSite(whole, index, context)
         setattr(model.get_submodule(parent), child, whole if len(layer.slices) == 1 else sliced)
 
 

@@ -61,7 +61,7 @@ class _Decoder:
 
     def __init__(self, workload: GenerationWorkload, lab: Lab, adapters: int, rank: int) -> None:
         self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
-        spec = model_spec(workload, lab, adapters, rank)
+        spec = model_spec(workload, lab, adapters, rank, tune={"device": lab.device.kind})
         self.plan = make_plan(spec, lab.folder)
         self.folders = self._export(lab.folder / f"graphs-{rank}-{adapters}")
         self.config: dict[str, Any] = read_genai_config(self.folders["mixed"])["model"]
@@ -70,7 +70,6 @@ class _Decoder:
 
     def _export(self, folder: Path) -> dict[str, Path]:
         """onnxruntime-genai's graph as `base`, and with multi-LoRA grafted into it as `mixed`."""
-        stacks = pack_adapters(self.plan, load_base(self.plan))
         folders = {name: folder / name for name in ("base", "mixed")}
         model = load_graph(self.plan, folders["mixed"])
         self.pad = adapt_config(folders["mixed"])
@@ -78,6 +77,7 @@ class _Decoder:
         shutil.copytree(folders["mixed"], folders["base"])
         save_grafted(model, folders["base"] / "model.onnx")
         sites = find_sites(self.plan, model)
+        stacks = pack_adapters(self.plan, load_base(self.plan), [one.layer for one in sites])
         graft(model, sites, stacks, self.plan.num_slots, self.lab.bench.dtype)
         save_grafted(model, folders["mixed"] / "model.onnx")
         return folders

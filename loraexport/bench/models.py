@@ -60,18 +60,20 @@ class _Model:
 
     def __init__(self, workload: ModelWorkload, lab: Lab, adapters: int, rank: int) -> None:
         self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
-        self.plan = self._plan(adapters)
+        self.plan = self._plan(adapters, workload.shapes[0].num_tokens)
         assert self.plan.model is not None, "the plan is of a whole model"
         self.directory, self.task = self.plan.model.directory, self.plan.model.task
         self.inputs, self.outputs = self.plan.model.inputs, self.plan.model.outputs
         if "input_ids" not in [entry.name for entry in self.inputs]:
             kind = workload.config["model_type"]
             raise UsageError(f"workload {workload.name!r}: {kind!r} is no model of texts")
-        self.modules = load_model(self.plan)[1]
-        self.graph = cache(self._graph)
+        self.mixed, self.graph = cache(self._mixed), cache(self._graph)
+        self.stacks = cache(self._stacks)
 
-    def _plan(self, slots: int, **export: Any) -> Plan:
-        spec = model_spec(self.workload, self.lab, self.adapters, self.rank, **export)
+    def _plan(self, slots: int, tokens: int, **export: Any) -> Plan:
+        """Tuned for the device and so many tokens, as a user would for such batches."""
+        tune = {"device": self.lab.device.kind, "tokens": tokens}
+        spec = model_spec(self.workload, self.lab, self.adapters, self.rank, tune=tune, **export)
         spec = spec.model_copy(update={"adapters": spec.adapters[:slots]})
         return make_plan(spec, self.lab.folder)
 
@@ -89,7 +91,7 @@ class _Model:
         module = MultiLoraModel(model, signature, pooling, context, [], rotary).eval()
         none: dict[str, Any] = {}
         return replace(
-            self.modules,
+            self.mixed(self.workload.shapes[0].num_tokens),
             module=module,
             layers=(),
             stacks=none,
@@ -97,25 +99,27 @@ class _Model:
             output_scales=none,
         )
 
-    def _graph(self, kind: str, captured: bool) -> Graph:
-        """`base`, `mixed`, or `alone`: the mixed graph of one slot."""
-        name = kind if kind == "base" else f"{kind}-{self.rank}-{self.adapters}"
+    def _mixed(self, tokens: int) -> ModelModules:
+        return load_model(self._plan(self.adapters, tokens))[1]
+
+    def _graph(self, kind: str, captured: bool, tokens: int = 0) -> Graph:
+        """`base`, `mixed`, or `alone`: the mixed graph of one slot; tuned for so many tokens."""
+        name = kind if kind == "base" else f"{kind}-{self.rank}-{self.adapters}-{tokens}"
         path = self.lab.folder / f"{name}.onnx"
         if not path.is_file():
             if kind == "alone":
-                modules = load_model(self._plan(1))[1]
+                modules = load_model(self._plan(1, tokens))[1]
             else:
-                modules = self.base if kind == "base" else self.modules
+                modules = self.base if kind == "base" else self.mixed(tokens)
             export_model_onnx(modules, kind, path)
         return Graph(path, self.lab.device, captured)
 
     def on_device(self, stacks: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: to_torch(one).to(self.lab.device.torch) for name, one in stacks.items()}
 
-    @cached_property
-    def stacks(self) -> dict[str, Tensor]:
+    def _stacks(self, tokens: int) -> dict[str, Tensor]:
         """Of the mixed graph."""
-        return self.on_device(self.modules.stacks)
+        return self.on_device(self.mixed(tokens).stacks)
 
     @cached_property
     def base_torch(self) -> nn.Module:
@@ -125,7 +129,8 @@ class _Model:
     @cached_property
     def eager(self) -> tuple[nn.Module, nn.Module, list[Tensor]]:
         """(masked, the seed's loop, the stacks of both), on the device."""
-        modules = load_model(self._plan(self.adapters, strategy="masked"))[1]
+        tokens = self.workload.shapes[0].num_tokens  # of no matter here
+        modules = load_model(self._plan(self.adapters, tokens, strategy="masked"))[1]
         loop = with_loop(copy.deepcopy(modules.module), modules.layers, self.adapters)
         stacks = list(self.on_device(modules.stacks).values())
         place = self.lab.device.torch
@@ -176,7 +181,7 @@ class _Batch:
             Contestant("mixed", "mixed", partial(self._onnx, "mixed", False)),
             Contestant("mixed captured", "mixed", partial(self._onnx, "mixed", True)),
         ]
-        tokens = self.shape.rows * self.shape.tokens
+        tokens = self.shape.num_tokens
         used = len(set(self.slots))
         cell = Cell(
             workload=workload.name,
@@ -228,7 +233,8 @@ class _Batch:
         return self._eager(run)
 
     def _onnx(self, kind: str, captured: bool) -> Work:
-        graph, name = self._model.graph(kind, captured), self._model.outputs[0].name
+        tokens = self.shape.num_tokens if kind == "mixed" else 0
+        graph, name = self._model.graph(kind, captured, tokens), self._model.outputs[0].name
         control = {"adapter_ids": self._ids.to(self._lab.device.torch)}
         control = {key: one for key, one in control.items() if key in graph.inputs}
         outputs = [self._empty(self._size) for _ in self.copies]
@@ -245,9 +251,10 @@ class _Batch:
         are sorted by adapter beforehand, and the outputs stay so. A graph without a mask would
         save one `where` for each site.
         """
-        graph, name = self._model.graph("alone", False), self._model.outputs[0].name
+        tokens = self.shape.num_tokens
+        graph, name = self._model.graph("alone", False, tokens), self._model.outputs[0].name
         by_name: dict[str, Stack] = {
-            stack.name: stack for one in self._model.plan.layers for stack in one.layer.stacks
+            stack.name: stack for one in self._model.mixed(tokens).layers for stack in one.stacks
         }
         groups = rows_by_slot(self.slots)
         outputs: list[dict[int, Tensor]] = []
@@ -259,7 +266,7 @@ class _Batch:
                 feeds["adapter_ids"] = torch.ones(len(rows), dtype=torch.int64).to(
                     self._lab.device.torch
                 )
-                for key, stack in self._model.stacks.items():
+                for key, stack in self._model.stacks(tokens).items():
                     own, ahead = stack[by_name[key].rows(slot)], by_name[key].row_offset
                     feeds[key] = torch.cat([stack[:ahead], own]) if ahead else own
                 parts[slot] = self._empty([len(rows), *self._size[1:]])

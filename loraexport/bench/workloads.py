@@ -64,6 +64,10 @@ class Shape(_Model):
     rows: Size
     tokens: Size = Field(description="of each row")
 
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.tokens
+
 
 class ModelWorkload(_Workload):
     """A whole Hugging Face model of texts, with LoRA on every linear layer."""

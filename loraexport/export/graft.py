@@ -1,11 +1,13 @@
 """Multi-LoRA into an ONNX graph that exists: y' = y + scaling[s] B[s] (A[s] x) at every site.
 
-The LoRA part of a site is exported from the torch modules that the rest of the project uses, as a
-function of the graph, which is called once for each site and then inlined. Graph inputs that join:
-adapter_ids int64 [batch], and the stacks, which need not be fed.
+Masked sites add to what the graph computes; augmented ones take the place of its products, whose W
+moves into their stacks. The LoRA part of a site is exported from the torch modules that the rest of
+the project uses, as a function of the graph, which is called once for each site and then inlined.
+Graph inputs that join: adapter_ids int64 [batch], and the stacks, which need not be fed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,20 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
+from loraexport_runtime.manifest import Strategy
+
 from ..errors import ExportError
+from ..layer_plan import make_stacks
+from ..lora.augmented import Augmented
 from ..lora.masked import Masked
-from ..lora.strategy import Base, Sizes
+from ..lora.strategy import Base, Sizes, SliceBases
 from ..tensors import TORCH_DTYPES
 from .graph_sites import Graft, Layout, take_place
 from .onnx import export_program, make_overridable
 
 ADAPTER_IDS = "adapter_ids"
 _DOMAIN = "loraexport"
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _ROWS = torch.export.Dim("rows")
 
@@ -60,6 +67,18 @@ class _Site(nn.Module):
         return tuple(y + part for y, part in zip(ys, parts, strict=True))
 
 
+class _AugmentedSite(nn.Module):
+    """y' = [x | where(own, x A^T, 0)] [W^T ; B] of every product of one layer."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.lora = Augmented(sizes)
+
+    def forward(self, x: Tensor, own: Tensor, a: Tensor, bs: list[Tensor]) -> Any:
+        """x [batch, n, in], own bool [batch, 1, S * W], bs [in + S * W, out] -> [batch, n, out]."""
+        return tuple(self.lora.slices(x, SliceBases([None] * len(bs)), own, a, bs))
+
+
 class _Route(nn.Module):
     """Which columns of the stacks are each row's own."""
 
@@ -76,6 +95,24 @@ class _Route(nn.Module):
         return own.unsqueeze(1) if self._layout == "batched" else own
 
 
+def fit_stacks(one: Graft, num_slots: int) -> Graft:
+    """The graft with the stacks that its products allow, where the plan has augmented: W is in
+    them if each is a MatMul with a float weight, and else masked is the nearest form."""
+    if one.layer.strategy != "augmented":
+        return one
+    strategy: Strategy = "augmented" if all(map(_is_plain, one.nodes)) else "masked"
+    widths = one.widths if strategy == "augmented" else [one.layer.out_features]
+    stacks = make_stacks(one.layer, strategy, num_slots, widths)
+    return replace(one, layer=replace(one.layer, strategy=strategy, stacks=stacks))
+
+
+def _is_plain(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    if node.op_type != "MatMul" or weight is None or weight.const_value is None:
+        return False
+    return weight.const_value.dtype in _FLOATS
+
+
 def graft(
     model: ir.Model,
     grafts: Sequence[Graft],
@@ -86,7 +123,7 @@ def graft(
     """Put multi-LoRA into a graph, in place.
 
     Args:
-        stacks: the initial value of each layer's stacks, by name.
+        stacks: the initial value of the slots' rows of each layer's stacks, by name.
         dtype: of the sites' inputs and outputs, and of the stacks.
 
     Raises:
@@ -99,9 +136,11 @@ def graft(
         raise ExportError("graft: the graph has no input whose first dimension is the batch")
     adapter_ids = _input(ADAPTER_IDS, [shape[0]], ir.DataType.INT64)
     graph.inputs.append(adapter_ids)
-    for name, array in stacks.items():
-        value = _input(name, array.shape, ir.DataType.from_numpy(array.dtype))
-        graph.inputs.append(value)
+    initial = {}
+    for one in grafts:
+        for name, tensor in _initial_stacks(one, stacks):
+            graph.inputs.append(_input(name, tensor.shape, tensor.dtype))
+            initial[name] = tensor
     parts = _Parts(model, num_slots, TORCH_DTYPES[dtype], opset)
     first = graph[0]
     routes: dict[tuple[int, Layout, int], ir.Value] = {}
@@ -114,15 +153,47 @@ def graft(
             call = parts.route(one, adapter_ids, x)
             graph.insert_before(first, call)
             routes[route] = call.outputs[0]
-        a, b = (by_name[stack.name] for stack in one.layer.stacks)
-        call = parts.site(one, x, routes[route], a, b)
+        own = [by_name[stack.name] for stack in one.layer.stacks]
+        call = parts.site(one, x, routes[route], own)
         graph.insert_after(one.nodes[-1], call)
         for y, new in zip(ys, call.outputs, strict=True):
             take_place(graph, y, new, (call,))
+        if one.layer.strategy == "augmented":
+            _remove(graph, one.nodes)
     InlinePass()(model)
     del model.opset_imports[_DOMAIN]
     graph.sort()
-    make_overridable(graph, stacks)
+    make_overridable(graph, initial)
+
+
+def _initial_stacks(
+    one: Graft, stacks: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Whole stacks: of those that begin with W, the product's own, put together when written."""
+    nodes = iter(one.nodes)
+    for stack in one.layer.stacks:
+        rows = stacks[stack.name]
+        if not stack.row_offset:
+            yield stack.name, ir.Tensor(rows, name=stack.name)
+            continue
+        weight = next(nodes).inputs[1]
+        assert weight is not None, "fit_stacks has looked"
+        assert weight.const_value is not None, "fit_stacks has looked"
+
+        def join(w: ir.TensorProtocol = weight.const_value, b: Any = rows) -> ir.TensorProtocol:
+            return ir.Tensor(np.concatenate([w.numpy(), b]))
+
+        dtype = ir.DataType.from_numpy(rows.dtype)
+        yield stack.name, ir.LazyTensor(join, dtype, ir.Shape(stack.shape), name=stack.name)
+
+
+def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
+    """Nodes that nothing uses any more, and their weights if no other has them."""
+    weights = [node.inputs[1] for node in nodes]
+    graph.remove(nodes, safe=True)
+    for weight in weights:
+        if weight is not None and weight.name is not None and not weight.uses():
+            graph.initializers.pop(weight.name, None)
 
 
 class _Parts:
@@ -155,31 +226,42 @@ class _Parts:
         one: Graft,
         x: ir.Value,
         own: ir.Value,
-        a: ir.Value,
-        b: ir.Value,
+        stacks: Sequence[ir.Value],
     ) -> ir.Node:
-        """A call of `_Site`."""
+        """A call of `_Site`, or of `_AugmentedSite`."""
         layer, widths = one.layer, one.widths
         rows, size = len(layer.slices) * layer.max_rank, layer.in_features
-        name = f"site_{rows}_{size}_{'_'.join(map(str, widths))}_{one.layout}"
+        name = f"{layer.strategy}_{rows}_{size}_{'_'.join(map(str, widths))}_{one.layout}"
+        ys = [node.outputs[0] for node in one.nodes]
+        is_augmented = layer.strategy == "augmented"
         if (_DOMAIN, name, "") not in self._model.functions:
             columns = self._num_slots * rows
             lead, own_lead, row, own_row = [21], [21], {0: _ROWS}, {0: _ROWS}
             if one.layout == "batched":
                 lead, own_lead = [3, 7], [3, 1]
                 row, own_row = {0: _BATCH, 1: _TOKENS}, {0: _BATCH}
-            arguments = (
+            bs = [
+                torch.zeros(stack.shape, dtype=self._dtype)
+                for stack in layer.stacks
+                if stack.role == "lora_B"
+            ]
+            arguments: tuple[Any, ...] = (
                 torch.zeros(*lead, size, dtype=self._dtype),
                 torch.zeros(*own_lead, columns, dtype=torch.bool),
                 torch.zeros(columns, size, dtype=self._dtype),
-                torch.zeros(columns, layer.out_features, dtype=self._dtype),
-                [torch.zeros(*lead, width, dtype=self._dtype) for width in widths],
             )
-            shapes = (row, own_row, None, None, [row] * len(widths))
+            shapes: tuple[Any, ...] = (row, own_row, None)
             sizes = Sizes(self._num_slots, rows, size, self._dtype)
-            self._add(name, _Site(sizes), arguments, shapes)
-        ys = [node.outputs[0] for node in one.nodes]
-        return self._call(name, [x, own, a, b, *ys], len(ys))
+            if is_augmented:
+                site: nn.Module = _AugmentedSite(sizes)
+                arguments, shapes = (*arguments, bs), (*shapes, [None] * len(bs))
+            else:
+                site = _Site(sizes)
+                given = [torch.zeros(*lead, width, dtype=self._dtype) for width in widths]
+                arguments = (*arguments, bs[0], given)
+                shapes = (*shapes, None, [row] * len(widths))
+            self._add(name, site, arguments, shapes)
+        return self._call(name, [x, own, *stacks, *([] if is_augmented else ys)], len(ys))
 
     def _call(self, name: str, inputs: Sequence[ir.Value], num_outputs: int) -> ir.Node:
         return ir.Node(_DOMAIN, name, inputs, num_outputs=num_outputs)

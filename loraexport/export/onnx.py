@@ -117,7 +117,8 @@ def _export(graph: _Graph, path: Path) -> None:
     model = _trace(graph)
     fuse(model)
     _name_by_role(model.graph, graph.name)
-    make_overridable(model.graph, graph.stacks)
+    stacks = {name: ir.Tensor(array, name=name) for name, array in graph.stacks.items()}
+    make_overridable(model.graph, stacks)
     ClearMetadataAndDocStringPass()(model)
     model.producer_name, model.producer_version = "loraexport", ""
     model.graph.name = graph.name
@@ -211,13 +212,13 @@ def _role(node: ir.Node) -> str:
     return paths[-1].replace(".", "/") + "/" if paths else ""
 
 
-def make_overridable(graph: ir.Graph, stacks: Mapping[str, np.ndarray]) -> None:
+def make_overridable(graph: ir.Graph, stacks: Mapping[str, ir.TensorProtocol]) -> None:
     """Give each stack, an input so far, its initial value: then it need not be fed, but may be."""
     for value in graph.inputs:
         if value.name == WEIGHTS:
             # No weights for anyone, one row for the whole batch: by another name than `batch`, as
             # onnxruntime takes dimensions of one name to be equal.
-            value.shape = ir.Shape(["weight_rows", stacks[WEIGHTS].shape[1]])
+            value.shape = ir.Shape(["weight_rows", stacks[WEIGHTS].numpy().shape[1]])
         if value.name is not None and value.name in stacks:
-            value.const_value = ir.Tensor(stacks[value.name], name=value.name)
+            value.const_value = stacks[value.name]
             graph.register_initializer(value)

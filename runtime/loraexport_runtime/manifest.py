@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from .errors import ArtifactError
 from .genai_config import GENAI_CONFIG
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 BIAS_ROWS = 8
 """Rows that the bias of an augmented layer takes in its stack: itself, and zeros for alignment."""
@@ -43,7 +43,7 @@ class Stack:
     Slot s, from 1 on, owns the `rows_per_slot` rows from `row_offset + (s - 1) * rows_per_slot`
     on. The rows ahead of `row_offset` are the base's: W^T, and BIAS_ROWS for its bias if it has
     one, where base and expand are one product (augmented); its own value where a role replaces a
-    parameter of the base.
+    parameter of the base. A layer may have several stacks of role lora_B, side by side.
     """
 
     name: str
@@ -51,6 +51,12 @@ class Stack:
     shape: tuple[int, int]
     rows_per_slot: int
     row_offset: int
+    column_offset: int
+    """The first of the layer's columns that this stack holds; 0 unless another is to its left."""
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.column_offset, self.column_offset + self.shape[1])
 
     def rows(self, slot: int) -> slice:
         start = self.row_offset + (slot - 1) * self.rows_per_slot

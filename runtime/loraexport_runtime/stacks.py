@@ -116,7 +116,8 @@ def pack(
 
     Linear: `A [slices * max_rank, in]`, one block per slice, and `scaling * B^T
     [slices * max_rank, out]`, each slice's block in its own columns, so that `x A^T B` adds every
-    slice's `scaling B_k (A_k x)` at once. Embedding: `A^T [vocabulary, max_rank]`, one row per id.
+    slice's `scaling B_k (A_k x)` at once; a stack that lies beside others gets its columns of it.
+    Embedding: `A^T [vocabulary, max_rank]`, one row per id.
     Where the layer has such stacks: output_scale [1, out], bias [1, out], weight [out, in].
 
     Args:
@@ -150,7 +151,8 @@ def pack(
     packed = {}
     for stack in layer.stacks:
         with np.errstate(over="ignore"):
-            packed[stack.name] = np.ascontiguousarray(values[stack.role].astype(dtype))
+            own = values[stack.role][:, stack.columns]
+            packed[stack.name] = np.ascontiguousarray(own.astype(dtype))
         if not np.isfinite(packed[stack.name]).all():
             raise AdapterWeightsError(
                 f"layer {layer.name!r}: {stack.role} overflows {dtype.name};"
