@@ -64,12 +64,13 @@ class SlotTable:
                 f"the batch names {len(wanted)} adapters, but there are {self.num_slots} slots;"
                 " split the batch, or build with more slots"
             )
-        for name in sorted(wanted):
-            if name not in self.adapters:
-                raise UnknownAdapterError(
-                    f"adapter {name!r} is not loaded; loaded are {self.names()}."
-                    f" Load it with load_adapter({name!r})"
-                )
+        unknown = [name for name in wanted if name not in self.adapters]
+        if unknown:
+            name = min(unknown)
+            raise UnknownAdapterError(
+                f"adapter {name!r} is not loaded; loaded are {self.names()}."
+                f" Load it with load_adapter({name!r})"
+            )
         others = [name for name in wanted if name not in self.pinned]
         if len(others) > self.num_slots - len(self.pinned):
             raise SlotsExceededError(
@@ -174,7 +175,8 @@ class SlotTable:
             del self.slots[name]  # half-written
 
     def release(self, slots: Iterable[int]) -> None:
-        self._in_use.subtract(slots)
+        for slot in slots:
+            self._in_use[slot] -= 1
 
     def forget(self, name: str) -> None:
         """Raises UnknownAdapterError."""
