@@ -1,9 +1,12 @@
 """The engine that captures CUDA graphs, on the CPU without them: its caches, its choice of tokens.
 
-tests/test_decoder.py runs it through every test of the interface; tests/test_gpu.py captures.
+tests/test_decoder.py runs it through every test of the interface, tests/test_tail.py the nodes that
+it adds to the graph; tests/test_gpu.py captures.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from loraexport.pipeline import build
 from loraexport_runtime import driven, top_tokens
 from loraexport_runtime.devices import NUMPY_DTYPES, host_value
 from loraexport_runtime.generate import TextGenerator, load_generator
-from loraexport_runtime.kv_cache import Cache
+from loraexport_runtime.kv_cache import Cache, Step
 from loraexport_runtime.sampling import Sampling, choose
 from loraexport_runtime.top_tokens import TopTokens
 
@@ -161,6 +164,205 @@ def test_a_graph_that_cannot_be_captured(artifact: Path, monkeypatch: pytest.Mon
         driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=False)
 
 
+# Steps that go on by themselves
+
+
+def _start(
+    generator: TextGenerator, lengths: list[int], steps: int, sampling: Sampling | None = None
+) -> tuple[list[list[int]], np.ndarray, Iterator[np.ndarray]]:
+    """Prompts, their slots, and the tokens after them: so many, past any end of text."""
+    prompts, names = _batch(lengths, len(lengths))
+    slots = np.array([generator.adapters.get(name or "", 0) for name in names])
+    engine: Any = generator._engine
+    return prompts, slots, engine.start(prompts, slots, steps, sampling or Sampling())
+
+
+@pytest.fixture(scope="module")
+def alone(artifact: Path) -> ort.InferenceSession:
+    """The graph as it was built."""
+    return ort.InferenceSession(
+        artifact / "generator/model.onnx", providers=["CPUExecutionProvider"]
+    )
+
+
+def _ranks(
+    alone: ort.InferenceSession, prompt: list[int], slot: int, tokens: list[int]
+) -> list[int]:
+    """How many tokens are likelier than each of these, by one run over all of them."""
+    ids = np.array([[*prompt, *tokens]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "adapter_ids": np.array([slot])}
+    for one in alone.get_inputs():
+        if one.name.startswith("past_key_values"):
+            feeds[one.name] = np.zeros((1, one.shape[1], 0, 16), np.float32)
+    logits = alone.run(["logits"], feeds)[0][0, len(prompt) - 1 : -1]
+    return [int((row > row[token]).sum()) for row, token in zip(logits, tokens, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "steps"),
+    [
+        ([5, 1, 17], 30),
+        ([9], 7),  # to the end of 16 places
+        ([4, 20, 9, 1, 13, 2], 12),
+        ([3, CONTEXT - 20, 11], 20),  # to the end of the context
+        ([7, 2, 30], 1),
+    ],
+)
+def test_greedy_tokens_are_the_likeliest(
+    generator: TextGenerator, alone: ort.InferenceSession, lengths: list[int], steps: int
+) -> None:
+    for _ in range(2):
+        prompts, slots, taken = _start(generator, lengths, steps)
+        found = np.stack(list(taken), axis=1)
+        assert found.shape == (len(lengths), steps)
+        for prompt, slot, own in zip(prompts, slots, found.tolist(), strict=True):
+            assert _ranks(alone, prompt, slot, own) == [0] * steps
+
+
+def test_drawn_tokens_are_among_the_likeliest(
+    generator: TextGenerator, alone: ort.InferenceSession
+) -> None:
+    """A step goes on from the token that was drawn, not from the likeliest."""
+    prompts, slots, taken = _start(generator, [5, 1, 17], 30, Sampling(50.0, top_k=3, seed=0))
+    found = np.stack(list(taken), axis=1).tolist()
+    every = [_ranks(alone, *row) for row in zip(prompts, slots, found, strict=True)]
+    assert {rank for row in every for rank in row} == {0, 1, 2}
+
+
+def test_greedy_and_drawn_tokens_in_turn(generator: TextGenerator) -> None:
+    drawn = Sampling(5.0, seed=3)
+    calls = [([5, 9], 9, None), ([3, 1, 8], 12, drawn), ([2], 5, None), ([6, 6], 7, drawn)]
+    wanted = [np.stack(list(_start(generator, *call)[2])).tolist() for call in calls]
+    streams = [_start(generator, *call)[2] for call in calls]
+    found: list[list[list[int]]] = [[] for _ in calls]
+    for _ in range(12):
+        for own, stream in zip(found, streams, strict=True):
+            own.extend(tokens.tolist() for tokens in [next(stream, None)] if tokens is not None)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("taken", range(6))
+def test_a_cache_whose_stream_was_closed_early(generator: TextGenerator, taken: int) -> None:
+    """Perhaps a step of it runs still: the next call, of the same size or not, does not notice."""
+    wanted = {length: np.stack(list(_start(generator, [length, 3], 6)[2])) for length in (8, 12)}
+    for length in (8, 12, 12, 8):
+        stream = _start(generator, [5, 9], 6)[2]
+        for _ in range(taken):
+            next(stream)
+        stream.close()
+        assert np.array_equal(np.stack(list(_start(generator, [length, 3], 6)[2])), wanted[length])
+    assert len(_caches(generator)) == 1
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """Grows with every step that runs."""
+    found: list[Step] = []
+    run = Step.run
+
+    def count(step: Step) -> None:
+        found.append(step)
+        run(step)
+
+    monkeypatch.setattr(Step, "run", count)
+    return found
+
+
+def _wait(generator: TextGenerator) -> None:
+    engine: Any = generator._engine
+    engine._do(lambda: None)
+
+
+def test_a_greedy_stream_is_one_step_ahead(generator: TextGenerator, runs: list[Step]) -> None:
+    stream = _start(generator, [5, 9], 4)[2]
+    for ran in (1, 2, 3, 3):
+        next(stream)
+        _wait(generator)
+        assert len(runs) == ran  # the prompts gave the first token
+    assert list(stream) == []
+    _wait(generator)
+    assert len(runs) == 3
+    next(_start(generator, [5, 9], 1)[2])
+    next(_start(generator, [5, 9], 4, Sampling(1.0))[2])
+    _wait(generator)
+    assert len(runs) == 3
+
+
+def test_a_step_that_has_not_begun_when_its_stream_is_closed(
+    generator: TextGenerator, runs: list[Step]
+) -> None:
+    engine: Any = generator._engine
+    stream = _start(generator, [5, 9], 6)[2]
+    next(stream)
+    gate = Event()
+    engine._worker.submit(gate.wait)
+    next(stream)  # and the third token's step is behind the gate
+    stream.close()
+    assert len(_caches(generator)) == 1
+    gate.set()
+    _wait(generator)
+    assert len(runs) == 1
+
+
+def test_no_step_follows_one_that_failed(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = np.stack(list(_start(generator, [5, 9], 6)[2]))
+    run, ran = Step.run, []
+
+    def fail(step: Step) -> None:
+        ran.append(step)
+        if len(ran) == 2:
+            raise RuntimeError("out of memory")
+        run(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "run", fail)
+        stream = _start(generator, [5, 9], 6)[2]
+        assert np.array_equal(np.stack([next(stream), next(stream)]), wanted[:2])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            next(stream)
+        _wait(generator)
+        assert len(ran) == 2
+    assert np.array_equal(np.stack(list(_start(generator, [5, 9], 6)[2])), wanted)
+
+
+class _Capturing:
+    """A session that runs a graph twice to capture it, as onnxruntime does on CUDA."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self.captured: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: ort.RunOptions) -> None:
+        number = options.get_run_config_entry("gpu_graph_id")
+        if number != "-1" and number not in self.captured:
+            self.captured.add(number)
+            self._session.run_with_iobinding(binding, options)
+        self._session.run_with_iobinding(binding, options)
+
+    def release_captured_graph(self, number: int) -> None:
+        self.captured.remove(str(number))
+
+
+def test_runs_that_capture_advance_no_batch(
+    artifact: Path, genai: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driven, "_LENGTHS", 16)
+    generator, open_session = open_driven(artifact), driven.devices.open_session
+    monkeypatch.setattr(driven.devices, "open_session", lambda *own: _Capturing(open_session(*own)))
+    engine: Any = driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=True)
+    generator._engine = engine
+    for lengths in ([3, 20, 2], [1], [9, 30, 4, 17, 1], [3, 20, 2]):
+        batch = _batch(lengths)
+        assert np.array_equal(generator.greedy(*batch, 12), genai.greedy(*batch, 12)), lengths
+    _wait(generator)
+    assert engine._graph.session.captured == {"3", "4"}  # the others went with a smaller memory
+
+
 # What comes next
 
 
@@ -227,10 +429,8 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
 def test_no_draw_where_one_token_is_left() -> None:
     assert Sampling().is_greedy
     assert Sampling(1.0, top_k=1).is_greedy
-    assert _choose(Sampling(), [0.5, 0.3], 0.999) == [10]
     sizes = [Sampling(1.0, top_k=top_k).num_candidates(300) for top_k in (0, 1, 50, 400)]
     assert sizes == [300, 1, 50, 300]
-    assert Sampling(0.0).num_candidates(300) == 1
 
 
 def test_logits_that_are_minus_infinity_or_far_apart() -> None:

@@ -261,12 +261,13 @@ class RuntimeDecoder:
             self._taken.close()
         prompts = self._prompts
         self._taken = self._engine.start(
-            prompts.ids.tolist(), prompts.slots, prompts.new_tokens, Sampling()
+            prompts.ids.tolist(), prompts.slots, prompts.new_tokens + 1, Sampling()
         )
         next(self._taken)
 
     def decode(self, steps: int) -> None:
-        for _ in range(steps):
+        # The engine is a step ahead: the first of these had begun before, so it is one more.
+        for _ in range(steps + 1):
             next(self._taken)
 
     def logits(self) -> np.ndarray:

@@ -112,11 +112,12 @@ def open_session(
     providers: list[tuple[str, dict[str, Any]]],
     initializers: Mapping[str, ort.OrtValue],
     threads: int | None,
+    tail: bytes = b"",
 ) -> ort.InferenceSession:
     """An InferenceSession that runs on the providers asked for, over the caller's initializers.
 
     The initializers replace the graph's own of that name without a copy: what is written into
-    them later is seen by the next run.
+    them later is seen by the next run. The tail is protobuf that follows that of the file.
 
     Raises:
         ProviderError: a provider cannot run here. onnxruntime alone falls back to the CPU.
@@ -129,8 +130,14 @@ def open_session(
         options.add_initializer(name, value)
     names = [name for name, _ in providers]
     try:
+        graph: Path | bytes = path
+        if tail:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.parent)
+            )
+            graph = path.read_bytes() + tail
         with _quiet():
-            session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ProviderError(
             f"{path}: onnxruntime {ort.__version__} cannot open this graph on"

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .devices import NUMPY_DTYPES, ONNX_TYPES, graph_options, host_value
+from .tail import LENGTHS, PLACES, ROWS, next_inputs
 from .top_tokens import BoundTopTokens, TopTokens
 
 _DTYPES = {
@@ -30,7 +31,9 @@ class DecoderGraph:
     device: tuple[str, int]
     capture: bool
     inputs: frozenset[str]
-    """Those of a batch: input_ids, attention_mask and the like."""
+    """Those of a batch: input_ids, attention_mask and the like, and the tail's."""
+    next: Mapping[str, str]
+    """Input of a step -> the output that becomes the next step's."""
     present: Mapping[str, str]
     """Input -> output of every layer's keys and values."""
     cache_dtype: str
@@ -44,6 +47,12 @@ class DecoderGraph:
         """Memory on the session's device."""
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[dtype], *self.device)
 
+    def upload(self, array: np.ndarray) -> ort.OrtValue:
+        """int64 in memory of its own on the session's device."""
+        value = self.allocate(list(array.shape), "int64")
+        value.update_inplace(array)
+        return value
+
     def next_graph_id(self) -> int:
         """For a graph to capture; none is given twice, as none may be replayed on other memory."""
         return next(self._graph_ids)
@@ -55,7 +64,7 @@ def read_graph(
     device: tuple[str, int],
     capture: bool,
 ) -> DecoderGraph:
-    """The graph of a session; `decoder`: of genai_config.json."""
+    """The graph of a session, with its tail; `decoder`: of genai_config.json."""
     taken = {one.name: one for one in session.get_inputs()}
     given = {one.name: one for one in session.get_outputs()}
     names = decoder["inputs"], decoder["outputs"]
@@ -70,6 +79,7 @@ def read_graph(
         device=device,
         capture=capture,
         inputs=frozenset(taken) - frozenset(present),
+        next=next_inputs(decoder["inputs"].values()),
         present=present,
         cache_dtype=_DTYPES[taken[next(iter(present))].type],
         heads=int(decoder["num_key_value_heads"]),
@@ -77,6 +87,27 @@ def read_graph(
         logits_dtype=_DTYPES[logits.type],
         vocabulary=int(logits.shape[2]),
     )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Of a batch, padded on the right; rows that nobody asked for fill it up to a power of two."""
+
+    ids: np.ndarray
+    """int64 [rows, n]."""
+    lengths: np.ndarray
+    """int64 [rows]."""
+    adapter_ids: np.ndarray
+    """int64 [rows], for every step to come too."""
+    num: int
+    """So many rows were asked for, the first ones."""
+
+    @property
+    def last(self) -> np.ndarray:
+        """int64 [rows], each row's last token among the rows * n."""
+        rows, longest = self.ids.shape
+        last: np.ndarray = np.arange(rows) * longest + self.lengths - 1
+        return last
 
 
 class Cache:
@@ -103,6 +134,7 @@ class Cache:
                 self._memory[name] = graph.allocate(shape, graph.cache_dtype)
             self._size = rows * length
         if (rows, length) not in self._steps:
+            self.clear()  # a new step may run to be captured
             self._steps[rows, length] = Step(graph, self._memory, rows, length)
         return self._steps[rows, length]
 
@@ -130,7 +162,11 @@ class Cache:
 
 
 class Step:
-    """One more token for every row of a batch; and the batch's prompts, in the same cache."""
+    """One more token for every row of a batch; and the batch's prompts, in the same cache.
+
+    Either leaves the inputs of the next step where the step reads them: the likeliest tokens, and
+    a mask and positions that are one further.
+    """
 
     def __init__(
         self, graph: DecoderGraph, memory: Mapping[str, ort.OrtValue], rows: int, length: int
@@ -139,17 +175,20 @@ class Step:
         self.graph_id = graph.next_graph_id() if graph.capture else None
         self._graph = graph
         self._memory = dict(memory)
-        sizes = {"input_ids": [rows, 1], "attention_mask": [rows, length]}
-        sizes |= {"position_ids": [rows, 1], "adapter_ids": [rows]}
+        one = np.ones((rows, 1), dtype=np.int64)
+        first = {"input_ids": 0 * one, "attention_mask": _mask(one, length)}
+        first |= {"position_ids": 0 * one, "adapter_ids": 0 * one[:, 0]}
+        first |= {ROWS: np.arange(rows), LENGTHS: one, PLACES: np.arange(length)[None]}
         self._inputs = {
-            name: graph.allocate(size, "int64")
-            for name, size in sizes.items()
-            if name in graph.inputs
+            name: graph.upload(array) for name, array in first.items() if name in graph.inputs
         }
         self._logits = graph.allocate([rows, 1, graph.vocabulary], graph.logits_dtype)
         self._binding = self._bind(self._inputs, int(self._logits.data_ptr()), 1)
         self._options = None if self.graph_id is None else graph_options(self.graph_id)
         self._top: dict[int, BoundTopTokens] = {}
+        if graph.capture:
+            # Before any prompts: a run that captures is several of the graph, and each advances.
+            self.run()
 
     def top(self, tokens: TopTokens, num: int) -> BoundTopTokens:
         """The highest `num` of every row, after each `run`."""
@@ -165,50 +204,42 @@ class Step:
         if self.graph_id is not None:
             self._graph.session.release_captured_graph(self.graph_id)
 
-    def read(
-        self, ids: np.ndarray, lengths: np.ndarray, adapter_ids: np.ndarray, logits: int
-    ) -> None:
-        """Start over with new prompts, padded on the right.
+    def read(self, prompts: Prompts, logits: int) -> None:
+        """Start over with new prompts.
 
         Args:
-            ids: int64 [rows, n].
-            lengths: int64 [rows], of the prompts.
-            adapter_ids: int64 [rows], for every step to come too.
             logits: the address for [rows, n, vocabulary] on the device.
         """
-        graph = self._graph
-        positions = np.arange(ids.shape[1])
+        graph, ids = self._graph, prompts.ids
+        lengths, longest = prompts.lengths[:, None], ids.shape[1]
         feeds = {
             "input_ids": ids,
-            "attention_mask": (positions < lengths[:, None]).astype(np.int64),
-            "position_ids": np.ascontiguousarray(np.broadcast_to(positions, ids.shape)),
-            "adapter_ids": adapter_ids,
+            "attention_mask": _mask(lengths, longest),
+            "position_ids": np.tile(np.arange(longest), (self.rows, 1)),
+            ROWS: prompts.last,
+            LENGTHS: lengths,
         }
         if "adapter_ids" in self._inputs:
-            self._inputs["adapter_ids"].update_inplace(adapter_ids)
-        values = {name: host_value(feeds[name], "int64") for name in self._inputs}
-        binding = self._bind(values, logits, ids.shape[1])
+            self._inputs["adapter_ids"].update_inplace(prompts.adapter_ids)
+        own = {name: host_value(feeds[name], "int64") for name in self._inputs.keys() & feeds}
+        binding = self._bind(self._inputs | own, logits, longest)
         options = graph_options(-1) if graph.capture else None
         graph.session.run_with_iobinding(binding, options)
         binding.synchronize_outputs()
 
-    def run(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """One more token of every row; `top` reads what follows.
-
-        Args:
-            ids: int64 [rows].
-            lengths: int64 [rows], with these tokens.
-        """
-        feeds = {
-            "input_ids": ids[:, None],
-            "attention_mask": (np.arange(self.length) < lengths[:, None]).astype(np.int64),
-            "position_ids": lengths[:, None] - 1,
-        }
-        for name, array in feeds.items():
-            if name in self._inputs:
-                self._inputs[name].update_inplace(array)
+    def run(self) -> None:
+        """One more token of every row."""
         self._graph.session.run_with_iobinding(self._binding, self._options)
-        self._binding.synchronize_outputs()  # `top` reads on a stream of its own
+        self._binding.synchronize_outputs()  # what follows reads on streams of its own
+
+    def tokens(self) -> np.ndarray:
+        """int64 [rows], the likeliest after `read` or `run`, which the next `run` takes."""
+        tokens: np.ndarray = self._inputs["input_ids"].numpy()
+        return tokens[:, 0].copy()
+
+    def put(self, tokens: np.ndarray) -> None:
+        """Let the next `run` take these instead, int64 [rows]."""
+        self._inputs["input_ids"].update_inplace(tokens[:, None])
 
     def _bind(self, inputs: Mapping[str, ort.OrtValue], logits: int, tokens: int) -> Any:
         graph = self._graph
@@ -223,4 +254,13 @@ class Step:
         sizes = [self.rows, tokens, graph.vocabulary]
         place = (*graph.device, ONNX_TYPES[graph.logits_dtype], sizes, logits)
         binding.bind_output("logits", *place)
+        for name, output in graph.next.items():
+            value = self._inputs[name]
+            place = (*graph.device, ONNX_TYPES["int64"], value.shape(), value.data_ptr())
+            binding.bind_output(output, *place)
         return binding
+
+
+def _mask(lengths: np.ndarray, places: int) -> np.ndarray:
+    """int64 [rows, places]: 1 before a row's length, of [rows, 1]."""
+    return (np.arange(places) < lengths).astype(np.int64)

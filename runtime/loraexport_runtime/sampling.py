@@ -1,4 +1,4 @@
-"""The likeliest tokens of every row -> the one that comes next: the likeliest, or by chance."""
+"""The likeliest tokens of every row -> the one of them that comes next, by chance."""
 
 from dataclasses import dataclass
 
@@ -23,22 +23,19 @@ class Sampling:
 
     def num_candidates(self, vocabulary: int) -> int:
         """How many of the likeliest tokens `choose` has to see."""
-        if self.is_greedy:
-            return 1
         return min(self.top_k or vocabulary, vocabulary)
 
 
 def choose(
     sampling: Sampling, logits: np.ndarray, tokens: np.ndarray, random: np.random.Generator
 ) -> np.ndarray:
-    """The next token of every row, int64 [batch].
+    """The next token of every row by chance, int64 [batch].
 
     Args:
+        sampling: not greedy.
         logits: float32 [batch, candidates], from the highest down.
         tokens: int64 [batch, candidates]: whose logits these are.
     """
-    if sampling.is_greedy:
-        return tokens[:, 0].copy()
     scaled = (logits.astype(np.float64) - logits[:, :1]) / sampling.temperature
     share = np.exp(scaled)
     share /= share.sum(axis=1, keepdims=True)

@@ -2,7 +2,7 @@
 
 A small graph does it there, so that a step brings a few numbers to the host and no vocabulary for
 every row. CUDA's TopK gives each row one block, so rows are cut into parts, and the highest of
-their highest are the row's. The runtime has no onnx: the graph is protobuf written by hand.
+their highest are the row's.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .devices import ONNX_TYPES, host_value, session_device
+from .protobuf import field, graph, node, value
 
 _PARTS = 128
 """The most parts that a row is cut into."""
@@ -20,6 +21,7 @@ _PARTS = 128
 class TopTokens:
     """logits [batch, n, vocabulary] -> the highest of every row, from the highest down.
 
+    To draw from them: the likeliest alone comes from the decoder's graph itself, see tail.py.
     Not captured: replays of a second CUDA graph of TopK gave tokens that no row had.
     """
 
@@ -88,25 +90,25 @@ class BoundTopTokens:
 
 
 def _graph(dtype: str) -> bytes:
-    """An onnx.ModelProto; the numbers are those of the fields in onnx.proto.
+    """An onnx.ModelProto.
 
     The parts: x [m * parts, width] = Cast(Gather(Flatten(logits), rows)); their highest `own` of
     x, of which the token is `first` of the part and the place in it; of all of a row the highest
     `count`.
     """
     nodes = [
-        _node("Flatten", ["logits"], ["flat"], axis=2),
-        _node("Gather", ["flat", "rows"], ["taken"]),
-        _node("Cast", ["taken"], ["wide"], to=ONNX_TYPES["float32"]),
-        _node("Reshape", ["wide", "cut"], ["parts"]),
-        _node("TopK", ["parts", "own"], ["part_values", "places"]),
-        _node("Add", ["places", "first"], ["part_tokens"]),
-        _node("Reshape", ["part_values", "joined"], ["row_values"]),
-        _node("Reshape", ["part_tokens", "joined"], ["row_tokens"]),
-        _node("TopK", ["row_values", "count"], ["values", "chosen"]),
-        _node("GatherElements", ["row_tokens", "chosen"], ["tokens"], axis=1),
+        node("Flatten", ["logits"], ["flat"], axis=2),
+        node("Gather", ["flat", "rows"], ["taken"]),
+        node("Cast", ["taken"], ["wide"], to=ONNX_TYPES["float32"]),
+        node("Reshape", ["wide", "cut"], ["parts"]),
+        node("TopK", ["parts", "own"], ["part_values", "places"]),
+        node("Add", ["places", "first"], ["part_tokens"]),
+        node("Reshape", ["part_values", "joined"], ["row_values"]),
+        node("Reshape", ["part_tokens", "joined"], ["row_tokens"]),
+        node("TopK", ["row_values", "count"], ["values", "chosen"]),
+        node("GatherElements", ["row_tokens", "chosen"], ["tokens"], axis=1),
     ]
-    inputs = [_value("logits", dtype, ["batch", "n", "vocabulary"])]
+    inputs = [value("logits", dtype, ["batch", "n", "vocabulary"])]
     shapes: dict[str, list[str | int]] = {
         "rows": ["m"],
         "cut": [2],
@@ -115,43 +117,8 @@ def _graph(dtype: str) -> bytes:
         "joined": [2],
         "count": [1],
     }
-    inputs += [_value(name, "int64", shape) for name, shape in shapes.items()]
-    outputs = [_value("values", "float32", ["m", "k"]), _value("tokens", "int64", ["m", "k"])]
-    graph = b"".join(_field(1, node) for node in nodes) + _field(2, "top_tokens")
-    graph += b"".join(_field(11, one) for one in inputs)
-    graph += b"".join(_field(12, one) for one in outputs)
-    opset = _field(1, "") + _field(2, 17)
-    return _field(1, 8) + _field(7, graph) + _field(8, opset)  # IR version 8
-
-
-def _node(kind: str, inputs: list[str], outputs: list[str], **attributes: int) -> bytes:
-    made = b"".join(_field(1, name) for name in inputs)
-    made += b"".join(_field(2, name) for name in outputs)
-    made += _field(4, kind)
-    for name, number in attributes.items():
-        made += _field(5, _field(1, name) + _field(3, number) + _field(20, 2))  # of type INT
-    return made
-
-
-def _value(name: str, dtype: str, shape: Sequence[str | int]) -> bytes:
-    sizes = (_field(1 if isinstance(size, int) else 2, size) for size in shape)
-    dimensions = b"".join(_field(1, size) for size in sizes)
-    tensor = _field(1, ONNX_TYPES[dtype]) + _field(2, dimensions)
-    return _field(1, name) + _field(2, _field(1, tensor))
-
-
-def _field(number: int, value: bytes | str | int) -> bytes:
-    """A field of a message: a varint, or bytes with their length ahead."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last have the eighth bit set."""
-    found = bytearray()
-    while number > 127:
-        found.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*found, number])
+    inputs += [value(name, "int64", shape) for name, shape in shapes.items()]
+    outputs = [value("values", "float32", ["m", "k"]), value("tokens", "int64", ["m", "k"])]
+    named = field(2, "top_tokens") + graph(nodes, inputs, outputs)
+    opset = field(1, "") + field(2, 17)
+    return field(1, 8) + field(7, named) + field(8, opset)  # IR version 8
