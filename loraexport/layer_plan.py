@@ -65,6 +65,8 @@ def choose_strategy(
         return "masked", "it joins a graph that exists, whose products stay as they are"
     if spec.base.kind == "causal_lm" and spec.base.weights == "int4":
         return "masked", "a product of int4 weights cannot take B too"
+    if spec.base.kind == "causal_lm" and asked in ("segmented", "chunked"):
+        return "masked", f"it joins a graph that exists, which {asked} cannot"
     if asked == "augmented" and kind == "embedding":
         return "masked", "an embedding has no [W ; B] product; masked is its nearest form"
     if asked != "auto":

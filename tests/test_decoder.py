@@ -733,6 +733,22 @@ def test_the_plan_of_one_site_has_all_that_share_its_input(tmp_path: Path) -> No
     assert why.startswith("least by the costs of one NVIDIA H200 for 32 tokens and 1 slots")
 
 
+@pytest.mark.parametrize(
+    ("export", "strategy", "why"),
+    [
+        ({"strategy": "chunked"}, "masked", "it joins a graph that exists, which chunked cannot"),
+        ({"strategy": "augmented"}, "augmented", "the spec asks for it"),
+        ({"tune": {"device": "cpu"}}, "masked", "on a CPU masked costs least"),
+        ({"tune": {"tokens": 65536}}, "augmented", "for 65536 tokens and 1 slots"),
+    ],
+)
+def test_the_strategy(tmp_path: Path, export: dict[str, Any], strategy: str, why: str) -> None:
+    spec = _spec_of_skeleton(tmp_path, export=export)
+    (layer,) = make_plan(read_spec(spec), tmp_path).layers
+    assert layer.layer.strategy == strategy
+    assert why in layer.strategy_reason
+
+
 def test_sites_all_linear(tmp_path: Path) -> None:
     spec = _spec_of_skeleton(tmp_path, sites="all-linear", slots=3, max_rank=8)
     plan = make_plan(read_spec(spec), tmp_path)

@@ -192,9 +192,9 @@ def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarra
                 one = base.sites[part.site]
                 columns = slice(part.offset, part.offset + part.width)
                 if stack.role == "lora_B":
-                    own = slice(part.offset - stack.column_offset, None)
-                    if stack.columns.start <= part.offset < stack.columns.stop:
-                        value[:, own][:, : part.width] = one.weight.T
+                    left = part.offset - stack.column_offset
+                    if 0 <= left < stack.shape[1]:
+                        value[:, left : left + part.width] = one.weight.T
                 elif stack.role == "weight":
                     value[: len(one.weight)] = one.weight
                 elif stack.role == "bias":
