@@ -221,19 +221,27 @@ def test_a_model_in_torchscript_makes_no_sync(tmp_path: Path, dtype: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weights"), [("float16", "float"), ("bfloat16", "float"), ("float16", "int4")]
+    ("dtype", "weights"),
+    [
+        ("float32", "float"),
+        ("float16", "float"),
+        ("bfloat16", "float"),
+        ("float32", "int4"),
+        ("float16", "int4"),
+    ],
 )
 def test_a_decoder(tmp_path: Path, dtype: str, weights: str) -> None:
     """onnxruntime-genai's graph for CUDA, with multi-LoRA: logits and tokens of mixed batches."""
     # These adapters double the logits, and with them what rounding does.
-    parity = {"tolerance": {"float16": 0.05, "bfloat16": 0.3}[dtype]}
+    parity = {"tolerance": {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}[dtype]}
     changes = {"base": {"kind": "causal_lm", "path": "base", "weights": weights}, "parity": parity}
     spec = write_decoder(tmp_path, FAMILIES["Llama"], export={"dtype": dtype}, **changes)
     artifact, report = build(spec, tmp_path / "artifacts")
     assert report.status == "passed"
     assert {row.implementation for row in report.rows} >= {"onnx-cuda", "onnx-genai-cuda"}
     gains = [row.gain for row in report.rows if row.gain is not None]
-    assert all(abs(gain - 1) < {"float16": 0.01, "bfloat16": 0.05}[dtype] for gain in gains)
+    limit = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[dtype]
+    assert all(abs(gain - 1) < limit for gain in gains)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [11, 12]]
     found = load_generator(artifact, "cuda").generate(
         prompts, adapters=["first", None, "second"], max_new_tokens=5
