@@ -1,8 +1,9 @@
 """A decoder's graph -> Report: logits and greedy tokens against a float64 model, and PEFT.
 
 Logits are compared at the prompt's last token and at the steps after it, fed with the reference's
-tokens. Tokens are onnxruntime-genai's own; where one differs, the reference's logits of both must
-be as near as the tolerance allows, so that rounding explains it.
+tokens. Tokens are those of onnxruntime-genai, and on CUDA of the runtime's own engine too; where
+one differs, the reference's logits of both must be as near as the tolerance allows, so that
+rounding explains it.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import numpy as np
 from torch.utils.dlpack import from_dlpack
 
 from loraexport_runtime.devices import host_value, normalise_providers
+from loraexport_runtime.errors import ProviderError
 from loraexport_runtime.generate import TextGenerator
 from loraexport_runtime.manifest import Generator, Manifest, resolve
 
@@ -57,11 +59,26 @@ def check_decoder(
     rows: list[Row] = []
     for name, run in _implementations(folder, manifest, plain, providers, skipped):
         rows += _compare_logits(name, run, manifest, reference, tolerance)
-    for name in [one for one, _ in normalise_providers(providers)]:
-        short = name.removesuffix("ExecutionProvider").lower()
-        session = TextGenerator(folder, manifest, manifest.generator, short)
-        rows += _compare_tokens(f"onnx-genai-{short}", session, manifest, reference, tolerance)
+    for name, generator in _generators(folder, manifest, providers, skipped):
+        rows += _compare_tokens(name, generator, manifest, reference, tolerance)
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx=True)
+
+
+def _generators(
+    folder: Path, manifest: Manifest, providers: Sequence[str], skipped: dict[str, str]
+) -> Iterator[tuple[str, TextGenerator]]:
+    """onnxruntime-genai on every provider, and on CUDA the runtime's engine with captured steps."""
+    assert manifest.generator is not None, "the artifact is of a decoder"
+    for provider, _ in normalise_providers(providers):
+        short = provider.removesuffix("ExecutionProvider").lower()
+        yield f"onnx-genai-{short}", TextGenerator(folder, manifest, manifest.generator, short)
+        if short == "cuda":
+            try:
+                captured = TextGenerator(folder, manifest, manifest.generator, short, True)
+            except ProviderError as error:
+                skipped["onnx-captured-cuda"] = str(error)
+            else:
+                yield "onnx-captured-cuda", captured
 
 
 def _labels(manifest: Manifest) -> dict[Mix, str]:
