@@ -37,6 +37,8 @@ def test_a_bert_has_one_addend_for_all_layers(tmp_path: Path) -> None:
     assert "Gelu" not in nodes
     assert len(nodes["BiasGelu"]) == len(nodes["MultiHeadAttention"]) == 2
     assert len({node.inputs[5] for node in nodes["MultiHeadAttention"]}) == 1
+    biases = [str(node.inputs[1].name) for node in nodes["BiasGelu"] if node.inputs[1]]
+    assert all(name.endswith("intermediate.dense.bias") for name in biases), biases
     assert "Transpose" not in nodes
     assert all("attention/self" in str(node.name) for node in nodes["MultiHeadAttention"])
 
@@ -98,27 +100,38 @@ def test_it_computes_the_same(scale: float) -> None:
     np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("used_twice", "left"), [(False, False), (True, False), (False, True)])
-def test_a_gelu_takes_the_bias_that_was_added_before_it(used_twice: bool, left: bool) -> None:
+@pytest.mark.parametrize(
+    ("used_twice", "left", "width"),
+    [
+        (False, False, WIDTH),
+        (True, False, WIDTH),
+        (False, True, WIDTH),
+        (False, False, 1),  # the Add makes it wider
+    ],
+)
+def test_a_gelu_takes_the_bias_that_was_added_before_it(
+    used_twice: bool, left: bool, width: int
+) -> None:
     random = np.random.default_rng(1)
     bias = numpy_helper.from_array(random.standard_normal(WIDTH).astype(np.float32), "bias")
     inputs = ["bias", "x"] if left else ["x", "bias"]
     nodes = [helper.make_node("Add", inputs, ["s"]), helper.make_node("Gelu", ["s"], ["g"])]
     nodes.append(helper.make_node("Neg", ["g"], ["y"]))
-    names = ["x", "y", *["s"] * used_twice]
+    names = {"x": width, "y": WIDTH} | ({"s": WIDTH} if used_twice else {})
     x, *outputs = (
-        helper.make_tensor_value_info(one, TensorProto.FLOAT, ["b", WIDTH]) for one in names
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", size])
+        for name, size in names.items()
     )
     graph = helper.make_graph(nodes, "g", [x], outputs, [bias])
     opsets = [helper.make_opsetid("", 23)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     proto = onnx.shape_inference.infer_shapes(proto)
-    feeds = {"x": random.standard_normal((3, WIDTH)).astype(np.float32)}
+    feeds = {"x": random.standard_normal((3, width)).astype(np.float32)}
     expected = ort.InferenceSession(proto.SerializeToString()).run(["y"], feeds)[0]
     model = ir.from_proto(proto)
     fuse(model)
     kinds = [node.op_type for node in model.graph]
-    assert kinds == ["Add"] * used_twice + ["BiasGelu", "Neg"]
+    assert kinds == ["Add"] * (used_twice or width == 1) + ["BiasGelu", "Neg"]
     found = ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(["y"], feeds)[0]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -148,7 +148,8 @@ def _added_bias(x: ir.Value, width: int) -> tuple[ir.Value, ir.Value | None]:
         for y, bias in (add.inputs, add.inputs[::-1]):
             assert y is not None, "an Add has two inputs"
             assert bias is not None, "an Add has two inputs"
-            if bias.is_initializer() and not bias.is_graph_input() and bias.shape == [width]:
+            is_vector = bias.is_initializer() and bias.shape == [width]
+            if is_vector and not bias.is_graph_input() and y.shape == x.shape:
                 return y, bias
     return x, None
 
