@@ -54,7 +54,11 @@ def export_mixed(folder: Path, spec: Path, name: str, **changes: Any) -> None:
 def make_project(folder: Path) -> Path:
     """A BERT-base directory, PEFT adapters on all linear layers, and a spec."""
     torch.manual_seed(0)
-    BertModel(BertConfig()).save_pretrained(folder / "bert")
+    plain = BertModel(BertConfig())
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bias"):  # 0 otherwise, and an exporter may leave that out
+            torch.nn.init.normal_(parameter, std=0.02)
+    plain.save_pretrained(folder / "bert")
     for index in range(ADAPTERS):
         config = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(BertModel.from_pretrained(folder / "bert"), config)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 
 from loraexport import cli
 from loraexport.bench import run as bench_run
@@ -27,6 +28,7 @@ from loraexport.bench.contest import (
 from loraexport.bench.device import Device
 from loraexport.bench.eager import wrap_with_peft
 from loraexport.bench.graphs import Graph
+from loraexport.bench.projects import Lab, model_spec
 from loraexport.bench.report import to_markdown
 from loraexport.bench.results import Cell, Floor, Results, read_results
 from loraexport.bench.timing import time_works
@@ -144,6 +146,18 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not caught.value.code
     (folder / "printed.json").write_text(printed.getvalue())
     return folder / "out"
+
+
+def test_the_biases_of_a_random_model_are_not_0(tmp_path: Path) -> None:
+    """An exporter leaves out those that are, of some operators, and the others pay for them."""
+    bench = Workloads.model_validate_json(json.dumps(TINY))
+    workload = next(one for one in bench.workloads if one.kind == "model")
+    with Device("cpu", 1).active():
+        model_spec(workload, Lab(tmp_path, Device("cpu", 1), bench), 1, 2)
+    stored = load_file(tmp_path / "base/model.safetensors")
+    biases = [value for name, value in stored.items() if name.endswith("bias")]
+    assert biases
+    assert all(np.abs(value.astype(np.float32)).min() > 0 for value in biases)
 
 
 def test_every_contestant_of_every_kind_ran(measured: Path) -> None:

@@ -43,6 +43,28 @@ def test_a_bert_has_one_addend_for_all_layers(tmp_path: Path) -> None:
     assert all("attention/self" in str(node.name) for node in nodes["MultiHeadAttention"])
 
 
+@pytest.mark.parametrize("strategy", ["augmented", "masked"])
+def test_the_operators_behind_a_site_take_its_bias_along(tmp_path: Path, strategy: str) -> None:
+    """So does onnxruntime's layer norm; none is a pass over y but those of q, k and v."""
+    changes = {"sites": "all-linear", "export": {"formats": ["onnx"], "strategy": strategy}}
+    export(write_model_project(tmp_path, **changes))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    ort.InferenceSession(tmp_path / "model.onnx", options, ["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    found: dict[str, list[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            if name.endswith("bias") and "LayerNorm" not in name:
+                found.setdefault(node.op_type, []).append(".".join(name.split(".")[5:]))
+    places = ["attention.output.dense.bias", "output.dense.bias"] * 2
+    assert sorted(found.pop("SkipLayerNormalization")) == sorted(places)
+    assert found.pop("BiasGelu") == ["intermediate.dense.bias"] * 2
+    assert all(name.startswith("attention.self.") for name in found.pop("Add"))
+    assert not found
+
+
 def test_a_vit_whose_first_layer_has_a_site_at_q_alone(tmp_path: Path) -> None:
     """Its q comes out of the site as [rows, out], k and v as [batch, n, out]."""
     nodes = export(write_vit_project(tmp_path))

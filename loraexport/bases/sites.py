@@ -5,7 +5,7 @@ strategies of layers. Where one input feeds several sites (q, k, v), they are sl
 its first caller computes all of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from loraexport_runtime.manifest import Layer
 from ..errors import BaseModelError
 from ..lora.augmented import Augmented
 from ..lora.rows import RowSlots
-from ..lora.strategy import Base, Routing, SliceBases, Strategy
+from ..lora.strategy import Base, Routing, Strategy
 
 
 class RowContext:
@@ -108,12 +108,20 @@ class ModelSite(nn.Module):
     """y = base(x) + scaling[s] B[s] (A[s] x) for every token, s the slot of its row."""
 
     def __init__(
-        self, base: Base, lora: Strategy | None, layer: Layer, context: RowContext, factor: float
+        self,
+        base: Base,
+        lora: Strategy | None,
+        layer: Layer,
+        context: RowContext,
+        factor: float,
+        biases: Sequence[Tensor] = (),
     ) -> None:
         """
         Args:
             lora: None where adapters bring whole weights only.
             factor: of the output; embeddings of some models scale theirs.
+            biases: of every product's output, where `base` has none: the operators behind take
+                them along (Gelu, the layer norm), and in a product they are a pass over y.
         """
         super().__init__()
         self.name = layer.name
@@ -125,6 +133,9 @@ class ModelSite(nn.Module):
         self._widths = [part.width for part in layer.slices]
         self._context = context
         self._factor = factor
+        self._biases = ["bias"] if len(biases) == 1 else [f"bias_{i}" for i in range(len(biases))]
+        for name, bias in zip(self._biases, biases, strict=True):
+            self.register_buffer(name, bias)
 
     @property
     def weight(self) -> Tensor | None:
@@ -146,6 +157,9 @@ class ModelSite(nn.Module):
         ys = self._tokens(tokens, shape)
         ys = [y * self._factor for y in ys] if self._factor != 1 else ys
         wide = [y.view(*shape, y.shape[-1]) for y in ys]
+        if self._biases:
+            biases = [self.get_buffer(name) for name in self._biases]
+            wide = [y + bias for y, bias in zip(wide, biases, strict=True)]
         is_joined = len(wide) < len(self._widths)
         return list(torch.split(wide[0], self._widths, -1)) if is_joined else wide
 
@@ -159,8 +173,7 @@ class ModelSite(nn.Module):
         a, bs = stacks[self._a], [stacks[name] for name in self._bs]
         if len(bs) > 1:
             assert isinstance(self.lora, Augmented), "no other strategy has stacks side by side"
-            assert isinstance(self.base, SliceBases), "it comes with them"
-            return self.lora.slices(tokens, self.base, routing[1], a, bs)
+            return self.lora.slices(tokens, routing[1], a, bs)
         compute = self.lora.embedding if self.is_embedding else self.lora.linear
         return [compute(tokens, self.base, routing, a, bs[0])]
 

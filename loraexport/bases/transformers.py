@@ -28,7 +28,7 @@ from ..lora import STRATEGIES
 from ..lora.blended import Blended
 from ..lora.rows import RowBlend, RowSlots
 from ..lora.strategy import Base as SiteBase
-from ..lora.strategy import LinearBase, Sizes, SliceBases
+from ..lora.strategy import LinearBase, Sizes
 from ..plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
 from .layers import Base, SiteWeights, digest_of
@@ -222,6 +222,7 @@ def _replace_sites(
         bias = torch.cat(pieces)
     roles = {stack.role for stack in layer.stacks}
     base: SiteBase
+    biases_behind: Sequence[Tensor] = ()
     if "weight" in roles:
         base = RowHead(weight, bias, layer, context)
     elif layer.kind == "embedding":
@@ -229,17 +230,18 @@ def _replace_sites(
     elif roles & {"output_scale", "bias"}:
         base = RowLinear(weight, bias, layer, context)
     else:
-        of_w = [stack.shape[1] for stack in layer.stacks if stack.row_offset]
-        base = LinearBase(None if of_w else weight, bias)
-        if len(of_w) > 1:
-            base = SliceBases([None] * len(of_w) if bias is None else torch.split(bias, of_w))
+        in_stack = any(stack.row_offset for stack in layer.stacks)
+        base = LinearBase(None if in_stack else weight, None)
+        if bias is not None:
+            widths = [stack.shape[1] for stack in layer.stacks if stack.role == "lora_B"]
+            biases_behind = torch.split(bias, widths)
     lora = None
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]
         rows = len(layer.slices) * layer.max_rank
         lora = make(Sizes(num_slots, rows, layer.in_features, weight.dtype))
     factor = float(getattr(modules[0], "embed_scale", 1.0))
-    whole = ModelSite(base, lora, layer, context, factor)
+    whole = ModelSite(base, lora, layer, context, factor, biases_behind)
     for index, part in enumerate(layer.slices):
         parent, _, child = part.site.rpartition(".")
         sliced = SlicedSite(whole, index, context)

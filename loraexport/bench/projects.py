@@ -138,6 +138,9 @@ def _write_model(
     torch.manual_seed(lab.bench.seed)
     with lab.device.torch, quiet_models(), no_progress_bar():
         model: Any = model_class(config, task).from_config(config, dtype=lab.dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # 0 otherwise, and an exporter may leave that out
+                torch.nn.init.normal_(parameter, std=0.02)
         if not (lab.folder / "base").is_dir():
             model.save_pretrained(lab.folder / "base")
             _write_tokenizer(lab.folder / "base")

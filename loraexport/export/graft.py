@@ -23,7 +23,7 @@ from ..errors import ExportError
 from ..layer_plan import make_stacks
 from ..lora.augmented import Augmented
 from ..lora.masked import Masked
-from ..lora.strategy import Base, Sizes, SliceBases
+from ..lora.strategy import Base, Sizes
 from ..tensors import TORCH_DTYPES
 from .graph_sites import Graft, Layout, take_place
 from .onnx import export_program, make_overridable
@@ -76,7 +76,7 @@ class _AugmentedSite(nn.Module):
 
     def forward(self, x: Tensor, own: Tensor, a: Tensor, bs: list[Tensor]) -> Any:
         """x [batch, n, in], own bool [batch, 1, S * W], bs [in + S * W, out] -> [batch, n, out]."""
-        return tuple(self.lora.slices(x, SliceBases([None] * len(bs)), own, a, bs))
+        return tuple(self.lora.slices(x, own, a, bs))
 
 
 class _Route(nn.Module):

@@ -5,7 +5,6 @@ Stacks: a [S * W, in] (embedding: [S * vocabulary, W]), b [S * W, out]; scaling 
 Slot s, counted from 1, owns the block s - 1 of whole rows; slot 0 is the base and has none.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +35,6 @@ class Base(nn.Module):
         self.register_buffer("bias", bias)
         self.weight: Tensor | None
         self.bias: Tensor | None
-
-
-class SliceBases(Base):
-    """The biases of slices that have a stack with their own W each."""
-
-    def __init__(self, biases: Sequence[Tensor | None]) -> None:
-        super().__init__(None, None)
-        self.parts = nn.ModuleList(Base(None, bias) for bias in biases)
 
 
 class LinearBase(Base):
