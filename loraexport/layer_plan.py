@@ -1,6 +1,7 @@
 """One layer of a plan: where its tensors are, which strategy and why, its stacks and costs."""
 
 import difflib
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,10 +11,11 @@ from loraexport_runtime.errors import AdapterConfigError
 from loraexport_runtime.manifest import BIAS_ROWS, Layer, Slice, Stack, Strategy
 from loraexport_runtime.weights import FLOAT_DTYPES, TensorInfo
 
-from .costs import Shape, read_costs
+from .costs import Costs, Shape, read_costs
 from .errors import BaseModelError
 from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec
 
+_own_costs = functools.cache(read_costs)  # every layer of a plan asks for them
 LORA = ("lora_A", "lora_B")
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -75,7 +77,7 @@ def choose_strategy(
         return "masked", "on a CPU masked costs least: augmented is never prepacked"
     if kind == "embedding":
         return "masked", "its shrink is a gather, so only the expand is a product"
-    costs = tune.costs or read_costs()
+    costs = _costs(spec)
     size = BYTES_PER_VALUE[spec.export.dtype]
     shape = Shape(tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
     candidates: list[Strategy] = ["augmented", "masked"]
@@ -88,6 +90,10 @@ def choose_strategy(
         f"least by the costs of one {costs.device} for {tokens} tokens and {num_slots} slots:"
         f" {added[best]:.1f} us over the base; {rest}"
     )
+
+
+def _costs(spec: Spec) -> Costs:
+    return spec.export.tune.costs or _own_costs()
 
 
 def refuse_features(headers: Iterable[AdapterHeader], place: str, instead: str) -> None:
@@ -174,7 +180,7 @@ def make_layer_plan(
     widths = [size_out]
     if strategy == "augmented" and spec.base.kind == "transformers":
         shape = Shape(spec.typical_tokens, size_in, size_out, num_slots, rows, size)
-        if (spec.export.tune.costs or read_costs()).is_apart(shape, len(layer.slices)):
+        if _costs(spec).is_apart(shape, len(layer.slices)):
             widths = [part.width for part in layer.slices]
     stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias)
     in_file = any(stack.row_offset for stack in stacks) and spec.base.kind != "causal_lm"

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -58,6 +59,37 @@ class Contest:
     """The first of each group that runs is what the others are compared with."""
     ours: Sequence[str]
     """What stands for this project: the first of these that runs."""
+    leave_out: Sequence[str] = ()
+    """Contestants that the workload does not want."""
+
+
+class Batch(Protocol):
+    """A batch of layers or of a whole model, and how it is run by what else could."""
+
+    def onnx(self, kind: str, captured: bool) -> Work: ...
+
+    def base_torch(self) -> Work: ...
+
+    def loop(self) -> Work: ...
+
+    def masked(self) -> Work: ...
+
+    def peft(self) -> Work: ...
+
+    def one_at_a_time(self) -> Work: ...
+
+
+def peers(batch: Batch) -> list[Contestant]:
+    """The base alone, and who else runs a mixed batch."""
+    return [
+        Contestant("base", "base", partial(batch.onnx, "base", False)),
+        Contestant("base captured", "base", partial(batch.onnx, "base", True)),
+        Contestant("base torch", "base", batch.base_torch),
+        Contestant("segmented torch", "mixed", batch.loop),
+        Contestant("masked torch", "mixed", batch.masked),
+        Contestant("PEFT", "mixed", batch.peft),
+        Contestant("one at a time", "mixed", batch.one_at_a_time),
+    ]
 
 
 def base_of(name: str) -> str:
@@ -82,8 +114,9 @@ def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     works: dict[str, Work] = {}
     outputs: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
-    groups = {one.name: one.group for one in contest.contestants}
-    for one in contest.contestants:
+    wanted = [one for one in contest.contestants if one.name not in contest.leave_out]
+    groups = {one.name: one.group for one in wanted}
+    for one in wanted:
         try:
             work = one.make()
             if work.prepare is not None:

@@ -146,14 +146,11 @@ class _Batch:
             rank=decoder.rank,
             rows=rows,
             tokens=tokens,
-            ours=None,
             floors=site_floors(decoder.plan, tokens, used, self._lab.device),
-            entries=(),
-            left_out={},
         )
-        kept = [one for one in self._contestants() if one.name not in workload.leave_out]
         captured = () if prefill else ("mixed captured",)
-        return Contest(cell, kept, (*captured, "mixed GenAI", "mixed"))
+        ours = (*captured, "mixed GenAI", "mixed")
+        return Contest(cell, list(self._contestants()), ours, workload.leave_out)
 
     def _contestants(self) -> Iterator[Contestant]:
         ways: list[tuple[str, Group, Callable[[], Decoder]]] = [

@@ -17,7 +17,7 @@ from ..plan import Plan, make_plan
 from ..tensors import to_numpy, to_torch
 from .batches import draw_slots, even_bounds, rows_by_slot
 from .chain import AloneChain, BaseChain, LoopChain, MixedChain, export_chain
-from .contest import Contest, Contestant, Work, run_in_turn
+from .contest import Contest, Contestant, Work, peers, run_in_turn
 from .eager import wrap_with_peft
 from .floors import site_floors
 from .graphs import Graph
@@ -134,19 +134,11 @@ class _Tokens:
 
     def contest(self) -> Contest:
         chains, workload = self._chains, self._chains.workload
-        found = [
-            Contestant("base", "base", partial(self._onnx, "base", False)),
-            Contestant("base captured", "base", partial(self._onnx, "base", True)),
-            Contestant("base torch", "base", self._base_torch),
-            Contestant("segmented torch", "mixed", self._loop),
-            Contestant("masked torch", "mixed", self._masked),
-            Contestant("PEFT", "mixed", self._peft),
-            Contestant("one at a time", "mixed", self._one_at_a_time),
-        ]
+        found = peers(self)
         for strategy in workload.strategies:
-            found.append(Contestant(strategy, "mixed", partial(self._onnx, strategy, False)))
+            found.append(Contestant(strategy, "mixed", partial(self.onnx, strategy, False)))
             if strategy != "segmented":  # its sizes depend on values
-                captured = partial(self._onnx, strategy, True)
+                captured = partial(self.onnx, strategy, True)
                 found.append(Contestant(f"{strategy} captured", "mixed", captured))
         chosen = chains.plan("auto", self.tokens).layers[0].layer.strategy
         ours = [chosen, *(one for one in workload.strategies if one != chosen)]
@@ -161,15 +153,11 @@ class _Tokens:
             rank=chains.rank,
             rows=len(self.slots),
             tokens=self.tokens,
-            ours=None,
             floors=site_floors(
                 chains.own_plan, self.tokens, used, self._lab.device, workload.chain
             ),
-            entries=(),
-            left_out={},
         )
-        kept = [one for one in found if one.name not in workload.leave_out]
-        return Contest(cell, kept, [f"{ours[0]} captured", *ours])
+        return Contest(cell, found, [f"{ours[0]} captured", *ours], workload.leave_out)
 
     def _work(self, calls: Sequence[Callable[[], Any]], read: Callable[[], Tensor]) -> Work:
         def output() -> np.ndarray:
@@ -183,19 +171,19 @@ class _Tokens:
             lambda: run(self.copies[0]),
         )
 
-    def _base_torch(self) -> Work:
+    def base_torch(self) -> Work:
         return self._eager(self._chains.modules["base"])
 
-    def _loop(self) -> Work:
+    def loop(self) -> Work:
         loop = self._chains.modules["loop"]
         return self._eager(lambda x: loop(x, *self._segments))
 
-    def _masked(self) -> Work:
+    def masked(self) -> Work:
         module, stacks = self._chains.modules["masked"], [*self._chains.device_stacks.values()]
         segments = [one.to(self._lab.device.torch) for one in self._segments]
         return self._eager(lambda x: module(x, *segments, stacks))
 
-    def _peft(self) -> Work:
+    def peft(self) -> Work:
         """`adapter_names`, a name for each row; rows of different lengths: one for each token."""
         model, names = self._chains.peft, adapter_names(self._chains.adapters)
         lengths = {end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False)}
@@ -211,7 +199,7 @@ class _Tokens:
 
         return self._eager(run)
 
-    def _onnx(self, kind: str, captured: bool) -> Work:
+    def onnx(self, kind: str, captured: bool) -> Work:
         graph = self._chains.graph(kind, captured)
         segments: dict[str, Tensor] = {}
         if kind != "base":
@@ -224,7 +212,7 @@ class _Tokens:
         ]
         return self._work(calls, lambda: outputs[0])
 
-    def _one_at_a_time(self) -> Work:
+    def one_at_a_time(self) -> Work:
         """A graph of plain LoRA, run once for each adapter of the batch over its own tokens.
 
         What switching adapters in onnxruntime can cost at least: A and B of every adapter are on

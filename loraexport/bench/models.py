@@ -35,7 +35,7 @@ from ..plan import Plan, make_plan
 from ..quiet import quiet_models
 from ..tensors import to_numpy, to_torch
 from .batches import draw_slots, rows_by_slot
-from .contest import Contest, Contestant, Work, run_in_turn
+from .contest import Contest, Contestant, Work, peers, run_in_turn
 from .eager import with_loop, wrap_with_peft
 from .floors import site_floors
 from .graphs import Graph
@@ -171,15 +171,9 @@ class _Batch:
     def contest(self) -> Contest:
         model, workload = self._model, self._model.workload
         found = [
-            Contestant("base", "base", partial(self._onnx, "base", False)),
-            Contestant("base captured", "base", partial(self._onnx, "base", True)),
-            Contestant("base torch", "base", self._base_torch),
-            Contestant("segmented torch", "mixed", self._loop),
-            Contestant("masked torch", "mixed", self._masked),
-            Contestant("PEFT", "mixed", self._peft),
-            Contestant("one at a time", "mixed", self._one_at_a_time),
-            Contestant("mixed", "mixed", partial(self._onnx, "mixed", False)),
-            Contestant("mixed captured", "mixed", partial(self._onnx, "mixed", True)),
+            *peers(self),
+            Contestant("mixed", "mixed", partial(self.onnx, "mixed", False)),
+            Contestant("mixed captured", "mixed", partial(self.onnx, "mixed", True)),
         ]
         tokens = self.shape.num_tokens
         used = len(set(self.slots))
@@ -193,13 +187,9 @@ class _Batch:
             rank=model.rank,
             rows=self.shape.rows,
             tokens=tokens,
-            ours=None,
             floors=site_floors(model.plan, tokens, used, self._lab.device),
-            entries=(),
-            left_out={},
         )
-        kept = [one for one in found if one.name not in workload.leave_out]
-        return Contest(cell, kept, ["mixed captured", "mixed"])
+        return Contest(cell, found, ["mixed captured", "mixed"], workload.leave_out)
 
     def _work(self, calls: Sequence[Callable[[], Any]], read: Callable[[], Tensor]) -> Work:
         return Work(calls, lambda: to_numpy(read()[..., :_COMPARED]))
@@ -208,20 +198,20 @@ class _Batch:
         calls = [partial(run, inputs) for inputs in self.copies]
         return self._work(calls, lambda: run(self.copies[0]))
 
-    def _base_torch(self) -> Work:
+    def base_torch(self) -> Work:
         module = self._model.base_torch
         return self._eager(lambda inputs: module(inputs, self._ids, []))
 
-    def _loop(self) -> Work:
+    def loop(self) -> Work:
         _, module, stacks = self._model.eager
         return self._eager(lambda inputs: module(inputs, self._ids, stacks))
 
-    def _masked(self) -> Work:
+    def masked(self) -> Work:
         module, _, stacks = self._model.eager
         ids = self._ids.to(self._lab.device.torch)
         return self._eager(lambda inputs: module(inputs, ids, stacks))
 
-    def _peft(self) -> Work:
+    def peft(self) -> Work:
         model, names = self._model.peft, adapter_names(self._model.adapters)
         rows = [names[slot - 1] for slot in self.slots]
         pooling = self._model.base.module.pooling
@@ -232,7 +222,7 @@ class _Batch:
 
         return self._eager(run)
 
-    def _onnx(self, kind: str, captured: bool) -> Work:
+    def onnx(self, kind: str, captured: bool) -> Work:
         tokens = self.shape.num_tokens if kind == "mixed" else 0
         graph, name = self._model.graph(kind, captured, tokens), self._model.outputs[0].name
         control = {"adapter_ids": self._ids.to(self._lab.device.torch)}
@@ -244,7 +234,7 @@ class _Batch:
         ]
         return self._work(calls, lambda: outputs[0])
 
-    def _one_at_a_time(self) -> Work:
+    def one_at_a_time(self) -> Work:
         """The mixed graph of one slot, run once for each adapter of the batch over its own rows.
 
         The slot's A and B are bound: those of every adapter are on the device already. The rows

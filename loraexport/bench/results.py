@@ -63,11 +63,11 @@ class Cell(_Model):
     rows: int
     tokens: int
     """All rows together."""
-    ours: str | None
+    ours: str | None = None
     """The contestant that stands for this project: what it would choose here."""
     floors: dict[Literal["base", "mixed"], Floor]
-    entries: tuple[Entry, ...]
-    left_out: dict[str, str]
+    entries: tuple[Entry, ...] = ()
+    left_out: dict[str, str] = {}
     """Contestant -> why it did not run."""
 
     def seconds(self, name: str | None) -> float | None:

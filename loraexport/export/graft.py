@@ -62,7 +62,7 @@ class _Site(nn.Module):
         if len(ys) == 1:
             return (self.lora.linear(x, _Given(ys[0]), (own, own), a, b),)
         # Added part by part: joined, all of y would be written twice more.
-        added = self.lora.select(self.lora.shrink(x, a), own) @ b
+        added = self.lora.shrink_own(x, own, a) @ b
         parts = torch.split(added, [y.shape[-1] for y in ys], dim=-1)
         return tuple(y + part for y, part in zip(ys, parts, strict=True))
 

@@ -36,7 +36,7 @@ class Augmented(Masked):
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         assert base.bias is None, "it is in the stack, or added behind the product"
         _, own, ones = routing
-        h = self.select(self.shrink(x, a), own)
+        h = self.shrink_own(x, own, a)
         has_bias = b.shape[0] > x.shape[1] + a.shape[0]
         y: Tensor = self.base_expand([x, ones, h] if has_bias else [x, h], [b])[0]
         return y
@@ -44,7 +44,7 @@ class Augmented(Masked):
     def slices(self, x: Tensor, own: Tensor, a: Tensor, bs: Sequence[Tensor]) -> list[Tensor]:
         """As `linear` without a bias, of slices whose stacks lie apart: bs [in + S * W, width] ->
         [T, width] each. x, own and y may have a dimension more, [batch, n, …]."""
-        h = self.select(self.shrink(x, a), own)
+        h = self.shrink_own(x, own, a)
         ys: list[Tensor] = self.base_expand([x, h], bs)
         return ys
 

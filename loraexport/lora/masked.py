@@ -60,9 +60,13 @@ class Masked(Strategy):
         ones = torch.ones(slots.shape[0], BIAS_ROWS, dtype=self.dtype, device=slots.device)
         return slots, self.own(slots), ones
 
+    def shrink_own(self, x: Tensor, own: Tensor, a: Tensor) -> Tensor:
+        """h = where(own, x A^T, 0)."""
+        h: Tensor = self.select(self.shrink(x, a), own)
+        return h
+
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        own = routing[1]
-        return self.expand(base(x), self.select(self.shrink(x, a), own), b)
+        return self.expand(base(x), self.shrink_own(x, routing[1], a), b)
 
     def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         slots, own = routing[:2]

@@ -123,7 +123,8 @@ class ModelSession(AdapterHost):
             on_host = all(isinstance(tensor, np.ndarray) for tensor in inputs.values())
             sized = self._buckets.find(batch, sequence, on_host)
             if sized is not None:
-                return self._buckets.run(sized, inputs, batch, sequence, adapter_ids, weights)
+                size = batch, sequence, on_host
+                return self._buckets.run(sized, inputs, *size, adapter_ids, weights)
         control = {"adapter_ids": adapter_ids}
         if weights is not None:
             control["adapter_weights"] = weights

@@ -76,12 +76,12 @@ class RowBuckets:
         inputs: Mapping[str, Any],
         batch: int,
         sequence: int,
+        on_host: bool,
         adapter_ids: np.ndarray,
         weights: np.ndarray | None,
     ) -> dict[str, Any]:
         """What `run_bound` gives, out of a bucket that `find` gave."""
         bucket = sized.bucket
-        on_host = all(isinstance(tensor, np.ndarray) for tensor in inputs.values())
         values = inputs
         if not on_host:
             values = {name: device_value(inputs[name], self._device, name) for name in inputs}
