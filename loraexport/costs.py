@@ -71,7 +71,7 @@ def read_costs(path: Path = COSTS_FILE) -> Costs:
 def work(strategy: Strategy, shape: Shape) -> tuple[int, float, float]:
     """(kernels, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
 
-    masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | 1 | h], and K
+    masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | h], and K
     more columns in the base's product, less that one's pass for its bias. chunked, P places in
     chunks: gathers of x, A and B, two batched products, a gather back, where, add. segmented runs
     its loop: no model of it.

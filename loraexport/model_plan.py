@@ -80,7 +80,10 @@ def plan_model(
             )
         roles = set(LORA if group[0] in lora else ())
         roles |= {"weight", "bias"} if head else _feature_roles(features, shape)
-        plans.append(make_layer_plan(layer, (), False, spec, num_slots, roles))
+        # The operator behind a layer of one slice takes its bias along: Gelu, the layer norm. Those
+        # of q, k and v would be added in passes of their own.
+        has_bias = len(group) > 1 and any(skeleton.sites[site].has_bias for site in group)
+        plans.append(make_layer_plan(layer, (), False, spec, num_slots, roles, has_bias))
     inputs, outputs = skeleton.signature.inputs, skeleton.signature.outputs
     for plan in plans:
         if plan.layer.labels:

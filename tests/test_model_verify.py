@@ -221,8 +221,8 @@ class TestPlan:
             for index, name in enumerate(("query", "key", "value"))
         ]
         stacks = {stack.role: (stack.shape, stack.rows_per_slot) for stack in fused.stacks}
-        # Augmented: W^T ahead of the slots.
-        assert stacks == {"lora_A": ((3 * 24, 32), 24), "lora_B": ((32 + 3 * 24, 96), 24)}
+        # Augmented: W^T and the biases' 8 rows ahead of the slots.
+        assert stacks == {"lora_A": ((8 + 3 * 24, 32), 24), "lora_B": ((40 + 3 * 24, 96), 24)}
 
     def test_sites_by_rule(self, tmp_path: Path) -> None:
         named = self.sites(tmp_path, sites=["query", "value", "output.dense"])

@@ -105,9 +105,10 @@ def test_stacks(project: Project, strategy: str) -> None:
     plan = plan_of(project, export={"strategy": strategy})
     a, b = plan.layers[0].layer.stacks
     augmented = strategy == "augmented"
-    assert (a.name, a.shape, a.rows_per_slot, a.row_offset) == ("qkv.lora_A", (48, 32), 24, 0)
-    assert b.name == ("qkv.weight_lora_B" if augmented else "qkv.lora_B")
     # W^T, and 8 rows for the bias of q, k and v.
+    assert (a.name, a.shape) == ("qkv.lora_A", (8 + 48, 32) if augmented else (48, 32))
+    assert (a.rows_per_slot, a.row_offset) == (24, 8 if augmented else 0)
+    assert b.name == ("qkv.weight_lora_B" if augmented else "qkv.lora_B")
     assert b.shape == ((32 + 8 + 48, 64) if augmented else (48, 64))
     assert (b.rows_per_slot, b.row_offset) == (24, 40 if augmented else 0)
     assert (plan.layers[0].layer.base_rows is not None) == augmented
@@ -155,7 +156,8 @@ def test_more_adapters_than_slots(project: Project) -> None:
     plan = plan_of(project, slots=1)
     assert [adapter.slot for adapter in plan.adapters] == [1, None]
     assert plan.max_rank == 8, "those that are paged in later must fit"
-    assert plan.layers[0].layer.stacks[0].shape == (24, 32)
+    stack = plan.layers[0].layer.stacks[0]
+    assert (stack.shape, stack.rows(1)) == ((8 + 24, 32), slice(8, 32))
 
 
 def test_more_slots_than_adapters(project: Project) -> None:

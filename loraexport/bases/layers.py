@@ -8,7 +8,7 @@ import numpy as np
 
 from loraexport_runtime.adapters import LoraWeights, check_base_copies, read_lora_weights
 from loraexport_runtime.devices import NUMPY_DTYPES
-from loraexport_runtime.manifest import BIAS_ROWS, Layer
+from loraexport_runtime.manifest import Layer
 from loraexport_runtime.stacks import assemble, pack
 from loraexport_runtime.weights import digest_array, read_tensors
 
@@ -184,19 +184,19 @@ def _build(
     dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     weight, bias = _fuse([base.sites[part.site] for part in layer.slices], layer, dtype)
     blocks = {slot: pack(layer, weights, scale, dtype) for slot, (weights, scale) in slots.items()}
-    ahead = weight.T if bias is None else join_bias(weight.T, bias)
-    base_rows = {
-        stack.name: np.ascontiguousarray(ahead) for stack in layer.stacks if stack.row_offset
-    }
+    base_rows = {}
+    for stack in layer.stacks:
+        if stack.row_offset:
+            ahead = np.zeros((stack.row_offset, stack.shape[1]), dtype)
+            if stack.role == "lora_B":
+                put_base(ahead, weight, bias)
+            base_rows[stack.name] = ahead
     stacks = {
         stack.name: assemble(stack, dtype, base_rows.get(stack.name), blocks)
         for stack in layer.stacks
     }
-    rows = len(layer.slices) * layer.max_rank
     torch_dtype = TORCH_DTYPES[plan.spec.export.dtype]
-    strategy = STRATEGIES[layer.strategy](
-        Sizes(plan.num_slots, rows, layer.in_features, torch_dtype)
-    )
+    strategy = STRATEGIES[layer.strategy](Sizes.of(layer, plan.num_slots, torch_dtype))
     make_base = EmbeddingBase if layer.kind == "embedding" else LinearBase
     torch_bias = None if bias is None else to_torch(bias)
     whole_base = make_base(to_torch(weight), torch_bias)
@@ -212,11 +212,17 @@ def _build(
     )
 
 
-def join_bias(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """W^T [in, out] and below it the bias among BIAS_ROWS rows, as an augmented stack begins."""
-    rows = np.zeros((BIAS_ROWS, len(bias)), weight.dtype)
-    rows[0] = bias
-    return np.concatenate([weight, rows])
+def put_base(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
+    """Write how an augmented stack begins: W^T, and the bias below it where `rows` has room.
+
+    Args:
+        rows: zeros [in, out], or [in + BIAS_ROWS, out].
+        weight: [out, in].
+    """
+    size_in = weight.shape[1]
+    rows[:size_in] = weight.T
+    if bias is not None and len(rows) > size_in:
+        rows[size_in] = bias
 
 
 def _fuse(

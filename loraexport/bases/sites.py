@@ -26,7 +26,7 @@ class RowContext:
         self.rows = rows
         self.stacks: Mapping[str, Tensor] = {}
         self.selector: Tensor = torch.zeros(0)
-        self._routings: dict[tuple[bool, int], Routing] = {}
+        self._routings: dict[tuple[bool, int, bool], Routing] = {}
         self._whole: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     def begin(
@@ -38,7 +38,7 @@ class RowContext:
 
     def routing(self, lora: Strategy, per_row: int, is_sequence: bool) -> Routing:
         """Rows of one token, or of `per_row`: a model has one sequence length."""
-        key = (is_sequence, lora.rows_per_slot)
+        key = (is_sequence, lora.rows_per_slot, lora.has_bias)
         if key not in self._routings:
             self._routings[key] = lora.route_rows(self.selector, per_row)
         return self._routings[key]
@@ -120,8 +120,8 @@ class ModelSite(nn.Module):
         Args:
             lora: None where adapters bring whole weights only.
             factor: of the output; embeddings of some models scale theirs.
-            biases: of every product's output, where `base` has none: the operators behind take
-                them along (Gelu, the layer norm), and in a product they are a pass over y.
+            biases: of every product's output, where neither `base` nor a stack has them: the
+                operators behind take them along (Gelu, the layer norm).
         """
         super().__init__()
         self.name = layer.name
@@ -173,7 +173,7 @@ class ModelSite(nn.Module):
         a, bs = stacks[self._a], [stacks[name] for name in self._bs]
         if len(bs) > 1:
             assert isinstance(self.lora, Augmented), "no other strategy has stacks side by side"
-            return self.lora.slices(tokens, routing[1], a, bs)
+            return self.lora.slices(tokens, routing, a, bs)
         compute = self.lora.embedding if self.is_embedding else self.lora.linear
         return [compute(tokens, self.base, routing, a, bs[0])]
 

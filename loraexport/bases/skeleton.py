@@ -36,6 +36,7 @@ class SiteShape:
     out_features: int
     is_conv1d: bool
     """Its weight is stored [in, out]."""
+    has_bias: bool
     input_id: int | None
     """Sites with one number get the very same tensor; None: not known, or not for this kind."""
 
@@ -196,8 +197,10 @@ def _is_site(module: nn.Module) -> bool:
 
 def _shape(module: Any, input_id: int | None) -> SiteShape:
     if isinstance(module, nn.Embedding):
-        return SiteShape("embedding", module.num_embeddings, module.embedding_dim, False, None)
-    return SiteShape("linear", *_sizes(module), isinstance(module, Conv1D), input_id)
+        size, width = module.num_embeddings, module.embedding_dim
+        return SiteShape("embedding", size, width, False, False, None)
+    has_bias = module.bias is not None
+    return SiteShape("linear", *_sizes(module), isinstance(module, Conv1D), has_bias, input_id)
 
 
 def _sizes(module: Any) -> tuple[int, int]:

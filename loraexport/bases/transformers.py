@@ -31,7 +31,7 @@ from ..lora.strategy import Base as SiteBase
 from ..lora.strategy import LinearBase, Sizes
 from ..plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
-from .layers import Base, SiteWeights, digest_of
+from .layers import Base, SiteWeights, digest_of, put_base
 from .plain import has_rotary_positions, headless_widths, load_plain_model, take_output
 from .pooling import SentencePooling
 from .sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
@@ -194,7 +194,7 @@ def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarra
                 if stack.role == "lora_B":
                     left = part.offset - stack.column_offset
                     if 0 <= left < stack.shape[1]:
-                        value[:, left : left + part.width] = one.weight.T
+                        put_base(value[:, left : left + part.width], one.weight, one.bias)
                 elif stack.role == "weight":
                     value[: len(one.weight)] = one.weight
                 elif stack.role == "bias":
@@ -230,16 +230,14 @@ def _replace_sites(
     elif roles & {"output_scale", "bias"}:
         base = RowLinear(weight, bias, layer, context)
     else:
-        in_stack = any(stack.row_offset for stack in layer.stacks)
-        base = LinearBase(None if in_stack else weight, None)
-        if bias is not None:
-            widths = [stack.shape[1] for stack in layer.stacks if stack.role == "lora_B"]
-            biases_behind = torch.split(bias, widths)
+        bs = [stack for stack in layer.stacks if stack.role == "lora_B"]
+        base = LinearBase(None if bs[0].row_offset else weight, None)
+        if bias is not None and bs[0].row_offset <= layer.in_features:
+            biases_behind = torch.split(bias, [stack.shape[1] for stack in bs])
     lora = None
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]
-        rows = len(layer.slices) * layer.max_rank
-        lora = make(Sizes(num_slots, rows, layer.in_features, weight.dtype))
+        lora = make(Sizes.of(layer, num_slots, weight.dtype))
     factor = float(getattr(modules[0], "embed_scale", 1.0))
     whole = ModelSite(base, lora, layer, context, factor, biases_behind)
     for index, part in enumerate(layer.slices):

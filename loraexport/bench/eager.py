@@ -23,8 +23,7 @@ class LoopOverStacks(Strategy):
     """
 
     def __init__(self, num_slots: int, layer: Layer, dtype: torch.dtype) -> None:
-        rows = len(layer.slices) * layer.max_rank
-        super().__init__(Sizes(num_slots, rows, layer.in_features, dtype))
+        super().__init__(Sizes.of(layer, num_slots, dtype))
         self._rank = layer.max_rank
         self._columns = [part.offset for part in layer.slices] + [layer.out_features]
 
@@ -57,8 +56,8 @@ def with_loop(model: nn.Module, layers: Sequence[Layer], num_slots: int) -> Any:
         if isinstance(site, ModelSite):
             if site.is_embedding:
                 raise CannotRun("its sites have an embedding, for which there is no such loop here")
-            assert site.lora is not None, "every site of the benchmark has LoRA"
-            site.lora = LoopOverStacks(num_slots, by_name[site.name], site.lora.dtype)
+            assert site.weight is not None, "the eager model is masked"
+            site.lora = LoopOverStacks(num_slots, by_name[site.name], site.weight.dtype)
     return model
 
 

@@ -2,8 +2,9 @@
 
 Attention of [batch, heads, n, size] with a bool mask becomes MultiHeadAttention of
 [batch, n, heads * size] with the mask as an addend: no transposes, and on CUDA a flash kernel,
-where the other makes the mask an addend anew in every layer. Gelu becomes BiasGelu, whose kernel is
-vectorized, with the bias that was added before it or zeros. Both are float32's and float16's alone.
+where the other makes the mask an addend anew in every layer; the biases of q, k and v go into it
+where each was added before. Gelu becomes BiasGelu, whose kernel is vectorized, with the bias that
+was added before it or zeros. Both are float32's and float16's alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,9 @@ def _fuse_attention(graph: ir.Graph, node: ir.Node, masks: dict[ir.Value, ir.Val
     query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
     if whole is None or query is None or query.dtype not in _DTYPES:
         return
-    x = [_before_heads(graph, node, value) for value in node.inputs[:3]]
-    if not all(x):
+    found = [_before_heads(graph, node, value) for value in node.inputs[:3]]
+    x = [value for value in found if value is not None]
+    if len(x) < len(found):
         return
     if mask is not None:
         if mask.dtype != ir.DataType.BOOL or mask.shape is None or len(mask.shape) != 4:
@@ -50,9 +52,21 @@ def _fuse_attention(graph: ir.Graph, node: ir.Node, masks: dict[ir.Value, ir.Val
     if "scale" in node.attributes:
         attributes["scale"] = node.attributes["scale"].as_float()
     addend = masks[mask] if mask is not None else None
-    fused = _node("MultiHeadAttention", [*x, None, None, addend], attributes, node)
+    fused = _node("MultiHeadAttention", [*_take_biases(graph, x), None, addend], attributes, node)
     graph.insert_after(node, fused)
     _replace(whole, fused.outputs[0])
+
+
+def _take_biases(graph: ir.Graph, x: Sequence[ir.Value]) -> list[ir.Value | None]:
+    """Query, key, value, and a bias of all: theirs, if each was added before; else None."""
+    apart = [_added_bias(value) for value in x]
+    biases = [bias.const_value.numpy() for _, bias in apart if bias and bias.const_value]
+    if len(biases) < len(x):
+        return [*x, None]
+    name = f"attention/bias/{len(graph.initializers)}"
+    joined = ir.Value(name=name, const_value=ir.tensor(np.concatenate(biases)))
+    graph.initializers.add(joined)
+    return [*(plain for plain, _ in apart), joined]
 
 
 def _joined_heads(node: ir.Node) -> ir.Value | None:
@@ -129,7 +143,7 @@ def _fuse_gelu(
     if not isinstance(width, int):
         return
     assert x.dtype is not None, "it is one of two"
-    plain, bias = _added_bias(x, width)
+    plain, bias = _added_bias(x)
     if bias is None:
         if (x.dtype, width) not in zeros:
             array = np.zeros(width, x.dtype.numpy())
@@ -141,16 +155,17 @@ def _fuse_gelu(
     _replace(node.outputs[0], fused.outputs[0])
 
 
-def _added_bias(x: ir.Value, width: int) -> tuple[ir.Value, ir.Value | None]:
-    """(y, b), where x is y + b for an initializer b [width] and nothing else; else (x, None)."""
+def _added_bias(x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """(y, b), where x is y + b for an initializer b [width of y], nothing else; else (x, None)."""
     add = x.producer()
-    if add is not None and add.op_type == "Add" and add.domain == "" and len(x.uses()) == 1:
-        for y, bias in (add.inputs, add.inputs[::-1]):
-            assert y is not None, "an Add has two inputs"
-            assert bias is not None, "an Add has two inputs"
-            is_vector = bias.is_initializer() and bias.shape == [width]
-            if is_vector and not bias.is_graph_input() and y.shape == x.shape:
-                return y, bias
+    if add is None or add.op_type != "Add" or add.domain != "" or len(x.uses()) != 1:
+        return x, None
+    for y, bias in (add.inputs, add.inputs[::-1]):
+        assert y is not None, "an Add has two inputs"
+        assert bias is not None, "an Add has two inputs"
+        is_constant = bias.is_initializer() and not bias.is_graph_input()
+        if is_constant and y.shape and y.shape == x.shape and bias.shape == y.shape[-1:]:
+            return y, bias
     return x, None
 
 

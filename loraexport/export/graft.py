@@ -59,10 +59,11 @@ class _Site(nn.Module):
 
         Or x [rows, in], own [rows, S * W], ys [rows, out].
         """
+        routing = own, own, self.lora.rest(own)
         if len(ys) == 1:
-            return (self.lora.linear(x, _Given(ys[0]), (own, own), a, b),)
+            return (self.lora.linear(x, _Given(ys[0]), routing, a, b),)
         # Added part by part: joined, all of y would be written twice more.
-        added = self.lora.shrink_own(x, own, a) @ b
+        added = self.lora.shrink_own(x, routing, a) @ b
         parts = torch.split(added, [y.shape[-1] for y in ys], dim=-1)
         return tuple(y + part for y, part in zip(ys, parts, strict=True))
 
@@ -76,7 +77,7 @@ class _AugmentedSite(nn.Module):
 
     def forward(self, x: Tensor, own: Tensor, a: Tensor, bs: list[Tensor]) -> Any:
         """x [batch, n, in], own bool [batch, 1, S * W], bs [in + S * W, out] -> [batch, n, out]."""
-        return tuple(self.lora.slices(x, own, a, bs))
+        return tuple(self.lora.slices(x, (own, own, self.lora.rest(own)), a, bs))
 
 
 class _Route(nn.Module):
@@ -217,7 +218,7 @@ class _Parts:
             if is_flat:
                 arguments.append(torch.zeros(21, size, dtype=self._dtype))
                 shapes.append({0: _ROWS})
-            route = _Route(Sizes(self._num_slots, rows, size, self._dtype), one.layout)
+            route = _Route(Sizes.of(one.layer, self._num_slots, self._dtype), one.layout)
             self._add(name, route, tuple(arguments), tuple(shapes))
         return self._call(name, [adapter_ids, x] if is_flat else [adapter_ids], 1)
 
@@ -251,7 +252,7 @@ class _Parts:
                 torch.zeros(columns, size, dtype=self._dtype),
             )
             shapes: tuple[Any, ...] = (row, own_row, None)
-            sizes = Sizes(self._num_slots, rows, size, self._dtype)
+            sizes = Sizes.of(layer, self._num_slots, self._dtype)
             if is_augmented:
                 site: nn.Module = _AugmentedSite(sizes)
                 arguments, shapes = (*arguments, bs), (*shapes, [None] * len(bs))

@@ -16,35 +16,55 @@ from .strategy import Base, Expand, Gather, Routing, Shrink, Sizes, Strategy
 class Own(nn.Module):
     """own[t, j] = column j of the stack belongs to token t's slot."""
 
-    def __init__(self, num_slots: int, rows_per_slot: int) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        owners = torch.arange(1, num_slots + 1).repeat_interleave(rows_per_slot)
+        owners = torch.arange(1, sizes.num_slots + 1).repeat_interleave(sizes.rows_per_slot)
+        if sizes.has_bias:
+            owners = torch.cat([torch.full((BIAS_ROWS,), -1), owners])  # nobody's: rest has a 1
         self.register_buffer("owners", owners.unsqueeze(0))
         self.owners: Tensor
 
     def forward(self, slots: Tensor) -> Tensor:
-        """slots int64 [T] -> bool [T, S * W]."""
+        """slots int64 [T] -> bool [T, S * W]; with a bias [T, 8 + S * W]."""
         return slots.unsqueeze(1) == self.owners
 
 
-class Select(nn.Module):
-    """h where own, else 0."""
+class Rest(nn.Module):
+    """What h is where it is not a token's own: 0, but 1 in the bias's column."""
 
-    def forward(self, h: Tensor, own: Tensor) -> Tensor:
-        """h [T, S * W], own bool [T, S * W] -> [T, S * W]."""
-        return torch.where(own, h, torch.zeros((), dtype=h.dtype, device=h.device))
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        row = torch.zeros((), dtype=sizes.dtype)
+        if sizes.has_bias:
+            row = row.repeat(1, BIAS_ROWS + sizes.num_slots * sizes.rows_per_slot)
+            row[0, 0] = 1
+        self.register_buffer("row", row)
+        self.row: Tensor
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """slots int64 [T] -> a scalar; with a bias [T, 8 + S * W], which `where` reads fastest."""
+        return self.row.expand(slots.shape[0], -1) if self.row.dim() else self.row
+
+
+class Select(nn.Module):
+    """h where own, else the rest."""
+
+    def forward(self, h: Tensor, own: Tensor, rest: Tensor) -> Tensor:
+        """h [T, S * W], own bool [T, S * W], rest [T, S * W] or a scalar -> [T, S * W]."""
+        return torch.where(own, h, rest)
 
 
 class Masked(Strategy):
     """See the module's formula.
 
-    Routing: (slots int64 [T], own bool [T, S * W], ones [T, 8] for layers that are augmented).
+    Routing: (slots int64 [T], own bool [T, S * W], the rest, a scalar or [T, S * W]).
     """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         self.slots = TokenSlots()
-        self.own = Own(sizes.num_slots, sizes.rows_per_slot)
+        self.own = Own(sizes)
+        self.rest = Rest(sizes)
         self.shrink = Shrink()
         self.gather = Gather(sizes.in_features)
         self.select = Select()
@@ -57,18 +77,17 @@ class Masked(Strategy):
         return self._route_tokens(slots.unsqueeze(1).expand(-1, per_row).flatten())
 
     def _route_tokens(self, slots: Tensor) -> Routing:
-        ones = torch.ones(slots.shape[0], BIAS_ROWS, dtype=self.dtype, device=slots.device)
-        return slots, self.own(slots), ones
+        return slots, self.own(slots), self.rest(slots)
 
-    def shrink_own(self, x: Tensor, own: Tensor, a: Tensor) -> Tensor:
-        """h = where(own, x A^T, 0)."""
-        h: Tensor = self.select(self.shrink(x, a), own)
+    def shrink_own(self, x: Tensor, routing: Routing, a: Tensor) -> Tensor:
+        """h = where(own, x A^T, the rest)."""
+        h: Tensor = self.select(self.shrink(x, a), *routing[1:])
         return h
 
     def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        return self.expand(base(x), self.shrink_own(x, routing[1], a), b)
+        return self.expand(base(x), self.shrink_own(x, routing, a), b)
 
     def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        slots, own = routing[:2]
+        slots, own, rest = routing
         h = self.gather(ids, slots, a).repeat(1, self.num_slots)
-        return self.expand(base(ids), self.select(h, own), b)
+        return self.expand(base(ids), self.select(h, own, rest), b)

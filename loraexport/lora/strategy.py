@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, addmm, nn
 
+from loraexport_runtime.manifest import Layer
+
 Routing = tuple[Tensor, ...]
 """What a strategy derives from the segments, once for all layers that share them."""
 
@@ -24,6 +26,14 @@ class Sizes:
     in_features: int
     dtype: torch.dtype
     """Of x and of the stacks."""
+    has_bias: bool
+    """Whether the stacks begin with rows for the base's bias (augmented)."""
+
+    @classmethod
+    def of(cls, layer: Layer, num_slots: int, dtype: torch.dtype) -> "Sizes":
+        a, rows = layer.stack("lora_A"), len(layer.slices) * layer.max_rank
+        has_bias = layer.strategy == "augmented" and a is not None and a.row_offset > 0
+        return cls(num_slots, rows, layer.in_features, dtype, has_bias)
 
 
 class Base(nn.Module):
@@ -63,7 +73,7 @@ class Strategy(nn.Module):
         self.num_slots = sizes.num_slots
         self.rows_per_slot = sizes.rows_per_slot
         self.in_features = sizes.in_features
-        self.dtype = sizes.dtype
+        self.has_bias = sizes.has_bias
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         """From segments: seg_indptr int64 [n + 1], seg_slots int64 [n]."""

@@ -19,7 +19,7 @@ from .genai_config import GENAI_CONFIG
 FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 BIAS_ROWS = 8
-"""Rows that the bias of an augmented layer takes in its stack: itself, and zeros for alignment."""
+"""Rows that the bias of an augmented layer takes in its stacks: itself, and zeros for alignment."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -41,9 +41,10 @@ class Stack:
     """One overridable initializer that holds a factor or parameter of every slot.
 
     Slot s, from 1 on, owns the `rows_per_slot` rows from `row_offset + (s - 1) * rows_per_slot`
-    on. The rows ahead of `row_offset` are the base's: W^T, and BIAS_ROWS for its bias if it has
-    one, where base and expand are one product (augmented); its own value where a role replaces a
-    parameter of the base. A layer may have several stacks of role lora_B, side by side.
+    on. The rows ahead of `row_offset` are the base's: where base and expand are one product
+    (augmented) W^T, and where that takes the bias along BIAS_ROWS for it, which are zeros in
+    lora_A; its own value where a role replaces a parameter of the base. A layer may have several
+    stacks of role lora_B, side by side.
     """
 
     name: str
