@@ -30,7 +30,8 @@ class Shape:
     in_features: int
     out_features: int
     slots: int
-    rows_per_slot: int
+    rows_per_slot: float
+    """On average."""
     bytes_per_value: int
     has_bias: bool = False
 

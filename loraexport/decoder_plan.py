@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites
 
-from .layer_plan import LayerPlan, make_layer_plan, refuse_features
+from .layer_plan import LayerPlan, make_layer_plan, refuse_features, true_rows
 from .model_plan import named_sites, share_inputs, site_layer
 from .spec import Spec
 
@@ -44,7 +44,11 @@ def plan_decoder(
         "retrain it without, or build a whole model (base.kind: transformers)",
     )
     linear = {site for site, shape in skeleton.sites.items() if shape.kind == "linear"}
-    used = {site for header in headers for site in match_sites(header, linear)}
+    ranks = [
+        {site: header.modules[module].rank for site, module in match_sites(header, linear).items()}
+        for header in headers
+    ]
+    used = {site for one in ranks for site in one}
     lora = used if spec.sites is None else named_sites(spec, skeleton.sites, skeleton.inner_linear)
     plans = []
     for group in share_inputs(skeleton, linear, ()):
@@ -53,5 +57,6 @@ def plan_decoder(
         widths = {site: skeleton.sites[site].out_features for site in group}
         size_in = skeleton.sites[group[0]].in_features
         layer = site_layer(widths, size_in, "linear", max_rank)
-        plans.append(make_layer_plan(layer, (), False, spec, num_slots))
+        rows = true_rows(layer, ranks, spec)
+        plans.append(make_layer_plan(layer, (), False, spec, num_slots, slot_rows=rows))
     return tuple(plans), GeneratorPlan(directory)

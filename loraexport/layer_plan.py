@@ -17,6 +17,8 @@ from .spec import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec
 
 _own_costs = functools.cache(read_costs)  # every layer of a plan asks for them
 LORA = ("lora_A", "lora_B")
+ROW_STEP = 8
+"""Rows of a stack are so many together that products read them fastest."""
 BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -49,7 +51,7 @@ def choose_strategy(
     kind: Literal["linear", "embedding"],
     spec: Spec,
     num_slots: int,
-    rows_per_slot: int,
+    rows_per_slot: float,
     in_size: int,
     out_size: int,
     has_bias: bool = False,
@@ -161,6 +163,7 @@ def make_layer_plan(
     num_slots: int,
     roles: Collection[str] = LORA,
     has_bias: bool = False,
+    slot_rows: tuple[int, ...] | None = None,
 ) -> LayerPlan:
     """Strategy, stacks and costs of a layer whose sizes are known.
 
@@ -168,26 +171,28 @@ def make_layer_plan(
         roles: of its stacks; beside LoRA those parameters that adapters replace.
         has_bias: whether the base adds a bias by a pass of its own, so that an augmented stack is
             to hold it.
+        slot_rows: of each slot, where slots stay as built; default: every slice at max_rank.
     """
     rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
+    on_average = sum(slot_rows) / num_slots if slot_rows else rows
     size_in, size_out = layer.in_features, layer.out_features
     strategy, reason = choose_strategy(
-        layer.kind, spec, num_slots, rows, size_in, size_out, has_bias
+        layer.kind, spec, num_slots, on_average, size_in, size_out, has_bias
     )
     if strategy == "augmented" and set(roles) != set(LORA):
         strategy, reason = "masked", "a slot's own base parameters leave no [W ; B] product"
     size = BYTES_PER_VALUE[spec.export.dtype]
     widths = [size_out]
     if strategy == "augmented" and spec.base.kind == "transformers":
-        shape = Shape(spec.typical_tokens, size_in, size_out, num_slots, rows, size)
+        shape = Shape(spec.typical_tokens, size_in, size_out, num_slots, on_average, size)
         if _costs(spec).is_apart(shape, len(layer.slices)):
             widths = [part.width for part in layer.slices]
-    stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias)
+    stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias, slot_rows)
     in_file = any(stack.row_offset for stack in stacks) and spec.base.kind != "causal_lm"
     graph = layer.name if spec.base.kind == "layers" else "model"
     is_embedding = layer.kind == "embedding"
-    lora_flops = 2 * rows * (size_out if is_embedding else size_in + size_out)
-    slot_values = sum(stack.rows_per_slot * stack.shape[1] for stack in stacks)
+    lora_flops = 2 * (size_out if is_embedding else size_in + size_out)
+    lora_values = sum((stack.shape[0] - stack.row_offset) * stack.shape[1] for stack in stacks)
     return LayerPlan(
         layer=replace(
             layer,
@@ -200,10 +205,10 @@ def make_layer_plan(
         strategy_reason=reason,
         num_slots=num_slots,
         base_bytes=size * size_in * size_out,
-        lora_bytes=size * num_slots * slot_values,
+        lora_bytes=size * lora_values,
         base_flops_per_token=0 if is_embedding else 2 * size_in * size_out,
         lora_flops_per_token=lora_flops
-        * (1 if strategy in ("segmented", "chunked") else num_slots),
+        * (rows if strategy in ("segmented", "chunked") else sum(slot_rows or [rows] * num_slots)),
     )
 
 
@@ -214,11 +219,13 @@ def make_stacks(
     widths: Sequence[int],
     roles: Collection[str] = LORA,
     has_bias: bool = False,
+    slot_rows: tuple[int, ...] | None = None,
 ) -> tuple[Stack, ...]:
     """The overridable initializers of a layer; every slot is one block of whole rows.
 
     Args:
         widths: the columns of each stack of role lora_B, side by side.
+        slot_rows: as of `make_layer_plan`.
     """
     size_in, size_out = layer.in_features, layer.out_features
     rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
@@ -237,12 +244,30 @@ def make_stacks(
         if role in roles:
             name = f"{layer.name}.{'weight_lora_B' if role == 'lora_B' and ahead else role}"
             left = 0
+            own = slot_rows if role in LORA else None
             for index, width in enumerate(widths if role == "lora_B" else [whole]):
-                shape = (ahead + num_slots * per_slot, width)
+                shape = (ahead + sum(own or [per_slot] * num_slots), width)
                 end = f".{index}" if width < whole else ""
-                stacks.append(Stack(f"{name}{end}", role, shape, per_slot, ahead, left))  # type: ignore[arg-type]
+                stacks.append(Stack(f"{name}{end}", role, shape, per_slot, ahead, left, own))  # type: ignore[arg-type]
                 left += width
     return tuple(stacks)
+
+
+def true_rows(
+    layer: Layer, adapters: Sequence[Mapping[str, int]], spec: Spec
+) -> tuple[int, ...] | None:
+    """The rows that each adapter takes of a layer's stacks, in eights for alignment.
+
+    None where all slots are to have room for any adapter of max_rank: a spec that gives slots,
+    sites or max_rank asks for that.
+
+    Args:
+        adapters: the rank at every site, of each adapter in its slot's order.
+    """
+    if (spec.slots, spec.sites, spec.max_rank) != (None, None, None):
+        return None
+    sums = [sum(ranks.get(part.site, 0) for part in layer.slices) for ranks in adapters]
+    return tuple(-(-rows // ROW_STEP) * ROW_STEP for rows in sums)
 
 
 def _find_source(

@@ -12,7 +12,7 @@ from loraexport_runtime.genai_config import GENAI_CONFIG, read_genai_config
 
 from .errors import BaseModelError
 from .export.graph_sites import Product, list_products
-from .layer_plan import LayerPlan, make_layer_plan, refuse_features
+from .layer_plan import LayerPlan, make_layer_plan, refuse_features, true_rows
 from .model_plan import named_sites, site_layer
 from .onnx_sites import Place, find_places
 from .spec import OnnxSpec, Spec
@@ -57,7 +57,11 @@ def plan_onnx(
     known = [site for place in places for site in place.sites]
     instead = "retrain it without, or build the Hugging Face model (base.kind: transformers)"
     refuse_features(headers, "an ONNX graph (base.kind: onnx)", instead)
-    used = {site for header in headers for site in _match(header, known, file)}
+    ranks = [
+        {site: header.modules[module].rank for site, module in _match(header, known, file).items()}
+        for header in headers
+    ]
+    used = {site for one in ranks for site in one}
     if spec.sites is not None:
         inner = [site for site in known if not _is_output_layer(site)]
         used = named_sites(spec, known, inner)
@@ -71,7 +75,8 @@ def plan_onnx(
     for group in groups.values():
         widths = {site: width for place in group for site, width in place.sites.items()}
         layer = site_layer(widths, group[0].products[0].in_features, "linear", max_rank)
-        layers.append(make_layer_plan(layer, (), False, spec, num_slots))
+        rows = true_rows(layer, ranks, spec) if generates else None
+        layers.append(make_layer_plan(layer, (), False, spec, num_slots, slot_rows=rows))
         outputs[layer.name] = tuple(one.output for place in group for one in place.products)
     return tuple(layers), GraphPlan(directory, file, generates, outputs)
 
@@ -90,7 +95,7 @@ def read_graph(file: Path) -> ir.Model:
         raise BaseModelError(f"{file}: not readable as ONNX: {error}") from error
 
 
-def _match(header: AdapterHeader, sites: Iterable[str], file: Path) -> Iterable[str]:
+def _match(header: AdapterHeader, sites: Iterable[str], file: Path) -> dict[str, str]:
     try:
         return match_sites(header, set(sites))
     except AdapterWeightsError as error:

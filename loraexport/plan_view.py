@@ -94,14 +94,14 @@ def _layer_table(layers: list[dict[str, Any]], tokens: int) -> Table:
 
 
 def _layer_dict(one: LayerPlan, tokens: int) -> dict[str, Any]:
-    layer = one.layer
+    layer, b = one.layer, one.layer.stack("lora_B")
     return {
         "name": layer.name,
         "kind": layer.kind,
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "sites": [part.site for part in layer.slices],
-        "stack_width": layer.max_rank * len(layer.slices) * one.num_slots,
+        "stack_width": b.shape[0] - b.row_offset if b else 0,
         "stacks": [stack.role for stack in layer.stacks],
         "strategy": layer.strategy,
         "reason": one.strategy_reason,

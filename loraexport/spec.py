@@ -210,7 +210,11 @@ class Spec(_Model):
     base: BaseSpec
     adapters: Annotated[tuple[AdapterSpec, ...], Field(min_length=1)]
     slots: Size | None = Field(None, description="slot 0 not counted; default: one per adapter")
-    max_rank: Size | None = Field(None, description="default: the largest rank of these adapters")
+    max_rank: Size | None = Field(
+        None,
+        description="default: the largest rank of these adapters; a decoder, whose slots stay as"
+        " built, takes each adapter's own rank unless slots, sites or max_rank is given",
+    )
     sites: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
         description="where adapters loaded later may apply, by module name or its end; default:"

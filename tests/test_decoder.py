@@ -678,11 +678,15 @@ def _perturbed(base: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("weights", ["float", "int4"])
-@pytest.mark.parametrize("fault", ["scaling", "slot"])
+@pytest.mark.parametrize("fault", ["scaling", "slot", "rows"])
 def test_planted_faults_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, weights: str
 ) -> None:
-    pack, assemble = layers.pack, layers.assemble
+    pack, assemble, cut = layers.pack, layers.assemble, layers._cut
+
+    def turned(packed: Any, *rest: Any) -> Any:
+        found = cut(packed, *rest)
+        return {name: np.roll(one, "lora_B" in name, 0) for name, one in found.items()}
 
     def scaled(layer: Any, weights: Any, scale: float, *rest: Any) -> Any:
         return pack(layer, weights, scale * 1.05, *rest)
@@ -690,14 +694,17 @@ def test_planted_faults_fail(
     def swapped(stack: Any, dtype: np.dtype, base_rows: Any, blocks: Any) -> np.ndarray:
         return assemble(stack, dtype, base_rows, {1: blocks[2], 2: blocks[1]})
 
-    if fault == "scaling":
-        monkeypatch.setattr(layers, "pack", scaled)
-    else:
-        monkeypatch.setattr(layers, "assemble", swapped)
+    name, planted = {
+        "scaling": ("pack", scaled),
+        "slot": ("assemble", swapped),
+        "rows": ("_cut", turned),
+    }[fault]
+    monkeypatch.setattr(layers, name, planted)
+    same = {"max_rank": 8} if fault == "slot" else {}
     family = Family(FAMILIES["Llama"].config, (["q_proj"], ["q_proj", "v_proj"]))
     base = {"kind": "causal_lm", "path": "base", "weights": weights}
     with pytest.raises(ParityError, match="nothing was published"):
-        build(write_decoder(tmp_path, family, base=base), tmp_path / "out")
+        build(write_decoder(tmp_path, family, base=base, **same), tmp_path / "out")
     assert not (tmp_path / "out/tiny").exists()
     report = json.loads((tmp_path / "out/tiny.failed/parity/parity.json").read_text())
     failed = {
@@ -758,6 +765,25 @@ def test_sites_all_linear(tmp_path: Path) -> None:
     assert {one.layer.max_rank for one in plan.layers} == {8}
     for stack in [stack for one in plan.layers for stack in one.layer.stacks]:
         assert (stack.shape[0] - stack.row_offset) % (3 * 8) == 0
+
+
+@pytest.mark.parametrize("room", [{}, {"slots": 2}, {"max_rank": 16}, {"sites": ["q_proj"]}])
+def test_an_adapter_takes_rows_of_its_own_rank(tmp_path: Path, room: dict[str, Any]) -> None:
+    """Unless the spec asks for room for later ones."""
+    layer = "model.layers.0.self_attn"
+    sites = {f"{layer}.q_proj": (64, 64)}
+    write_adapter(tmp_path / "low", sites, rank=3)
+    write_adapter(tmp_path / "high", sites | {f"{layer}.v_proj": (64, 32)}, rank=12)
+    adapters = [{"name": name, "path": name} for name in ("low", "high")]
+    spec = _spec_of_skeleton(tmp_path, adapters=adapters, **room)
+    a, *bs = make_plan(read_spec(spec), tmp_path).layers[0].layer.stacks
+    whole = 3 * room.get("max_rank", 12)
+    if not room:
+        assert (a.slot_rows, a.rows(1), a.rows(2)) == ((8, 24), slice(0, 8), slice(8, 32))
+        assert {stack.slot_rows for stack in bs} == {(8, 24)}
+        assert {stack.shape[0] - stack.row_offset for stack in (a, *bs)} == {32}
+    else:
+        assert (a.slot_rows, a.rows(2)) == (None, slice(whole, 2 * whole))
 
 
 def test_dora_is_refused_by_name(tmp_path: Path) -> None:

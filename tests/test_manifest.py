@@ -281,6 +281,14 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda data: data["layers"][1]["stacks"][1].update(rows_per_slot=9),
         r"manifest\.layers: stack 'up\.lora_B' has 16 rows, which 2 slots do not fill",
     ),
+    "rows for one slot of two": (
+        lambda data: data["layers"][1]["stacks"][1].update(slot_rows=[16]),
+        r"manifest\.layers: stack 'up\.lora_B' has 16 rows, which 2 slots do not fill",
+    ),
+    "a slot of fewer rows than none": (
+        lambda data: data["layers"][1]["stacks"][1].update(slot_rows=[24, -8]),
+        r"manifest\.layers: stack 'up\.lora_B' has 16 rows, which 2 slots do not fill",
+    ),
     "unknown role of a stack": (
         lambda data: data["layers"][1]["stacks"][0].update(role="gate"),
         r"stacks\[0\]\.role: expected one of \('lora_A', .*'weight'\), got 'gate'",

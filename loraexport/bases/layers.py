@@ -154,16 +154,32 @@ def pack_adapters(plan: Plan, base: Base, layers: Iterable[Layer]) -> dict[str, 
     dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     stacks: dict[str, np.ndarray] = {}
     for layer in layers:
-        blocks = {
-            one.slot: pack(layer, adapters[one.name], one.scale, dtype)
-            for one in plan.adapters
-            if one.slot is not None
-        }
+        blocks = {}
+        for one in plan.adapters:
+            if one.slot is not None:
+                packed = pack(layer, adapters[one.name], one.scale, dtype)
+                if layer.stacks[0].slot_rows is not None:
+                    ranks = {site: found.rank for site, found in one.sites.items()}
+                    packed = _cut(packed, layer, ranks, layer.stacks[0].slot_rows[one.slot - 1])
+                blocks[one.slot] = packed
         for stack in layer.stacks:
             rows = (stack.shape[0] - stack.row_offset, stack.shape[1])
             own = replace(stack, shape=rows, row_offset=0)
             stacks[stack.name] = assemble(own, dtype, None, blocks)
     return stacks
+
+
+def _cut(
+    packed: Mapping[str, np.ndarray], layer: Layer, ranks: Mapping[str, int], rows: int
+) -> dict[str, np.ndarray]:
+    """A slot's blocks with the rows that its adapter has alone, and zeros up to `rows`."""
+    used = [
+        index * layer.max_rank + row
+        for index, part in enumerate(layer.slices)
+        for row in range(ranks.get(part.site, 0))
+    ]
+    fill = ((0, rows - len(used)), (0, 0))
+    return {name: np.pad(block[used], fill) for name, block in packed.items()}
 
 
 def build_modules(

@@ -17,7 +17,7 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
-from loraexport_runtime.manifest import Strategy
+from loraexport_runtime.manifest import Layer, Strategy
 
 from ..errors import ExportError
 from ..layer_plan import make_stacks
@@ -103,7 +103,8 @@ def fit_stacks(one: Graft, num_slots: int) -> Graft:
         return one
     strategy: Strategy = "augmented" if all(map(_is_plain, one.nodes)) else "masked"
     widths = one.widths if strategy == "augmented" else [one.layer.out_features]
-    stacks = make_stacks(one.layer, strategy, num_slots, widths)
+    slot_rows = one.layer.stacks[0].slot_rows
+    stacks = make_stacks(one.layer, strategy, num_slots, widths, slot_rows=slot_rows)
     return replace(one, layer=replace(one.layer, strategy=strategy, stacks=stacks))
 
 
@@ -144,12 +145,12 @@ def graft(
             initial[name] = tensor
     parts = _Parts(model, num_slots, TORCH_DTYPES[dtype], opset)
     first = graph[0]
-    routes: dict[tuple[int, Layout, int], ir.Value] = {}
+    routes: dict[tuple[tuple[int, ...], Layout, int], ir.Value] = {}
     by_name = {value.name: value for value in graph.inputs}
     for one in grafts:
         x, ys = one.nodes[0].inputs[0], [node.outputs[0] for node in one.nodes]
         assert x is not None, "a product has an input"
-        route = (len(one.layer.slices) * one.layer.max_rank, one.layout, one.per_row)
+        route = (parts.sizes(one.layer).slot_rows, one.layout, one.per_row)
         if route not in routes:
             call = parts.route(one, adapter_ids, x)
             graph.insert_before(first, call)
@@ -205,12 +206,20 @@ class _Parts:
         self._num_slots = num_slots
         self._dtype = dtype
         self._opset = opset
+        self._numbers: dict[tuple[int, ...], int] = {}
         model.opset_imports[_DOMAIN] = 1
+
+    def sizes(self, layer: Layer) -> Sizes:
+        return Sizes.of(layer, self._num_slots, self._dtype)
+
+    def _number(self, sizes: Sizes) -> int:
+        """Of the rows of the slots, for the names of functions."""
+        return self._numbers.setdefault(sizes.slot_rows, len(self._numbers))
 
     def route(self, one: Graft, adapter_ids: ir.Value, x: ir.Value) -> ir.Node:
         """A call of `_Route`."""
-        rows, size = len(one.layer.slices) * one.layer.max_rank, one.layer.in_features
-        name, is_flat = f"route_{rows}_{one.layout}", one.layout == "flat"
+        sizes, size = self.sizes(one.layer), one.layer.in_features
+        name, is_flat = f"route_{self._number(sizes)}_{one.layout}", one.layout == "flat"
         name += f"_{size}" * is_flat
         if (_DOMAIN, name, "") not in self._model.functions:
             arguments = [torch.zeros(3, dtype=torch.int64)]
@@ -218,7 +227,7 @@ class _Parts:
             if is_flat:
                 arguments.append(torch.zeros(21, size, dtype=self._dtype))
                 shapes.append({0: _ROWS})
-            route = _Route(Sizes.of(one.layer, self._num_slots, self._dtype), one.layout)
+            route = _Route(sizes, one.layout)
             self._add(name, route, tuple(arguments), tuple(shapes))
         return self._call(name, [adapter_ids, x] if is_flat else [adapter_ids], 1)
 
@@ -231,12 +240,13 @@ class _Parts:
     ) -> ir.Node:
         """A call of `_Site`, or of `_AugmentedSite`."""
         layer, widths = one.layer, one.widths
-        rows, size = len(layer.slices) * layer.max_rank, layer.in_features
-        name = f"{layer.strategy}_{rows}_{size}_{'_'.join(map(str, widths))}_{one.layout}"
+        sizes, size = self.sizes(layer), layer.in_features
+        name = f"{layer.strategy}_{self._number(sizes)}_{size}"
+        name += f"_{'_'.join(map(str, widths))}_{one.layout}"
         ys = [node.outputs[0] for node in one.nodes]
         is_augmented = layer.strategy == "augmented"
         if (_DOMAIN, name, "") not in self._model.functions:
-            columns = self._num_slots * rows
+            columns = sum(sizes.slot_rows)
             lead, own_lead, row, own_row = [21], [21], {0: _ROWS}, {0: _ROWS}
             if one.layout == "batched":
                 lead, own_lead = [3, 7], [3, 1]
@@ -252,7 +262,6 @@ class _Parts:
                 torch.zeros(columns, size, dtype=self._dtype),
             )
             shapes: tuple[Any, ...] = (row, own_row, None)
-            sizes = Sizes.of(layer, self._num_slots, self._dtype)
             if is_augmented:
                 site: nn.Module = _AugmentedSite(sizes)
                 arguments, shapes = (*arguments, bs), (*shapes, [None] * len(bs))

@@ -23,6 +23,9 @@ class Sizes:
 
     num_slots: int
     rows_per_slot: int
+    """The most that a slot has."""
+    slot_rows: tuple[int, ...]
+    """Of each slot; only masked and augmented take slots that differ."""
     in_features: int
     dtype: torch.dtype
     """Of x and of the stacks."""
@@ -32,8 +35,10 @@ class Sizes:
     @classmethod
     def of(cls, layer: Layer, num_slots: int, dtype: torch.dtype) -> "Sizes":
         a, rows = layer.stack("lora_A"), len(layer.slices) * layer.max_rank
-        has_bias = layer.strategy == "augmented" and a is not None and a.row_offset > 0
-        return cls(num_slots, rows, layer.in_features, dtype, has_bias)
+        assert a is not None, "a strategy is for layers with LoRA"
+        slot_rows = a.slot_rows or (rows,) * num_slots
+        has_bias = layer.strategy == "augmented" and a.row_offset > 0
+        return cls(num_slots, rows, slot_rows, layer.in_features, dtype, has_bias)
 
 
 class Base(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from .errors import ArtifactError
 from .genai_config import GENAI_CONFIG
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 BIAS_ROWS = 8
 """Rows that the bias of an augmented layer takes in its stacks: itself, and zeros for alignment."""
@@ -54,12 +54,17 @@ class Stack:
     row_offset: int
     column_offset: int
     """The first of the layer's columns that this stack holds; 0 unless another is to its left."""
+    slot_rows: tuple[int, ...] | None = None
+    """The rows of each slot where slots stay as built, in place of `rows_per_slot` for all."""
 
     @property
     def columns(self) -> slice:
         return slice(self.column_offset, self.column_offset + self.shape[1])
 
     def rows(self, slot: int) -> slice:
+        if self.slot_rows is not None:
+            start = self.row_offset + sum(self.slot_rows[: slot - 1])
+            return slice(start, start + self.slot_rows[slot - 1])
         start = self.row_offset + (slot - 1) * self.rows_per_slot
         return slice(start, start + self.rows_per_slot)
 
@@ -284,7 +289,9 @@ class Manifest:
             )
         for layer in self.layers:
             for stack in layer.stacks:
-                if stack.row_offset < 0 or stack.rows(self.num_slots).stop != stack.shape[0]:
+                sizes = (stack.row_offset, *(stack.slot_rows or [0] * self.num_slots))
+                is_odd = min(sizes) < 0 or len(sizes) != 1 + self.num_slots
+                if is_odd or stack.rows(self.num_slots).stop != stack.shape[0]:
                     raise ValueError(
                         f"manifest.layers: stack {stack.name!r} has {stack.shape[0]} rows, which"
                         f" {self.num_slots} slots do not fill"
