@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loraexport_runtime.adapters import AdapterHeader, match_sites
 from loraexport_runtime.errors import AdapterWeightsError
-from loraexport_runtime.manifest import Layer, Slice, TensorEntry
+from loraexport_runtime.manifest import Layer, Packed, Slice, TensorEntry
 
 from .checkpoint import read_checkpoint
 from .errors import BaseModelError
@@ -22,6 +22,10 @@ if TYPE_CHECKING:  # it imports torch
     from .bases.skeleton import SiteShape, Skeleton
 
 
+PACKED_TASKS = ("feature-extraction", "sentence-embedding", "token-classification")
+"""Of texts whose padding may be left out: every output is of a token, or of a row's mean."""
+
+
 @dataclass(frozen=True)
 class ModelPlan:
     """A whole model: where it lies, and what its graph takes and gives."""
@@ -29,6 +33,7 @@ class ModelPlan:
     directory: Path
     task: str
     blend: bool
+    packed: Packed | None
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
 
@@ -89,7 +94,27 @@ def plan_model(
         if plan.layer.labels:
             width = str(plan.layer.out_features)
             outputs = tuple(replace(one, shape=(*one.shape[:-1], width)) for one in outputs)
-    return tuple(plans), ModelPlan(directory, base.task, spec.export.blend, inputs, outputs)
+    packed = _packed(spec, base.task, plans) if spec.export.packed else None
+    return tuple(plans), ModelPlan(directory, base.task, spec.export.blend, packed, inputs, outputs)
+
+
+def _packed(spec: Spec, task: str, plans: Sequence[LayerPlan]) -> Packed:
+    """Where the graph of texts without padding runs. Raises BaseModelError: there is none."""
+    if task not in PACKED_TASKS:
+        raise BaseModelError(
+            f"export.packed: task {task!r} cannot be packed, but {', '.join(PACKED_TASKS)}; remove"
+            " it"
+        )
+    for plan in plans:
+        for stack in plan.layer.stacks:
+            if stack.role not in LORA:
+                raise BaseModelError(
+                    f"export.packed: every slot has its own {stack.role} at {plan.layer.name!r}"
+                    " (DoRA, a bias, or a head), which would be read for every token; remove it,"
+                    " or build these adapters apart"
+                )
+    export = spec.export
+    return "cuda" if (export.tune.device, export.dtype) == ("cuda", "float16") else "any"
 
 
 def _used_sites(

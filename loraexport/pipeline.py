@@ -20,6 +20,7 @@ from loraexport_runtime.manifest import (
     Manifest,
     Model,
     ParitySummary,
+    cuda_reason,
 )
 from loraexport_runtime.peft_config import CONFIG_FILE, WEIGHTS_FILE
 
@@ -73,7 +74,7 @@ def build(
     # torch is imported from here on: a plan of layers does without it.
     from . import proof
 
-    _require_onnx_device(spec, proof.has_cuda)
+    _require_onnx_device(plan, proof.has_cuda)
     prove = _prove_layers
     if plan.model:
         prove = _prove_model
@@ -122,7 +123,7 @@ def _prove_layers(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifes
     progress("verify")
     reference = verify.make_reference(folder, manifest, plan.spec, base)
     verify.save_reference(reference, folder)
-    providers = proof.default_providers(dtype)
+    providers = proof.default_providers(manifest)
     return manifest, verify.check(folder, manifest, plan.spec, reference, modules, providers)
 
 
@@ -157,7 +158,7 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     plain = model_reference.PlainModel(directory, manifest, model, adapters)
     reference = model_reference.make_reference(plain, manifest, model, seed)
     model_reference.save_reference(reference, folder)
-    providers = proof.default_providers(plan.spec.export.dtype)
+    providers = proof.default_providers(manifest)
     report = verify_model.check_model(
         folder, manifest, model, plan.spec, reference, (modules, directory), providers
     )
@@ -179,7 +180,9 @@ def _prove_graph(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     plain = graph.clone()
     progress("run the graph to see its dimensions")
     signature = onnx_graph.read_signature(plan, graph)
-    model = Model("onnx", False, signature.inputs, signature.outputs, "graphs/model.onnx", None)
+    model = Model(
+        "onnx", False, None, signature.inputs, signature.outputs, "graphs/model.onnx", None
+    )
     manifest = replace(_manifest(plan, base), model=model)
     progress("graft multi-LoRA into it")
     sites = onnx_graph.find_sites(plan, graph, signature.layouts)
@@ -198,7 +201,7 @@ def _prove_graph(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
         plan.spec,
         reference,
         str(grafted.plain_directory(plan)),
-        proof.default_providers(plan.spec.export.dtype),
+        proof.default_providers(manifest),
     )
     return manifest, report
 
@@ -236,7 +239,7 @@ def _prove_decoder(plan: Plan, folder: Path, progress: Progress) -> tuple[Manife
         plan.spec,
         reference,
         plain_directory(plan),
-        proof.default_providers(dtype),
+        proof.default_providers(manifest),
     )
     return manifest, report
 
@@ -249,13 +252,14 @@ def _copy_tokenizer(directory: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def _require_onnx_device(spec: Spec, has_cuda: Callable[[], bool]) -> None:
-    needs_cuda = spec.export.dtype == "bfloat16" and "onnx" in spec.export.formats
-    if needs_cuda and spec.parity.onnx == "required" and not has_cuda():
+def _require_onnx_device(plan: Plan, has_cuda: Callable[[], bool]) -> None:
+    spec, packed = plan.spec, plan.model.packed if plan.model else None
+    why = cuda_reason(spec.export.dtype, packed) if "onnx" in spec.export.formats else None
+    if why and spec.parity.onnx == "required" and not has_cuda():
         raise ParityError(
-            "onnxruntime's CPU provider has no bfloat16 MatMul and there is no CUDA device here, so"
-            " the ONNX graphs cannot be proven. Build on a CUDA machine, or publish them unverified"
-            " with parity: {onnx: deferred} and run 'loraexport verify' there"
+            f"{why} and there is no CUDA device here, so the ONNX graphs cannot be proven. Build on"
+            " a CUDA machine, or publish them unverified with parity: {onnx: deferred} and run"
+            " 'loraexport verify' there"
         )
 
 
@@ -280,6 +284,7 @@ def _manifest(plan: Plan, base: "Base") -> Manifest:
         model = Model(
             plan.model.task,
             plan.model.blend,
+            plan.model.packed,
             plan.model.inputs,
             plan.model.outputs,
             onnx="graphs/model.onnx" if "onnx" in formats else None,

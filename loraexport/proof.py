@@ -89,10 +89,9 @@ def has_cuda() -> bool:
     return True
 
 
-def default_providers(dtype: str) -> list[str]:
-    """Every provider that can run an artifact of this dtype here, the CPU first."""
-    cpu = [] if dtype == "bfloat16" else [CPU]  # its CPU provider has no bfloat16 MatMul
-    return cpu + ([CUDA] if has_cuda() else [])
+def default_providers(manifest: Manifest) -> list[str]:
+    """Every provider that can run an artifact here, the CPU first."""
+    return [CPU] * (not manifest.needs_cuda) + [CUDA] * has_cuda()
 
 
 def torch_devices(providers: Sequence[str]) -> list[str]:

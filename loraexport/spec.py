@@ -185,6 +185,11 @@ class ExportSpec(_Model):
     blend: bool = Field(
         False, description="whole models: a row may use several adapters, each with its weight"
     )
+    packed: bool = Field(
+        False,
+        description="whole models of texts: compute them without their padding, which no CUDA graph"
+        " can hold; in float16, unless tune.device is cpu, by an operator of CUDA alone",
+    )
 
 
 class ParitySpec(_Model):
@@ -196,7 +201,9 @@ class ParitySpec(_Model):
     tokens: Annotated[int, Field(ge=8)] = Field(24, description="layers: tokens of the mixed cases")
     seed: Annotated[int, Field(ge=0)] = 0
     onnx: Literal["required", "deferred"] = Field(
-        "required", description="deferred: publish bfloat16 without a CUDA device, unverified"
+        "required",
+        description="deferred: publish what runs on CUDA alone (bfloat16, export.packed) without a"
+        " CUDA device, unverified",
     )
 
 

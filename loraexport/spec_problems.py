@@ -52,6 +52,7 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
         ("sites",): "remove it; every listed layer is a site",
         ("features",): "remove it, or take the whole model as base.kind: transformers",
         ("export", "blend"): "remove it, or take the whole model as base.kind: transformers",
+        ("export", "packed"): "remove it, or take the whole model as base.kind: transformers",
     }
     problems = []
     kind = _get(_get(data, "base"), "kind")
@@ -82,6 +83,16 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
             message = "a list of sites and widths go together"
             hint = "give the outputs of each site, or one site alone"
             problems.append(Problem(lines[spot], dotted(spot), message, hint))
+    if _get(export, "packed") is True:
+        place = ("export", "packed")
+        beside = {
+            "blend": _get(export, "blend") is True,
+            "bfloat16 (take float16)": _get(export, "dtype") == "bfloat16",
+        }
+        for what, is_so in beside.items():
+            if is_so:
+                message, hint = f"packed beside {what}", "remove one of the two"
+                problems.append(Problem(lines[place], dotted(place), message, hint))
     strategy = _get(export, "strategy")
     if _get(export, "blend") is True and strategy not in (None, "auto", "masked"):
         message = f"{strategy!r} cannot blend slots"

@@ -150,7 +150,7 @@ def verify_artifact(
             raise UsageError(f"{folder}: its base is drawn from a seed; leave --base out")
         path = str(base_directory.absolute())
         spec = spec.model_copy(update={"base": spec.base.model_copy(update={"path": path})})
-    chosen = providers or default_providers(manifest.dtype)
+    chosen = providers or default_providers(manifest)
     try:
         plan = make_plan(spec, folder)
         return _check_with_base(folder, manifest, plan, chosen)
@@ -259,7 +259,7 @@ def _implementations(
         skipped["onnx"] = "the spec does not ask for it"
         return
     if not names:
-        skipped["onnx"] = "onnxruntime's CPU provider has no bfloat16 MatMul, and no CUDA is here"
+        skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"
     for name in names:
         short = name.removesuffix("ExecutionProvider").lower()
         session = Session(folder, manifest, normalise_providers([name]), None)

@@ -157,7 +157,7 @@ def _implementations(
         skipped["onnx"] = "the spec does not ask for it"
         return
     if not names:
-        skipped["onnx"] = "onnxruntime's CPU provider has no bfloat16 MatMul, and no CUDA is here"
+        skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"
     for name in names:
         short = name.removesuffix("ExecutionProvider").lower()
         session = ModelSession(folder, manifest, model, normalise_providers([name]), None)

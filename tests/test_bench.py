@@ -73,6 +73,7 @@ TINY: dict[str, Any] = {
             "adapters": [2],
             "ranks": [4],
             "shapes": [{"rows": 3, "tokens": 5}],
+            "fill": 0.6,
             "leave_out": ["masked torch"],
         },
         {
@@ -173,7 +174,7 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     decoders = ["base GenAI", "mixed GenAI"]
     expected = {
         "layer": {*BASES, *eager, *PEERS, "masked"},
-        "bert": {*BASES, "segmented torch", *PEERS, "mixed"},
+        "bert": {*BASES, "segmented torch", *PEERS, "mixed", "mixed packed"},
         "llama": {*BASES, *PEERS, *decoders, "mixed"},
     }
     captured = {
@@ -363,7 +364,7 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path, run: Run) -> None:
     assert problems(tmp_path, "") == ["1: the file is empty (specs/bench/ has examples)"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "h200"])
+@pytest.mark.parametrize("name", ["cpu", "h200", "padding"])
 def test_the_files_of_the_repository_can_be_read(name: str) -> None:
     assert read_workloads(ROOT / f"specs/bench/{name}.yaml").name == name
 

@@ -235,6 +235,7 @@ _PARTS: dict[tuple[str, str], Any] = {
 _SLOW_FAMILIES = ("GPT-NeoX",)
 _FAST_DECODER_TASKS = (("GPT-2", CAUSAL), ("Llama", CAUSAL))
 _SLOW = [pytest.mark.slow]
+_PACKED: dict[str, Any] = {"packed": True, "tune": {"device": "cpu"}}
 
 
 def _builds() -> list[Any]:
@@ -266,9 +267,18 @@ def test_a_family_is_proven(name: str, task: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "normalise"), [("mean_tokens", True), ("cls_token", False), ("max_tokens", False)]
+    ("mode", "normalise", "packed"),
+    [
+        ("mean_tokens", True, False),
+        ("cls_token", False, False),
+        ("max_tokens", False, False),
+        ("mean_tokens", True, True),
+        ("max_tokens", False, True),
+    ],
 )
-def test_sentence_embedding_pools_as_declared(mode: str, normalise: bool, tmp_path: Path) -> None:
+def test_sentence_embedding_pools_as_declared(
+    mode: str, normalise: bool, packed: bool, tmp_path: Path
+) -> None:
     family, task = FAMILIES["BERT"], "sentence-embedding"
     _write_model(family, task, tmp_path)
     modules = ["Transformer", "Pooling", *(["Normalize"] if normalise else [])]
@@ -291,7 +301,20 @@ def test_sentence_embedding_pools_as_declared(mode: str, normalise: bool, tmp_pa
             pooled = hidden[:, 0]
         return pooled / np.linalg.norm(pooled, axis=1, keepdims=True) if normalise else pooled
 
-    _check(family, task, tmp_path, _build(task, tmp_path), pool)
+    artifact = _build(task, tmp_path, **(_PACKED if packed else {}))
+    _check(family, task, tmp_path, artifact, pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("RoBERTa", FEATURES), ("BERT", FEATURES), ("BERT", "token-classification")]
+)
+def test_a_family_without_its_padding(name: str, task: str, tmp_path: Path) -> None:
+    _prove(FAMILIES[name], task, tmp_path, **_PACKED)
+
+
+def test_xlm_roberta_without_its_padding(tmp_path: Path) -> None:
+    family = replace(FAMILIES["RoBERTa"], config=lambda: tf.XLMRobertaConfig(**_ROBERTA))
+    _prove(family, FEATURES, tmp_path, **_PACKED)
 
 
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
@@ -444,10 +467,10 @@ def test_a_build_prints_its_stages_and_nothing_else(tmp_path: Path) -> None:
     assert noise == []
 
 
-def _prove(family: Family, task: str, folder: Path) -> None:
+def _prove(family: Family, task: str, folder: Path, **export: Any) -> None:
     """Write the model, build it, and hold the artifact to PEFT."""
     _write_model(family, task, folder)
-    _check(family, task, folder, _build(task, folder))
+    _check(family, task, folder, _build(task, folder, **export))
 
 
 def _write_model(family: Family, task: str, folder: Path) -> None:
@@ -470,20 +493,20 @@ def _write_model(family: Family, task: str, folder: Path) -> None:
             get_peft_model(_load_base(task, folder), lora).save_pretrained(folder / name)
 
 
-def _write_spec(task: str, folder: Path, *formats: str) -> None:
+def _write_spec(task: str, folder: Path, *formats: str, **export: Any) -> None:
     data = {
         "version": 1,
         "name": "tiny",
         "base": {"kind": "transformers", "path": "base", "task": task},
         "adapters": [{"name": name, "path": name} for name in ("first", "second")],
-        "export": {"formats": list(formats or ("onnx", "torchscript"))},
+        "export": {"formats": list(formats or ("onnx", "torchscript")), **export},
     }
     (folder / "spec.yaml").write_text(yaml.safe_dump(data))
 
 
-def _build(task: str, folder: Path, *formats: str) -> Path:
+def _build(task: str, folder: Path, *formats: str, **export: Any) -> Path:
     torch.set_num_threads(1)
-    _write_spec(task, folder, *formats)
+    _write_spec(task, folder, *formats, **export)
     artifact, report = build(folder / "spec.yaml", folder / "out")
     assert report.status == "passed"
     assert set(report.summary().checked) >= set(IMPLEMENTATIONS)

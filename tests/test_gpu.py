@@ -27,7 +27,7 @@ from loraexport.spec import read_spec
 from loraexport.tensors import to_numpy
 from loraexport.verify_decoder import _compare_tokens
 from loraexport.verify_model import TOLERANCES
-from loraexport_runtime import InputError, ModelSession, Session, driven, load
+from loraexport_runtime import InputError, ModelSession, ProviderError, Session, driven, load
 from loraexport_runtime.buckets import Bucket, Replays
 from loraexport_runtime.devices import NUMPY_DTYPES, host_value
 from loraexport_runtime.driven import DrivenEngine
@@ -199,6 +199,31 @@ def test_a_whole_model(tmp_path: Path, dtype: str) -> None:
         paged["last_hidden_state"].astype(np.float64) - on_host["last_hidden_state"]
     )
     assert difference.max() <= {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}[dtype]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_texts_without_their_padding(tmp_path: Path, dtype: str, device: str) -> None:
+    """By onnxruntime's packed attention, and by the one that every provider has."""
+    export = {"dtype": dtype, "packed": True, "tune": {"device": device}, "formats": ["onnx"]}
+    path = write_model_project(tmp_path, export=export, sites="all-linear")
+    artifact, report = build(path, tmp_path / "artifacts")
+    ran = {row.implementation for row in report.rows}
+    assert report.status == "passed"
+    assert ("onnx-cpu" in ran) == ((dtype, device) != ("float16", "cuda"))
+    assert "onnx-cuda" in ran
+    session = load(artifact, ["cuda"])
+    assert isinstance(session, ModelSession)
+    mask = np.array([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    ids = np.random.default_rng(0).integers(2, 40, mask.shape)
+    values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 0}
+    y = session.run(values, ["sql", None, "chat"])["last_hidden_state"].astype(np.float64)
+    assert not y[mask == 0].any()
+    alone = {name: one[2:, :2] for name, one in values.items()}
+    last = session.run(alone, ["chat"])["last_hidden_state"].astype(np.float64)
+    assert np.abs(y[2, :2] - last[0]).max() <= {"float32": 1e-4, "float16": 2e-2}[dtype]
+    with pytest.raises(ProviderError, match="no CUDA graph can hold that; pass no cuda_graphs"):
+        load(artifact, ["cuda"], cuda_graphs=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -68,17 +68,30 @@ class MultiLoraModel(nn.Module):
     ) -> Tensor:
         """adapter_ids int64 [batch]; stacks in the order of the manifest's layers; with a blend
         adapter_weights float32 [batch, S]."""
-        named = dict(zip(self._stack_names, stacks, strict=True))
-        self._context.begin(adapter_ids, adapter_weights, named)
+        self.begin(adapter_ids, stacks, adapter_weights)
         arguments = {name: inputs[name] for name in self._input_names}
         if self._position_ids and "input_ids" in inputs:
             # Rotary models export right beyond one row only if each row brings its positions.
             ids = inputs["input_ids"]
             positions = torch.arange(ids.shape[1], device=ids.device)
             arguments["position_ids"] = positions.unsqueeze(0).expand(ids.shape[0], -1)
-        found = self.model(**arguments, return_dict=True)
-        y = take_output(found)
-        return y if self.pooling is None else self.pooling(y, inputs["attention_mask"])
+        return self.pooled(self.run(arguments), inputs.get("attention_mask"))
+
+    def begin(
+        self, selector: Tensor, stacks: Sequence[Tensor], adapter_weights: Tensor | None
+    ) -> None:
+        """Start a forward whose rows use these slots."""
+        named = dict(zip(self._stack_names, stacks, strict=True))
+        self._context.begin(selector, adapter_weights, named)
+
+    def run(self, inputs: Mapping[str, Tensor], **others: Any) -> Tensor:
+        """The model's output, before pooling."""
+        y: Tensor = take_output(self.model(**inputs, **others, return_dict=True))
+        return y
+
+    def pooled(self, y: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """y, or with a pooling one vector for each row."""
+        return y if self.pooling is None else self.pooling(y, attention_mask)
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,13 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
         pooling = SentencePooling.read(plan.model.directory)
     signature = Signature(plan.model.inputs, plan.model.outputs)
     rotary = has_rotary_positions(model.config)
-    module = MultiLoraModel(model, signature, pooling, context, list(stacks), rotary)
+    parts = model, signature, pooling, context, list(stacks), rotary
+    if plan.model.packed:
+        from .packing import PackedModel
+
+        module: MultiLoraModel = PackedModel(*parts).pack(plan.model.packed)
+    else:
+        module = MultiLoraModel(*parts)
     return base, ModelModules(
         module.eval(),
         model.config.model_type,

@@ -26,6 +26,12 @@ def even_bounds(tokens: int, rows: int) -> list[int]:
     return [row * tokens // rows for row in range(rows + 1)]
 
 
+def spread_lengths(rows: int, tokens: int, fill: float) -> list[int]:
+    """Lengths of rows that go up evenly to `tokens`, with a mean of `fill` times that."""
+    shortest = max(1.0, (2 * fill - 1) * tokens)
+    return [int(one) for one in np.linspace(shortest, tokens, rows).round()]
+
+
 def rows_by_slot(slots: list[int]) -> dict[int, list[int]]:
     """Slot -> its rows, in order."""
     groups: dict[int, list[int]] = {}

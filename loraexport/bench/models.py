@@ -1,6 +1,6 @@
-"""Contestants of `kind: model`: a whole model of texts, rows of full length.
+"""Contestants of `kind: model`: a whole model of texts.
 
-Outputs of all are compared on the first 8 features of every token.
+Outputs of all are compared on the first 8 features of every token that is not padding.
 """
 
 import copy
@@ -34,7 +34,7 @@ from ..lora.rows import RowSlots
 from ..plan import Plan, make_plan
 from ..quiet import quiet_models
 from ..tensors import to_numpy, to_torch
-from .batches import draw_slots, rows_by_slot
+from .batches import draw_slots, rows_by_slot, spread_lengths
 from .contest import Contest, Contestant, Work, peers, run_in_turn
 from .eager import with_loop, wrap_with_peft
 from .floors import site_floors
@@ -103,12 +103,15 @@ class _Model:
         return load_model(self._plan(self.adapters, tokens))[1]
 
     def _graph(self, kind: str, captured: bool, tokens: int = 0) -> Graph:
-        """`base`, `mixed`, or `alone`: the mixed graph of one slot; tuned for so many tokens."""
+        """`base`, `mixed`, `packed` (mixed, without padding), or `alone`: the mixed graph of one
+        slot; tuned for so many tokens."""
         name = kind if kind == "base" else f"{kind}-{self.rank}-{self.adapters}-{tokens}"
         path = self.lab.folder / f"{name}.onnx"
         if not path.is_file():
             if kind == "alone":
                 modules = load_model(self._plan(1, tokens))[1]
+            elif kind == "packed":
+                modules = load_model(self._plan(self.adapters, tokens, packed=True))[1]
             else:
                 modules = self.base if kind == "base" else self.mixed(tokens)
             export_model_onnx(modules, kind, path)
@@ -158,12 +161,14 @@ class _Batch:
         self._size = model.outputs[0].sizes(shape.rows, shape.tokens)
         torch.manual_seed(seed)
         vocabulary = transformers.AutoConfig.from_pretrained(model.directory).vocab_size
+        lengths = spread_lengths(shape.rows, shape.tokens, model.workload.fill)
+        self._real = torch.arange(shape.tokens) < torch.tensor(lengths).unsqueeze(1)
         self.copies = []
         for _ in range(device.num_copies(8 * shape.rows * shape.tokens)):
             ids = torch.randint(1, vocabulary, (shape.rows, shape.tokens)).to(device.torch)
             known = {
                 "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
+                "attention_mask": self._real.to(ids),
                 "token_type_ids": torch.zeros_like(ids),
             }
             self.copies.append({one.name: known[one.name] for one in model.inputs})
@@ -175,6 +180,11 @@ class _Batch:
             Contestant("mixed", "mixed", partial(self.onnx, "mixed", False)),
             Contestant("mixed captured", "mixed", partial(self.onnx, "mixed", True)),
         ]
+        ours = ["mixed captured", "mixed"]
+        if workload.fill < 1:
+            packed = partial(self.onnx, "packed", False)
+            found.append(Contestant("mixed packed", "mixed", packed))
+            ours.insert(0, "mixed packed")
         tokens = self.shape.num_tokens
         used = len(set(self.slots))
         cell = Cell(
@@ -189,10 +199,14 @@ class _Batch:
             tokens=tokens,
             floors=site_floors(model.plan, tokens, used, self._lab.device),
         )
-        return Contest(cell, found, ["mixed captured", "mixed"], workload.leave_out)
+        return Contest(cell, found, ours, workload.leave_out)
 
     def _work(self, calls: Sequence[Callable[[], Any]], read: Callable[[], Tensor]) -> Work:
-        return Work(calls, lambda: to_numpy(read()[..., :_COMPARED]))
+        def output() -> np.ndarray:
+            y = to_numpy(read()[..., :_COMPARED])
+            return y[self._real.numpy()] if y.ndim > 2 else y  # of padding all differ
+
+        return Work(calls, output)
 
     def _eager(self, run: Callable[[dict[str, Tensor]], Tensor]) -> Work:
         calls = [partial(run, inputs) for inputs in self.copies]
@@ -223,7 +237,7 @@ class _Batch:
         return self._eager(run)
 
     def onnx(self, kind: str, captured: bool) -> Work:
-        tokens = self.shape.num_tokens if kind == "mixed" else 0
+        tokens = 0 if kind == "base" else self.shape.num_tokens
         graph, name = self._model.graph(kind, captured, tokens), self._model.outputs[0].name
         control = {"adapter_ids": self._ids.to(self._lab.device.torch)}
         control = {key: one for key, one in control.items() if key in graph.inputs}

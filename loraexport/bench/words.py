@@ -20,6 +20,7 @@ WHO = {
     "chunked": "this project's graph, by that strategy",
     "segmented": "this project's graph, by that strategy",
     "mixed": "this project's graph of the whole model, plain onnxruntime",
+    "mixed packed": "the same without the texts' padding (export.packed)",
     "base runtime": "the base's graph in the runtime's own engine, steps as CUDA graphs",
     "mixed runtime": "this project's graph in the runtime's own engine, steps as CUDA graphs",
     "mixed GenAI": "this project's graph in onnxruntime-genai",

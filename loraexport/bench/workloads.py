@@ -78,6 +78,11 @@ class ModelWorkload(_Workload):
     )
     task: Task = "feature-extraction"
     shapes: Annotated[tuple[Shape, ...], Field(min_length=1)]
+    fill: Annotated[float, Field(ge=0.5, le=1)] = Field(
+        1.0,
+        description="share of the tokens that are not padding: rows of different lengths, evenly"
+        " spread up to a shape's tokens; below 1 packed graphs take part",
+    )
 
 
 class GenerationWorkload(_Workload):

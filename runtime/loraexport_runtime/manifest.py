@@ -24,6 +24,7 @@ BIAS_ROWS = 8
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
 DType = Literal["float32", "float16", "bfloat16"]
 ParityStatus = Literal["passed", "deferred", "failed"]
+Packed = Literal["cuda", "any"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ class Model:
     task: str
     blend: bool
     """Another input, optional: adapter_weights float32 [batch, slots], what to add of each slot."""
+    packed: Packed | None
+    """Texts are computed without their padding, by an operator of CUDA alone or by any provider's;
+    what stands for padding in an output is 0."""
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     onnx: str | None
@@ -219,6 +223,11 @@ class Manifest:
     parity: ParitySummary
     tools: dict[str, str]
     files: dict[str, FileEntry]
+
+    @property
+    def needs_cuda(self) -> str | None:
+        """Why onnxruntime's CPU provider cannot run the ONNX graphs; None if it can."""
+        return cuda_reason(self.dtype, self.model.packed if self.model else None)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -313,6 +322,15 @@ class Manifest:
                 raise ArtifactError(f"{folder}: a listed file cannot be read: {error}") from error
             if problem:
                 raise ArtifactError(f"{file}: {problem}; copy the artifact again")
+
+
+def cuda_reason(dtype: DType, packed: Packed | None) -> str | None:
+    """What onnxruntime's CPU provider lacks for graphs of this kind, in words; None: nothing."""
+    if dtype == "bfloat16":
+        return "onnxruntime's CPU provider has no bfloat16 MatMul"
+    if packed == "cuda":
+        return "onnxruntime's CPU provider has no PackedMultiHeadAttention"
+    return None
 
 
 def resolve(folder: Path, path: str) -> Path:

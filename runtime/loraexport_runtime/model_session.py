@@ -10,7 +10,7 @@ import onnxruntime as ort
 from . import devices
 from .batch import Row, are_plain, read_rows, row_arrays, row_names
 from .binding import run_bound
-from .errors import ArtifactError, InputError
+from .errors import ArtifactError, InputError, ProviderError
 from .hosting import AdapterHost
 from .manifest import Manifest, Model, Stack, resolve
 from .row_buckets import RowBuckets, read_sizes, sample_inputs
@@ -40,6 +40,17 @@ class ModelSession(AdapterHost):
         self.model = model
         self._input_dtypes = {one.name: devices.NUMPY_DTYPES[one.dtype] for one in model.inputs}
         self._device = devices.session_device(providers[0])
+        if model.packed and cuda_graphs:
+            raise ProviderError(
+                f"{folder}: its texts are packed (export.packed), so that the number of tokens"
+                " depends on the batch, and no CUDA graph can hold that; pass no cuda_graphs, or"
+                " build without export.packed"
+            )
+        if model.packed == "cuda" and self._device[0] == "cpu":
+            raise ProviderError(
+                f"{folder}: {manifest.needs_cuda}; pass providers=['cuda'], or build with export:"
+                " {tune: {device: cpu}}, or without export.packed"
+            )
         devices.require_device(self._device)
         super().__init__(folder, manifest, self._device, cuda_graphs)
         if self._replays is not None and self._replays.capture:
