@@ -12,6 +12,7 @@ Row = str | Mapping[str, float] | None
 """One adapter, a blend of several with their weights, or the base."""
 
 _PLAIN = {str, type(None)}
+_PLAIN_SEGMENTS = ([str, int], [type(None), int])
 
 Segments = Sequence[tuple[str | None, int]]
 """(adapter name or None for the base, number of tokens) in the order of the tokens."""
@@ -160,6 +161,8 @@ def _is_weight(weight: Any) -> bool:
 
 
 def _is_segment(entry: Any) -> bool:
+    if type(entry) is tuple and [*map(type, entry)] in _PLAIN_SEGMENTS:  # most, and quickly told
+        return bool(entry[1] >= 0)
     if not isinstance(entry, tuple | list) or len(entry) != 2:
         return False
     name, length = entry

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ class RowBuckets:
         if sequence < sized.tokens:
             for one in self._model.outputs:
                 if "sequence" in one.shape:
-                    own = found[one.name][_region(one, batch, sequence)]
+                    own = found[one.name][_region(one.shape, batch, sequence)]
                     found[one.name] = np.ascontiguousarray(own)
         return found
 
@@ -116,7 +117,7 @@ class RowBuckets:
                 rows = bucket.host[entry.name][:batch]
                 if value.shape != rows.shape:
                     rows[:] = 0
-                    rows = rows[_region(entry, batch, sequence)]
+                    rows = rows[_region(entry.shape, batch, sequence)]
                 rows[:] = value
             else:
                 later.append(entry)
@@ -166,7 +167,7 @@ class RowBuckets:
             self._fill(bucket, inputs, 1, tokens, adapter_ids, None)
             self._replays.run(bucket)
             for one in self._model.outputs:
-                padded = bucket.read(one.name, 1)[_region(one, 1, tokens)].astype(np.float64)
+                padded = bucket.read(one.name, 1)[_region(one.shape, 1, tokens)].astype(np.float64)
                 wanted = plain[one.name].astype(np.float64)
                 limit = _TOLERANCES.get(one.dtype, 0.0) * np.abs(wanted).max()
                 if not np.abs(padded - wanted).max() <= limit:
@@ -206,7 +207,8 @@ def _sample(entry: TensorEntry, rows: int, tokens: int) -> np.ndarray:
     return values
 
 
-def _region(entry: TensorEntry, batch: int, sequence: int) -> tuple[slice, ...]:
+@lru_cache(4096)
+def _region(shape: tuple[str, ...], batch: int, sequence: int) -> tuple[slice, ...]:
     """What a batch fills of a tensor that is as large as a bucket."""
     sizes = {"batch": batch, "sequence": sequence}
-    return tuple(slice(sizes.get(size)) for size in entry.shape)
+    return tuple(slice(sizes.get(size)) for size in shape)

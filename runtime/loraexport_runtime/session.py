@@ -233,30 +233,32 @@ class LayerSession:
 
     def _check_input(self, x: Any) -> int:
         """The number of tokens. Raises InputError for another shape or dtype."""
-        is_ids = self.layer.kind == "embedding"
-        name = f"layer {self.layer.name!r}: {self.layer.input_name}"
+        is_ids, size_in = self.layer.kind == "embedding", self.layer.in_features
         if not hasattr(x, "__dlpack__"):
-            raise InputError(
-                f"{name} is of type {type(x).__name__}; expected a numpy array or a DLPack tensor"
+            raise self._refuse(
+                f"is of type {type(x).__name__}; expected a numpy array or a DLPack tensor"
             )
         shape = tuple(x.shape() if isinstance(x, ort.OrtValue) else x.shape)
-        expected = "[num_tokens]" if is_ids else f"[num_tokens, {self.layer.in_features}]"
-        if len(shape) != (1 if is_ids else 2) or (
-            not is_ids and shape[1] != self.layer.in_features
-        ):
-            raise InputError(f"{name} has shape {list(shape)}; expected {expected}")
+        if not shape or shape[1:] != (() if is_ids else (size_in,)):
+            expected = "[num_tokens]" if is_ids else f"[num_tokens, {size_in}]"
+            raise self._refuse(f"has shape {list(shape)}; expected {expected}")
         wanted = "int64" if is_ids else self.dtype
-        found = x.data_type() if isinstance(x, ort.OrtValue) else str(x.dtype)
-        found = {"tensor(float)": "float32"}.get(found, found.removeprefix("torch."))
-        if found.removeprefix("tensor(").removesuffix(")") != wanted:
-            raise InputError(f"{name} is {found}; this artifact takes {wanted}, so cast it first")
+        # The name of a dtype takes longer than a comparison.
+        if not isinstance(x, np.ndarray) or x.dtype != devices.NUMPY_DTYPES[wanted]:
+            found = x.data_type() if isinstance(x, ort.OrtValue) else str(x.dtype)
+            found = {"tensor(float)": "float32"}.get(found, found.removeprefix("torch."))
+            if found.removeprefix("tensor(").removesuffix(")") != wanted:
+                raise self._refuse(f"is {found}; this artifact takes {wanted}, so cast it first")
         ids = devices.host_view(x) if is_ids and shape[0] else None
-        if ids is not None and (ids.min() < 0 or ids.max() >= self.layer.in_features):
-            raise InputError(
-                f"{name} range from {ids.min()} to {ids.max()}; expected 0 to"
-                f" {self.layer.in_features - 1}, the rows of this embedding"
+        if ids is not None and (ids.min() < 0 or ids.max() >= size_in):
+            raise self._refuse(
+                f"range from {ids.min()} to {ids.max()}; expected 0 to {size_in - 1}, the rows of"
+                " this embedding"
             )
         return int(shape[0])
+
+    def _refuse(self, problem: str) -> InputError:
+        return InputError(f"layer {self.layer.name!r}: {self.layer.input_name} {problem}")
 
 
 def _graph_path(folder: Path, layer: Layer) -> Path:

@@ -198,6 +198,11 @@ class SlotTable:
         more = f", … ({len(known)} in all)" if len(known) > _MAX_NAMES else ""
         return (", ".join(known[:_MAX_NAMES]) + more) or "none"
 
+    def is_unread(self, name: str) -> bool:
+        """The artifact carries it, but nobody has read it yet."""
+        known = self.adapters.get(name)
+        return known is not None and known.blocks is None
+
     def _is_ready(self, name: str) -> bool:
         slot = self.slots.get(name)
         return slot is not None and slot not in self._writing and slot not in self._condemned

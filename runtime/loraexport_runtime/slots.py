@@ -94,8 +94,9 @@ class Slots:
         """
         wanted = [name for name in dict.fromkeys(names) if name is not None]
         with self._changed:
-            self._table.check(wanted)
-            unread = [name for name in wanted if self._table.adapters[name].blocks is None]
+            unread = [name for name in wanted if self._table.is_unread(name)]
+            if unread:
+                self._table.check(wanted)  # ahead of reading for a run that is refused
         for name in unread:
             self._fetch(name)
         grant = self._line.wait(lambda is_first: self._table.lease(wanted, is_first))
