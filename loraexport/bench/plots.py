@@ -170,7 +170,7 @@ def _plot_overhead(make: Any, cells: Sequence[Cell], title: str) -> Any:
         plot.plot([ratio], [at], marker="o", color=colour)
         plot.annotate(
             f"{ratio:.2f}  {cell.ours}",
-            (ratio, at),
+            (max(ratio, 1), at),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
