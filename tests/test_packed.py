@@ -7,7 +7,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import write_model_project, write_vit_project
+from conftest import write_adapter, write_model_project, write_vit_project
+from safetensors.numpy import load_file, save_file
 
 import loraexport_runtime as lr
 from loraexport.bases.packing import Packing
@@ -80,6 +81,27 @@ def test_a_row_without_a_token(sessions: tuple[lr.ModelSession, lr.ModelSession]
     np.testing.assert_allclose(
         packed.run(alone, [None])["last_hidden_state"][0], y[2], rtol=1e-4, atol=1e-5
     )
+
+
+def test_another_tenants_overflow_stays_its_own(
+    sessions: tuple[lr.ModelSession, lr.ModelSession], tmp_path: Path
+) -> None:
+    packed = sessions[1]
+    config = {"target_modules": ["encoder.layer.0.attention.self.value"]}
+    folder = write_adapter(
+        tmp_path / "hot", {"encoder.layer.0.attention.self.value": (32, 32)}, config=config
+    )
+    weights = load_file(folder / "adapter_model.safetensors")
+    huge = {name: np.full_like(one, 1e30) for name, one in weights.items()}
+    save_file(huge, folder / "adapter_model.safetensors")
+    packed.load_adapter("hot", folder)
+    for mask in MASKS.values():
+        inputs = inputs_of(packed, mask)
+        beside_it = packed.run(inputs, ["sql", "hot", None])["last_hidden_state"]
+        beside_base = packed.run(inputs, ["sql", None, None])["last_hidden_state"]
+        assert not np.isfinite(beside_it[1]).all()
+        assert beside_it[[0, 2]].tobytes() == beside_base[[0, 2]].tobytes()
+    packed.unload_adapter("hot")
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
