@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from loraexport_runtime.manifest import (
+from loraexport_runtime.contract.manifest import (
     MANIFEST_FILE,
     FileEntry,
     Manifest,

@@ -23,11 +23,11 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel
 
-from loraexport import model_plan
-from loraexport.bases.transformers import load_model
+from loraexport.bases.model import load_model
 from loraexport.export.onnx import export_model_onnx
-from loraexport.plan import make_plan
-from loraexport.spec import read_spec
+from loraexport.plan import model as model_plan
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 
 SHAPES = ((8, 64), (32, 128), (64, 512))
 ADAPTERS, RANK, ROUNDS, RUNS = 8, 16, 5, 10

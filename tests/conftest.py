@@ -197,7 +197,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifact of `write_tenants`, built once. Copy it before you change a file of it."""
     import torch
 
-    from loraexport.pipeline import build
+    from loraexport.pipeline.build import build
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tenants")

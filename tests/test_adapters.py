@@ -20,8 +20,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from loraexport.lora.reference import read_reference_adapter, reference_scaling
-from loraexport_runtime.adapters import (
+from loraexport.parity.oracle import read_reference_adapter, reference_scaling
+from loraexport_runtime.adapters.config import FIELDS, Refused
+from loraexport_runtime.adapters.header import (
     AdapterHeader,
     check_base_copies,
     digest_adapter,
@@ -30,9 +31,8 @@ from loraexport_runtime.adapters import (
     read_lora_weights,
     read_saved_weights,
 )
+from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
-from loraexport_runtime.peft_config import FIELDS, Refused
-from loraexport_runtime.weights import digest_array
 
 torch.set_num_threads(1)
 

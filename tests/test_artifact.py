@@ -20,13 +20,13 @@ import pytest
 import torch
 from conftest import Project, write_adapter, write_base, write_tenants
 
-from loraexport import cli
 from loraexport.artifact import mark_verified, staging
+from loraexport.cli import app as cli
 from loraexport.errors import BuildBusyError, ParityError, UsageError
-from loraexport.pipeline import build
-from loraexport.spec import read_spec
+from loraexport.pipeline.build import build
+from loraexport.spec.schema import read_spec
 from loraexport_runtime import load
-from loraexport_runtime.manifest import MANIFEST_FILE, Manifest, ParitySummary
+from loraexport_runtime.contract.manifest import MANIFEST_FILE, Manifest, ParitySummary
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [{"name": "up", "type": "linear", "site": "blocks.0.up"}]
@@ -251,7 +251,7 @@ import os, shutil, signal, sys
 from dataclasses import replace
 from pathlib import Path
 from loraexport import artifact
-from loraexport_runtime.manifest import Manifest
+from loraexport_runtime.contract.manifest import Manifest
 
 out, moment = Path(sys.argv[1]), sys.argv[2]
 

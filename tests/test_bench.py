@@ -14,9 +14,7 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
-from loraexport import cli
 from loraexport.bench import run as bench_run
-from loraexport.bench.batches import draw_slots, even_bounds, rows_by_slot
 from loraexport.bench.contest import (
     CannotRun,
     Contest,
@@ -25,16 +23,18 @@ from loraexport.bench.contest import (
     check_agreement,
     run_contest,
 )
+from loraexport.bench.contestants.bound_graph import Graph
+from loraexport.bench.contestants.eager import wrap_with_peft
 from loraexport.bench.device import Device
-from loraexport.bench.eager import wrap_with_peft
-from loraexport.bench.graphs import Graph
-from loraexport.bench.projects import Lab, model_spec
-from loraexport.bench.report import to_markdown
+from loraexport.bench.report.markdown import to_markdown
 from loraexport.bench.results import Cell, Floor, Results, read_results
 from loraexport.bench.timing import time_works
-from loraexport.bench.workloads import Workloads, read_workloads
-from loraexport.costs import Costs, Shape, read_costs
+from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_slot
+from loraexport.bench.workloads.projects import Lab, model_spec
+from loraexport.bench.workloads.schema import Workloads, read_workloads
+from loraexport.cli import app as cli
 from loraexport.errors import ParityError, ProviderError, SpecError, UsageError
+from loraexport.plan.costs import Costs, Shape, read_costs
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -460,7 +460,7 @@ def test_a_wrong_contestant_is_an_error() -> None:
 def test_a_run_with_a_wrong_contestant_fails(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loraexport.bench import layers
+    from loraexport.bench.contestants import layers
 
     monkeypatch.setattr(layers, "rows_by_slot", lambda slots: {1: list(range(len(slots)))})
     layer = TINY["workloads"][0] | {"tokens": [12], "leave_out": ["PEFT", "masked torch"]}

@@ -17,11 +17,11 @@ from conftest import write_adapter, write_model_project, write_tenants, write_vi
 from test_families import FAMILIES, _write_model, _write_spec
 
 import loraexport_runtime as lr
-from loraexport.pipeline import build
-from loraexport_runtime.buckets import Bucket, Replays
-from loraexport_runtime.manifest import Manifest
-from loraexport_runtime.row_buckets import RowBuckets
-from loraexport_runtime.session import open_session
+from loraexport.pipeline.build import build
+from loraexport_runtime.buckets.bucket import Bucket, Replays
+from loraexport_runtime.buckets.rows import RowBuckets
+from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.sessions.layers import open_session
 
 CPU = [("CPUExecutionProvider", {})]
 STRATEGIES = ("masked", "augmented", "chunked")
@@ -375,7 +375,7 @@ def test_who_runs_a_bucket(layers: Callable[..., Path], monkeypatch: pytest.Monk
     """The thread that warmed it up, else the session's own: those two have captured it."""
     import threading
 
-    from loraexport_runtime import buckets
+    from loraexport_runtime.buckets import bucket as buckets
 
     threads: list[str] = []
     run = buckets._run
@@ -446,7 +446,7 @@ def test_the_option_of_onnxruntime_alone(model: Path, value: Any) -> None:
 
 
 def test_a_capture_that_fails(layers: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraexport_runtime import buckets
+    from loraexport_runtime.buckets import bucket as buckets
 
     def refuse(bucket: Bucket) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -14,10 +14,10 @@ import yaml
 from conftest import Project, write_adapter, write_base
 
 import loraexport
-from loraexport import cli
+from loraexport.cli import app as cli
 from loraexport.errors import ExportError, exit_code
-from loraexport.pipeline import build
-from loraexport.spec import json_schema
+from loraexport.pipeline.build import build
+from loraexport.spec.schema import json_schema
 
 torch.set_num_threads(1)
 
@@ -200,7 +200,7 @@ def test_parity_that_cannot_be_proven(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 ONNX graphs where there is no CUDA device."""
-    monkeypatch.setattr("loraexport.proof.has_cuda", lambda: False)
+    monkeypatch.setattr("loraexport.parity.implementations.has_cuda", lambda: False)
     spec = tiny_spec(tmp_path, export={"formats": ["onnx"], "dtype": "bfloat16"})
     done = run("build", spec, "--out", tmp_path / "out")
     assert_readable(done, 3, "ParityError")
@@ -212,7 +212,7 @@ def test_fault_of_our_own(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("loraexport.plan.make_plan", fail)
+    monkeypatch.setattr("loraexport.plan.plan.make_plan", fail)
     done = run("plan", tiny_spec(tmp_path))
     assert_readable(done, 1, "ZeroDivisionError")
     assert "a bug ('loraexport --debug …' shows where)" in done.err
@@ -231,7 +231,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: bool, code: int
 ) -> None:
     if fail:
-        monkeypatch.setattr("loraexport.spec.read_spec", lambda path: 1 // 0)
+        monkeypatch.setattr("loraexport.spec.schema.read_spec", lambda path: 1 // 0)
     done = run("--debug", "plan", tmp_path / "missing.yaml")
     assert (done.code, done.out) == (code, "")
     assert "Traceback (most recent call last)" in done.err

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from loraexport.bench.results import read_results
-from loraexport.costs import Costs, Measured, Shape, fit, read_costs, work
 from loraexport.errors import UsageError
-from loraexport_runtime.manifest import Strategy
+from loraexport.plan.costs import Costs, Measured, Shape, fit, read_costs, work
+from loraexport_runtime.contract.manifest import Strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 STRATEGIES: tuple[Strategy, ...] = ("masked", "augmented", "chunked")

@@ -21,17 +21,17 @@ from test_import_torch_free import BLOCKED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import loraexport_runtime as lr
-from loraexport import cli
 from loraexport.bases import layers
-from loraexport.bases.generator import adapt_config
+from loraexport.bases.genai_folder import adapt_config
+from loraexport.cli import app as cli
 from loraexport.errors import BaseModelError, ParityError, SpecError, exit_code
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.quiet import quiet_models
-from loraexport.spec import read_spec
-from loraexport.verify import verify_artifact
-from loraexport_runtime.generate import Completion, TextGenerator, load_generator
-from loraexport_runtime.manifest import Manifest
+from loraexport.hf.quiet import quiet_models
+from loraexport.parity.layers.check import verify_artifact
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
+from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.generation.generator import Completion, TextGenerator, load_generator
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, CONTEXT = 320, 128
@@ -629,7 +629,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ImportError("blocked: " + name)
 
 sys.meta_path.insert(0, Block())
-from loraexport_runtime.generate import load_generator
+from loraexport_runtime.generation.generator import load_generator
 
 generator = load_generator(sys.argv[1])
 found = generator.generate(

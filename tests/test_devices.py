@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
-from loraexport_runtime.devices import ONNX_TYPES, StackBuffer, host_value, rows_view
-from loraexport_runtime.manifest import Stack
+from loraexport_runtime.contract.manifest import Stack
+from loraexport_runtime.device.providers import ONNX_TYPES, StackBuffer, host_value, rows_view
 
 STACK = Stack("layer.lora_B", "lora_B", (6, 3), rows_per_slot=2, row_offset=2, column_offset=0)
 

@@ -16,13 +16,14 @@ import pytest
 from test_decoder import CONTEXT, FAMILIES, PAD, VOCABULARY, open_driven, write_decoder
 
 import loraexport_runtime as lr
-from loraexport.pipeline import build
-from loraexport_runtime import driven, top_tokens
-from loraexport_runtime.devices import NUMPY_DTYPES, host_value
-from loraexport_runtime.generate import TextGenerator, load_generator
-from loraexport_runtime.kv_cache import Cache, Step
-from loraexport_runtime.sampling import Sampling, choose
-from loraexport_runtime.top_tokens import TopTokens
+from loraexport.pipeline.build import build
+from loraexport_runtime.device.providers import NUMPY_DTYPES, host_value
+from loraexport_runtime.generation.captured import engine as driven
+from loraexport_runtime.generation.captured import top_tokens
+from loraexport_runtime.generation.captured.cache import Cache, Step
+from loraexport_runtime.generation.captured.top_tokens import TopTokens
+from loraexport_runtime.generation.generator import TextGenerator, load_generator
+from loraexport_runtime.generation.sampling import Sampling, choose
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 NAMES = (None, "first", "second")

@@ -22,9 +22,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import loraexport_runtime
 from loraexport.errors import BaseModelError, ExportError, LoraexportError, exit_code
-from loraexport.model_reference import load_reference
-from loraexport.pipeline import build
-from loraexport.quiet import quiet_models
+from loraexport.hf.quiet import quiet_models
+from loraexport.parity.model.reference import load_reference
+from loraexport.pipeline.build import build
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 60

@@ -11,11 +11,11 @@ import pytest
 from conftest import write_model_project, write_vit_project
 from onnx import TensorProto, helper, numpy_helper
 
-from loraexport.bases.transformers import load_model
+from loraexport.bases.model import load_model
 from loraexport.export.fuse import fuse
 from loraexport.export.onnx import export_model_onnx
-from loraexport.plan import make_plan
-from loraexport.spec import read_spec
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 
 HEADS, SIZE, WIDTH = 2, 4, 8
 

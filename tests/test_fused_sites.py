@@ -10,11 +10,11 @@ import onnx
 import pytest
 from conftest import write_model_project
 
-import loraexport.model_plan as model_plan
+import loraexport.plan.model as model_plan
 import loraexport_runtime
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.spec import read_spec
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 from loraexport_runtime import ModelSession
 
 INPUTS = {
@@ -95,7 +95,7 @@ def test_an_adapter_is_loaded_into_stacks_side_by_side(artifacts: dict[str, Path
 def test_the_plan_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from loraexport.plan_view import plan_dict, print_plan
+    from loraexport.cli.show_plan import plan_dict, print_plan
 
     plan = make_plan(read_spec(write_model_project(tmp_path, **EVERYWHERE)), tmp_path)
     fused = "encoder.layer.{}.attention.self.query+key+value"

@@ -18,20 +18,21 @@ from conftest import (
 from test_decoder import FAMILIES, PAD, VOCABULARY, write_decoder
 
 from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
-from loraexport.decoder_reference import load_reference
 from loraexport.lora.segmented import SegmentedLayer
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.proof import open_torchscript, tolerance_of
-from loraexport.spec import read_spec
+from loraexport.parity.decoder.check import _compare_tokens
+from loraexport.parity.decoder.reference import load_reference
+from loraexport.parity.implementations import open_torchscript, tolerance_of
+from loraexport.parity.model.check import TOLERANCES
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 from loraexport.tensors import to_numpy
-from loraexport.verify_decoder import _compare_tokens
-from loraexport.verify_model import TOLERANCES
-from loraexport_runtime import InputError, ModelSession, ProviderError, Session, driven, load
-from loraexport_runtime.buckets import Bucket, Replays
-from loraexport_runtime.devices import NUMPY_DTYPES, host_value
-from loraexport_runtime.driven import DrivenEngine
-from loraexport_runtime.generate import TextGenerator, load_generator
+from loraexport_runtime import InputError, ModelSession, ProviderError, Session, load
+from loraexport_runtime.buckets.bucket import Bucket, Replays
+from loraexport_runtime.device.providers import NUMPY_DTYPES, host_value
+from loraexport_runtime.generation.captured import engine as driven
+from loraexport_runtime.generation.captured.engine import DrivenEngine
+from loraexport_runtime.generation.generator import TextGenerator, load_generator
 
 pytestmark = [
     pytest.mark.gpu,

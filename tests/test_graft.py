@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from loraexport.errors import BaseModelError, ExportError
 from loraexport.export.graft import fit_stacks, graft
-from loraexport.export.graph_sites import find_grafts
-from loraexport_runtime.manifest import Layer, Slice, Stack, Strategy
+from loraexport.graphs.products import find_grafts
+from loraexport_runtime.contract.manifest import Layer, Slice, Stack, Strategy
 
 SIZE, VOCABULARY, SLOTS, RANK, BLOCK = 32, 20, 2, 4, 16
 SCALINGS = {1: 0.5, 2: 2.0}

@@ -7,11 +7,11 @@ import pytest
 from conftest import write_adapter, write_model_project
 from typer.testing import CliRunner
 
-from loraexport.cli import app
+from loraexport.cli.app import app
 from loraexport.errors import BaseModelError, SpecError, UsageError
-from loraexport.init import find_task, write_spec
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.plan.starter import find_task, write_spec
 from loraexport_runtime import AdapterError
 
 

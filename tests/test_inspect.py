@@ -18,16 +18,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner, Result
 
-from loraexport.cli import app
+from loraexport.cli.app import app
 from loraexport.errors import BaseModelError, UsageError
-from loraexport.inspect_adapter import (
-    delta_norm,
-    frobenius_norm,
-    measure_deltas,
-    measure_moves,
-)
-from loraexport.sources import resolve_directory
-from loraexport_runtime.adapters import read_adapter
+from loraexport.hf.moves import delta_norm, frobenius_norm, measure_deltas, measure_moves
+from loraexport.hf.sources import resolve_directory
+from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.errors import AdapterWeightsError, WeightsError
 
 torch.set_num_threads(1)
@@ -70,7 +65,7 @@ def test_norms_without_forming_the_product(dtype: Any) -> None:
 
 def test_norm_of_a_weight_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float16)
-    monkeypatch.setattr("loraexport.inspect_adapter._BLOCK_VALUES", 11)
+    monkeypatch.setattr("loraexport.hf.moves._BLOCK_VALUES", 11)
     expected = np.linalg.norm(weight.astype(np.float64))
     assert frobenius_norm(weight) == pytest.approx(expected, rel=1e-12)
     assert frobenius_norm(np.zeros((3, 0), np.float32)) == 0
@@ -330,7 +325,7 @@ def test_nan_in_a_factor(tmp_path: Path) -> None:
 def test_inspecting_imports_no_torch() -> None:
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None);"
-        "from loraexport.cli import app;"
+        "from loraexport.cli.app import app;"
         f"app(['inspect', {str(ADAPTERS / 'entity')!r}, '--base', {MINILM!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import loraexport_runtime as lr
-from loraexport_runtime.manifest import (
+from loraexport_runtime.contract.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     Manifest,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import write_model_project, write_vit_project
 
-from loraexport.bases.plain import load_plain_model
-from loraexport.pipeline import build
+from loraexport.hf.model import load_plain_model
+from loraexport.pipeline.build import build
 from loraexport_runtime import (
     ArtifactError,
     InputError,
@@ -21,7 +21,7 @@ from loraexport_runtime import (
     UnknownAdapterError,
     load,
 )
-from loraexport_runtime.batch import read_rows, row_arrays, row_names
+from loraexport_runtime.slots.batch import read_rows, row_arrays, row_names
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import torch
 import transformers as tf
 from conftest import write_adapter, write_bert, write_model_project, write_vit_project
 
-import loraexport.bases.transformers as transformers_module
-from loraexport.bases.skeleton import read_skeleton
+import loraexport.bases.model as transformers_module
 from loraexport.errors import BaseModelError, ParityError
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.spec import read_spec
-from loraexport.verify import verify_artifact
+from loraexport.hf.skeleton import read_skeleton
+from loraexport.parity.layers.check import verify_artifact
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 from loraexport_runtime import AdapterError
-from loraexport_runtime.manifest import Layer, Manifest
+from loraexport_runtime.contract.manifest import Layer, Manifest
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from conftest import write_tenants
 
 import loraexport_runtime as lr
-from loraexport_runtime import onnx_adapter
+from loraexport_runtime.slots import onnx_adapter
 
 CASES = [("masked", "float32"), ("augmented", "float16"), ("chunked", "float32")]
 
@@ -26,7 +26,7 @@ def built(tenants: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     def artifact(strategy: str, dtype: str) -> Path:
         import torch
 
-        from loraexport.pipeline import build
+        from loraexport.pipeline.build import build
 
         if (strategy, dtype) not in known:
             torch.set_num_threads(1)

@@ -26,13 +26,13 @@ from test_decoder import ADAPTERS, FAMILIES, Peft, _prompts, write_decoder
 import loraexport_runtime as lr
 from loraexport.bases import layers
 from loraexport.errors import BaseModelError, ParityError, SpecError
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.quiet import quiet_models
-from loraexport.spec import read_spec
-from loraexport.verify import verify_artifact
-from loraexport_runtime.generate import load_generator
-from loraexport_runtime.manifest import Manifest
+from loraexport.hf.quiet import quiet_models
+from loraexport.parity.layers.check import verify_artifact
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
+from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.generation.generator import load_generator
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -519,8 +519,8 @@ def test_a_plan_of_a_graph_needs_no_torch(tmp_path: Path) -> None:
     rule = {"node": "packed", "site": ["block.k", "block.v"], "widths": [8, 4]}
     spec = _packed(tmp_path, sites=[rule])
     code = (
-        "import sys; from pathlib import Path; from loraexport.plan import make_plan\n"
-        "from loraexport.spec import read_spec\n"
+        "import sys; from pathlib import Path; from loraexport.plan.plan import make_plan\n"
+        "from loraexport.spec.schema import read_spec\n"
         f"path = Path({str(spec)!r})\n"
         "print(len(make_plan(read_spec(path), path.parent).layers))\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"

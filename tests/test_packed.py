@@ -11,11 +11,11 @@ from conftest import write_adapter, write_model_project, write_vit_project
 from safetensors.numpy import load_file, save_file
 
 import loraexport_runtime as lr
-from loraexport.bases.packing import Packing
+from loraexport.bases.unpadded import Packing
 from loraexport.errors import BaseModelError, ParityError, SpecError
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.spec import read_spec
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 
 ON_CUDA = {"packed": True, "dtype": "float16", "formats": ["onnx"]}
 PORTABLE = {"packed": True, "tune": {"device": "cpu"}}
@@ -138,7 +138,7 @@ def test_for_cuda_attention_is_onnxruntimes_packed_one(tmp_path: Path) -> None:
 def test_without_cuda_it_is_not_published_as_proven(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraexport.proof.has_cuda", lambda: False)
+    monkeypatch.setattr("loraexport.parity.implementations.has_cuda", lambda: False)
     spec = write_model_project(tmp_path, export=ON_CUDA)
     with pytest.raises(ParityError, match="has no PackedMultiHeadAttention and there is no CUDA"):
         build(spec, tmp_path / "out")

@@ -16,9 +16,9 @@ from conftest import write_adapter
 from test_slots import DEADLINE, num_waiting, wait_until, weights
 
 import loraexport_runtime as lr
-from loraexport_runtime.devices import StackBuffer
-from loraexport_runtime.slot_table import HostAdapter
-from loraexport_runtime.slots import AdapterInfo, Blocks, Slots
+from loraexport_runtime.device.providers import StackBuffer
+from loraexport_runtime.slots.pool import AdapterInfo, Blocks, Slots
+from loraexport_runtime.slots.table import HostAdapter
 
 SITES = {"blocks.0.q": (32, 32), "blocks.0.v": (32, 16), "blocks.0.up": (32, 48)}
 

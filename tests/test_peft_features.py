@@ -25,11 +25,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file, save_file
 
 import loraexport_runtime
-from loraexport.bases.transformers import load_model
-from loraexport.pipeline import build
-from loraexport.plan import make_plan
-from loraexport.quiet import quiet_models
-from loraexport.spec import read_spec
+from loraexport.bases.model import load_model
+from loraexport.hf.quiet import quiet_models
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 from loraexport.tensors import to_torch
 from loraexport_runtime import (
     AdapterConfigError,
@@ -39,7 +39,7 @@ from loraexport_runtime import (
     ModelSession,
     WeightsError,
 )
-from loraexport_runtime.peft_config import FIELDS, Refused, read_config
+from loraexport_runtime.adapters.config import FIELDS, Refused, read_config
 
 # PEFT says of an embedding LoRA that it saves the embedding too; of lora_bias that it cannot be
 # merged into a layer without a bias, and, wrongly, that its tensors are shards.

@@ -12,11 +12,11 @@ from conftest import Project, write_adapter, write_base
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
+from loraexport.cli.show_plan import plan_dict, print_plan
 from loraexport.errors import BaseModelError, SpecError
-from loraexport.layer_plan import LayerPlan, choose_strategy
-from loraexport.plan import Plan, make_plan
-from loraexport.plan_view import plan_dict, print_plan
-from loraexport.spec import Spec, read_spec
+from loraexport.plan.layers import LayerPlan, choose_strategy
+from loraexport.plan.plan import Plan, make_plan
+from loraexport.spec.schema import Spec, read_spec
 from loraexport_runtime.errors import (
     AdapterConfigError,
     AdapterError,
@@ -306,7 +306,7 @@ def test_planning_imports_no_torch(project: Project) -> None:
 import sys
 sys.modules["torch"] = None
 sys.argv = ["loraexport", "plan", {str(path)!r}, "--json"]
-from loraexport.cli import main
+from loraexport.cli.app import main
 main()
 """
     done = subprocess.run(

@@ -15,9 +15,9 @@ from conftest import write_adapter, write_tenants
 from safetensors.numpy import load_file
 
 import loraexport_runtime as lr
-from loraexport.pipeline import build
-from loraexport_runtime.devices import CPU, CUDA, normalise_providers, require_device
-from loraexport_runtime.manifest import Manifest
+from loraexport.pipeline.build import build
+from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers, require_device
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")
 SITES = {"qkv": ("blocks.0.q", "blocks.0.k", "blocks.0.v"), "up": ("blocks.0.up",)}
@@ -831,7 +831,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
     tenants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build may publish between two reads: then the session is the new artifact's, whole."""
-    from loraexport_runtime import session as module
+    from loraexport_runtime.sessions import layers as module
 
     folder = tmp_path / "artifact"
     shutil.copytree(tenants, folder)

@@ -14,9 +14,9 @@ import pytest
 from conftest import write_adapter
 
 import loraexport_runtime as lr
-from loraexport_runtime.devices import StackBuffer
-from loraexport_runtime.slot_table import HostAdapter
-from loraexport_runtime.slots import Blocks, Slots
+from loraexport_runtime.device.providers import StackBuffer
+from loraexport_runtime.slots.pool import Blocks, Slots
+from loraexport_runtime.slots.table import HostAdapter
 
 DEADLINE = 30.0
 """Seconds after which a thread that should have moved counts as stuck."""

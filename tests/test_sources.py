@@ -8,8 +8,8 @@ import pytest
 from conftest import write_adapter
 
 from loraexport.errors import BaseModelError
-from loraexport.sources import resolve_directory
-from loraexport_runtime.adapters import read_adapter
+from loraexport.hf.sources import resolve_directory
+from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.errors import AdapterError
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loraexport.pipeline import build
-from loraexport.proof import has_cuda
+from loraexport.parity.implementations import has_cuda
+from loraexport.pipeline.build import build
 from loraexport_runtime import ArtifactError, ModelSession, load
-from loraexport_runtime.generate import load_generator
+from loraexport_runtime.generation.generator import load_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))
@@ -21,7 +21,7 @@ SPECS = sorted((ROOT / "specs").glob("*.yaml"))
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
 def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> None:
     if spec.stem == "smollm2" and not (ROOT / "smollm2/config.json").is_file():
-        pytest.skip("its base is made by specs/make_smollm2.py")
+        pytest.skip("its base is made by specs/make/smollm2.py")
     if spec.stem == "minilm-onnx":
         spec = beside_its_graph(spec, tmp_path)
     folder, report = build(spec, tmp_path / "out")
@@ -60,7 +60,7 @@ def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> Non
 
 def beside_its_graph(spec: Path, folder: Path) -> Path:
     """A copy of the spec where its base is made, by the script that its header names."""
-    script = [sys.executable, str(ROOT / "specs/make_minilm_onnx.py")]
+    script = [sys.executable, str(ROOT / "specs/make/minilm_onnx.py")]
     subprocess.run([*script, "--out", str(folder / "minilm-onnx")], check=True, capture_output=True)
     (folder / "specs").mkdir()
     (folder / "specs/adapters").symlink_to(ROOT / "specs/adapters")
@@ -98,7 +98,7 @@ def check_generator(folder: Path) -> None:
 
 def test_demonstration_needs_no_torch(tmp_path: Path) -> None:
     folder, _ = build(ROOT / "specs/synthetic.yaml", tmp_path)
-    command = [sys.executable, str(ROOT / "scripts/mixed_batch.py"), str(folder)]
+    command = [sys.executable, str(ROOT / "examples/mixed_batch.py"), str(folder)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "torch was never imported" in printed
     assert "red" in printed

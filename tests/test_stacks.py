@@ -10,12 +10,12 @@ import pytest
 from conftest import write_adapter
 from safetensors.numpy import save_file
 
-from loraexport_runtime.adapters import LoraWeights, SavedWeights, match_sites, read_adapter
-from loraexport_runtime.dora import find_base_weights, output_scale
+from loraexport_runtime.adapters.dora import find_base_weights, output_scale
+from loraexport_runtime.adapters.header import LoraWeights, SavedWeights, match_sites, read_adapter
+from loraexport_runtime.adapters.packing import assemble, check_fit, lowest, pack
+from loraexport_runtime.adapters.tensor_files import digest_array
+from loraexport_runtime.contract.manifest import Layer, Slice, Stack
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
-from loraexport_runtime.manifest import Layer, Slice, Stack
-from loraexport_runtime.stacks import assemble, check_fit, lowest, pack
-from loraexport_runtime.weights import digest_array
 
 SIZE_IN, MAX_RANK, SLOTS = 5, 3, 2
 FLOAT32 = np.dtype(np.float32)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
 from loraexport.export.onnx import export_onnx
 from loraexport.export.torchscript import export_torchscript
-from loraexport.lora.reference import read_reference_adapter, reference_output
-from loraexport.plan import make_plan
-from loraexport.report import TOLERANCES
-from loraexport.spec import read_spec
+from loraexport.parity.oracle import read_reference_adapter, reference_output
+from loraexport.parity.report import TOLERANCES
+from loraexport.plan.plan import make_plan
+from loraexport.spec.schema import read_spec
 from loraexport.tensors import to_numpy, to_torch
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")

@@ -12,11 +12,17 @@ from onnx import TensorProto, helper, numpy_helper
 from test_decoder import FAMILIES, write_decoder
 
 import loraexport_runtime as lr
-from loraexport.pipeline import build
-from loraexport_runtime.devices import NUMPY_DTYPES, ONNX_TYPES, open_session
-from loraexport_runtime.genai_config import read_genai_config
-from loraexport_runtime.kv_cache import DecoderGraph, Prompts, Step
-from loraexport_runtime.tail import LENGTHS, PLACES, ROWS, next_inputs, write_tail
+from loraexport.pipeline.build import build
+from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.device.providers import NUMPY_DTYPES, ONNX_TYPES, open_session
+from loraexport_runtime.generation.captured.cache import DecoderGraph, Prompts, Step
+from loraexport_runtime.generation.captured.next_inputs import (
+    LENGTHS,
+    PLACES,
+    ROWS,
+    next_inputs,
+    write_tail,
+)
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 VOCABULARY, LENGTH = 13, 24

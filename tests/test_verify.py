@@ -14,11 +14,11 @@ from conftest import Project, write_adapter, write_base
 import loraexport.bases.layers as layers_module
 from loraexport.errors import BaseModelError, ParityError, UsageError
 from loraexport.lora import segmented, segments
-from loraexport.pipeline import build
-from loraexport.report import TOLERANCES, compare
-from loraexport.verify import verify_artifact
+from loraexport.parity.layers.check import verify_artifact
+from loraexport.parity.report import TOLERANCES, compare
+from loraexport.pipeline.build import build
 from loraexport_runtime import Session
-from loraexport_runtime.manifest import Manifest
+from loraexport_runtime.contract.manifest import Manifest
 
 
 def up_only(project: Project, dtype: str = "float32", **changes: Any) -> Path:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
+from loraexport_runtime.adapters.tensor_files import digest_array, read_header, read_tensors
 from loraexport_runtime.errors import WeightsError
-from loraexport_runtime.weights import digest_array, read_header, read_tensors
 
 TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 GOOD = save({"a": np.arange(6, dtype=np.float32).reshape(2, 3)})

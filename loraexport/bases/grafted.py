@@ -5,9 +5,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..export.graft import fit_stacks
-from ..export.graph_sites import Graft, find_grafts
-from ..plan import Plan
-from . import causal_lm, onnx_graph
+from ..graphs.products import Graft, find_grafts
+from ..plan.plan import Plan
+from . import decoder as causal_lm
+from . import graph as onnx_graph
 from .layers import Base
 
 

@@ -6,20 +6,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from loraexport_runtime.adapters import LoraWeights, check_base_copies, read_lora_weights
-from loraexport_runtime.devices import NUMPY_DTYPES
-from loraexport_runtime.manifest import Layer
-from loraexport_runtime.stacks import assemble, pack
-from loraexport_runtime.weights import digest_array, read_tensors
+from loraexport_runtime.adapters.header import LoraWeights, check_base_copies, read_lora_weights
+from loraexport_runtime.adapters.packing import assemble, pack
+from loraexport_runtime.adapters.tensor_files import digest_array, read_tensors
+from loraexport_runtime.contract.manifest import Layer
+from loraexport_runtime.device.providers import NUMPY_DTYPES
 
 from ..errors import BaseModelError
-from ..layer_plan import LayerPlan, SiteSource
 from ..lora import STRATEGIES
 from ..lora.embedding import MultiLoraEmbedding
 from ..lora.linear import MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
 from ..lora.strategy import EmbeddingBase, LinearBase, Sizes
-from ..plan import Plan
+from ..plan.layers import LayerPlan, SiteSource
+from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_torch
 
 

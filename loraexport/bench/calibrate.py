@@ -4,11 +4,11 @@ from pathlib import Path
 
 import yaml
 
-from loraexport_runtime.manifest import Strategy
+from loraexport_runtime.contract.manifest import Strategy
 
-from ..costs import Costs, Measured, Shape, fit
 from ..errors import UsageError
-from ..layer_plan import BYTES_PER_VALUE
+from ..plan.costs import Costs, Measured, Shape, fit
+from ..plan.layers import BYTES_PER_VALUE
 from .results import Results
 
 COSTS_FILE = "costs.json"

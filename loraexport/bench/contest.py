@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ParityError
 from .device import Device
 from .results import Cell, Entry
-from .workloads import Workloads
+from .workloads.schema import Workloads
 
 Group = Literal["base", "mixed"]
 SCRATCH = "loraexport-bench-"

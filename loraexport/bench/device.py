@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from loraexport_runtime.devices import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers, require_device
 from loraexport_runtime.errors import ProviderError
 
-from ..proof import environment as versions
+from ..parity.implementations import environment as versions
 from .results import Floor
 
 MAX_COPIES = 8

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from ..layer_plan import BYTES_PER_VALUE
-from ..plan import Plan
+from ..plan.layers import BYTES_PER_VALUE
+from ..plan.plan import Plan
 from .device import Device
 from .results import Floor
 

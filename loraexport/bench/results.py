@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UsageError
-from .workloads import Workloads
+from .workloads.schema import Workloads
 
 
 class _Model(BaseModel):

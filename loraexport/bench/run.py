@@ -7,12 +7,12 @@ from pathlib import Path
 from ..errors import ParityError, UsageError
 from .contest import SCRATCH, Contest, run_contest
 from .device import Device
-from .plots import write_plots
-from .projects import Lab
-from .report import to_markdown
+from .report.markdown import to_markdown
+from .report.plots import write_plots
+from .report.words import axes
 from .results import Results
-from .words import axes
-from .workloads import Workload, Workloads
+from .workloads.projects import Lab
+from .workloads.schema import Workload, Workloads
 
 Progress = Callable[[str], None]
 
@@ -71,14 +71,14 @@ def _write_json(results: Results, out: Path) -> None:
 
 def _contests(workload: Workload, lab: Lab) -> Iterator[Contest]:
     if workload.kind == "layers":
-        from .layers import layer_contests
+        from .contestants.layers import layer_contests
 
         yield from layer_contests(workload, lab)
     elif workload.kind == "model":
-        from .models import model_contests
+        from .contestants.model import model_contests
 
         yield from model_contests(workload, lab)
     else:
-        from .generation import generation_contests
+        from .contestants.generation import generation_contests
 
         yield from generation_contests(workload, lab)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loraexport_runtime.manifest import Layer, TensorEntry
+from loraexport_runtime.contract.manifest import Layer, TensorEntry
 
 from ..errors import BaseModelError
 from ..tensors import TORCH_DTYPES, to_torch
 
 if TYPE_CHECKING:  # transformers is for whole models only
-    from ..bases.transformers import ModelModules
+    from ..bases.model import ModelModules
 
 NUM_TOKENS = 11
 SEGMENTS = ((1, 4), (0, 2), (1, 5))

@@ -17,15 +17,15 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
-from loraexport_runtime.manifest import Layer, Strategy
+from loraexport_runtime.contract.manifest import Layer, Strategy
 
 from ..errors import ExportError
-from ..layer_plan import make_stacks
+from ..graphs.products import Graft, Layout, take_place
 from ..lora.augmented import Augmented
 from ..lora.masked import Masked
 from ..lora.strategy import Base, Sizes
+from ..plan.layers import make_stacks
 from ..tensors import TORCH_DTYPES
-from .graph_sites import Graft, Layout, take_place
 from .onnx import export_program, make_overridable
 
 ADAPTER_IDS = "adapter_ids"

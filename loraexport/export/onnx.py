@@ -21,13 +21,13 @@ from torch import nn
 
 from ..bases.layers import LayerModules
 from ..errors import ExportError
-from ..quiet import quiet_models
+from ..hf.quiet import quiet_models
 from ..tensors import to_torch
 from .example import example_inputs, example_weights, model_label, try_example_rows
 from .fuse import fuse
 
 if TYPE_CHECKING:  # transformers is for whole models only
-    from ..bases.transformers import ModelModules
+    from ..bases.model import ModelModules
 
 OPSET = 23
 WEIGHTS = "adapter_weights"

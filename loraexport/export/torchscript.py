@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from loraexport_runtime.manifest import Layer
+from loraexport_runtime.contract.manifest import Layer
 
 from ..errors import ExportError
+from ..hf.quiet import quiet_models
 from ..lora.segmented import SegmentedLayer, add_segmented_lora
-from ..quiet import quiet_models
 from ..tensors import to_torch
 from .example import example_inputs, example_weights, model_label, try_example_rows
 
 if TYPE_CHECKING:  # transformers is for whole models only
-    from ..bases.transformers import ModelModules
+    from ..bases.model import ModelModules
 
 _LEFT_OUT = ("traced_inputs", ".debug_pkl")
 

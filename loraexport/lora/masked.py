@@ -7,7 +7,7 @@ may be inf, and inf * 0 would be NaN.
 import torch
 from torch import Tensor, nn
 
-from loraexport_runtime.manifest import BIAS_ROWS
+from loraexport_runtime.contract.manifest import BIAS_ROWS
 
 from .segments import TokenSlots
 from .strategy import Base, Expand, Gather, Routing, Shrink, Sizes, Strategy

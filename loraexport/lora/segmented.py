@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraexport_runtime.adapters import LoraWeights
-from loraexport_runtime.manifest import Layer
+from loraexport_runtime.adapters.header import LoraWeights
+from loraexport_runtime.contract.manifest import Layer
 
 from ..tensors import to_torch
 from .segments import TokenSlots

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, addmm, nn
 
-from loraexport_runtime.manifest import Layer
+from loraexport_runtime.contract.manifest import Layer
 
 Routing = tuple[Tensor, ...]
 """What a strategy derives from the segments, once for all layers that share them."""

@@ -17,9 +17,9 @@ from .errors import (
     UnknownAdapterError,
     WeightsError,
 )
-from .model_session import ModelSession
-from .session import LayerSession, Session, load
-from .slots import AdapterInfo
+from .sessions.layers import LayerSession, Session, load
+from .sessions.model import ModelSession
+from .slots.pool import AdapterInfo
 
 __version__ = "0.1.0"
 

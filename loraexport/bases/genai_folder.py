@@ -1,0 +1,44 @@
+"""The folder of a decoder as onnxruntime-genai takes it: its config, and the token that pads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from loraexport_runtime.contract.genai_config import GENAI_CONFIG, end_tokens, read_genai_config
+
+FOLDER = "generator"
+
+
+def adapt_config(folder: Path) -> int:
+    """Give the config our padding, and no warning for every stack that it can be overridden.
+
+    Returns:
+        The padding: a token that no prompt holds, as onnxruntime-genai takes it for padding
+        wherever it stands.
+    """
+    data = read_genai_config(folder)
+    pad = _choose_pad(folder, data["model"])
+    data["model"]["pad_token_id"] = pad
+    data["model"]["decoder"].setdefault("session_options", {})["log_severity_level"] = 3
+    (folder / GENAI_CONFIG).write_text(json.dumps(data, indent=4) + "\n", encoding="utf-8")
+    return pad
+
+
+def _choose_pad(folder: Path, config: dict[str, Any]) -> int:
+    """The tokenizer's own, unless it also ends or starts a text; else an added token that its chat
+    template does not write; at last the highest id.
+    """
+    ends = {*end_tokens(config), config.get("bos_token_id")}
+    pad = config.get("pad_token_id")
+    if isinstance(pad, int) and pad >= 0 and pad not in ends:
+        return pad
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    template = str(tokenizer.chat_template or "")
+    for index, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
+        text = str(token)
+        known = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+        if index not in ends | known and text not in template and index < config["vocab_size"]:
+            return int(index)
+    return int(config["vocab_size"]) - 1

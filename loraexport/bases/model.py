@@ -1,0 +1,267 @@
+"""`kind: transformers`: a whole Hugging Face model whose sites are multi-LoRA modules.
+
+The sites are those of the plan; in the model each becomes one of the modules of sites.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraexport_runtime.adapters.dora import dora_sites, output_scales
+from loraexport_runtime.adapters.header import ModuleWeights, check_base_copies, read_site_weights
+from loraexport_runtime.adapters.packing import assemble, lowest, pack
+from loraexport_runtime.adapters.tensor_files import digest_array
+from loraexport_runtime.contract.manifest import Layer
+from loraexport_runtime.device.providers import NUMPY_DTYPES
+
+from ..hf.model import has_rotary_positions, headless_widths, load_plain_model, take_output
+from ..hf.pooling import SentencePooling
+from ..hf.skeleton import Signature
+from ..lora import STRATEGIES
+from ..lora.blended import Blended
+from ..lora.model_sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
+from ..lora.rows import RowBlend, RowSlots
+from ..lora.strategy import Base as SiteBase
+from ..lora.strategy import LinearBase, Sizes
+from ..plan.plan import Plan
+from ..tensors import TORCH_DTYPES, to_numpy
+from .layers import Base, SiteWeights, digest_of, put_base
+
+
+class MultiLoraModel(nn.Module):
+    """A Hugging Face model with multi-LoRA sites: the model's inputs, adapter_ids and stacks in."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        signature: Signature,
+        pooling: nn.Module | None,
+        context: RowContext,
+        stack_names: Sequence[str],
+        position_ids: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.rows = context.rows
+        self._context = context
+        self._input_names = [entry.name for entry in signature.inputs]
+        self._stack_names = list(stack_names)
+        self._position_ids = position_ids
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        adapter_ids: Tensor,
+        stacks: list[Tensor],
+        adapter_weights: Tensor | None = None,
+    ) -> Tensor:
+        """adapter_ids int64 [batch]; stacks in the order of the manifest's layers; with a blend
+        adapter_weights float32 [batch, S]."""
+        self.begin(adapter_ids, stacks, adapter_weights)
+        arguments = {name: inputs[name] for name in self._input_names}
+        if self._position_ids and "input_ids" in inputs:
+            # Rotary models export right beyond one row only if each row brings its positions.
+            ids = inputs["input_ids"]
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            arguments["position_ids"] = positions.unsqueeze(0).expand(ids.shape[0], -1)
+        return self.pooled(self.run(arguments), inputs.get("attention_mask"))
+
+    def begin(
+        self, selector: Tensor, stacks: Sequence[Tensor], adapter_weights: Tensor | None
+    ) -> None:
+        """Start a forward whose rows use these slots."""
+        named = dict(zip(self._stack_names, stacks, strict=True))
+        self._context.begin(selector, adapter_weights, named)
+
+    def run(self, inputs: Mapping[str, Tensor], **others: Any) -> Tensor:
+        """The model's output, before pooling."""
+        y: Tensor = take_output(self.model(**inputs, **others, return_dict=True))
+        return y
+
+    def pooled(self, y: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """y, or with a pooling one vector for each row."""
+        return y if self.pooling is None else self.pooling(y, attention_mask)
+
+
+@dataclass(frozen=True)
+class ModelModules:
+    """A whole model in eager form, its stacks, and the plain model it was made of."""
+
+    module: MultiLoraModel
+    model_type: str
+    """Of the config, such as `bert`."""
+    layers: tuple[Layer, ...]
+    signature: Signature
+    blend_slots: int | None
+    """The slots of adapter_weights, if rows may blend."""
+    stacks: dict[str, np.ndarray] = field(repr=False)
+    base_rows: dict[str, np.ndarray] = field(repr=False)
+    """The base's rows by stack, for the stacks that have any."""
+    output_scales: dict[str, dict[str, np.ndarray]] = field(repr=False)
+    """Adapter -> site -> DoRA's g."""
+
+
+def load_model(plan: Plan) -> tuple[Base, ModelModules]:
+    """Read a planned model and its adapters, and put multi-LoRA sites into it.
+
+    Raises:
+        BaseModelError: the base cannot be used.
+        WeightsError, AdapterWeightsError: an adapter cannot be used on it.
+    """
+    assert plan.model is not None, "the plan is of a whole model"
+    layers = [one.layer for one in plan.layers]
+    headless = headless_widths(layers)
+    model: Any = load_plain_model(plan.model.directory, plan.model.task, headless)
+    base = read_base(model, layers)
+    dtype = plan.spec.export.dtype
+    slots: dict[int, _Slot] = {}
+    scales: dict[str, dict[str, np.ndarray]] = {}
+    for adapter in plan.adapters:
+        check_base_copies(adapter.header, adapter.modules, base.digests)
+        weights = read_site_weights(adapter.header, adapter.modules)
+        dora = dora_sites(weights)
+        known = {site: base.sites[site].weight for site in dora}
+        scales[adapter.name] = output_scales(dora, known, layers, adapter.scale)
+        if adapter.slot is not None:
+            slots[adapter.slot] = _Slot(weights, adapter.scale, scales[adapter.name])
+    model = model.to(TORCH_DTYPES[dtype])
+    blend = plan.spec.export.blend
+    make_rows = partial(RowBlend, dtype=TORCH_DTYPES[dtype]) if blend else RowSlots
+    context = RowContext(make_rows(plan.num_slots))
+    stacks: dict[str, np.ndarray] = {}
+    base_rows: dict[str, np.ndarray] = {}
+    for layer in layers:
+        rows = _base_rows(layer, base, NUMPY_DTYPES[dtype])
+        base_rows |= rows
+        blocks = {
+            slot: pack(layer, one.weights, one.scale, NUMPY_DTYPES[dtype], rows, one.output_scales)
+            for slot, one in slots.items()
+        }
+        for stack in layer.stacks:
+            value = assemble(stack, NUMPY_DTYPES[dtype], rows.get(stack.name), blocks)
+            stacks[stack.name] = value
+        _replace_sites(model, layer, plan.num_slots, context, blend)
+    pooling = None
+    if plan.model.task == "sentence-embedding":
+        pooling = SentencePooling.read(plan.model.directory)
+    signature = Signature(plan.model.inputs, plan.model.outputs)
+    rotary = has_rotary_positions(model.config)
+    parts = model, signature, pooling, context, list(stacks), rotary
+    if plan.model.packed:
+        from .unpadded import PackedModel
+
+        module: MultiLoraModel = PackedModel(*parts).pack(plan.model.packed)
+    else:
+        module = MultiLoraModel(*parts)
+    return base, ModelModules(
+        module.eval(),
+        model.config.model_type,
+        tuple(layers),
+        signature,
+        plan.num_slots if blend else None,
+        stacks,
+        base_rows,
+        scales,
+    )
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """What fills a slot: everything that an adapter brings, by site."""
+
+    weights: Mapping[str, ModuleWeights]
+    scale: float
+    output_scales: Mapping[str, np.ndarray]
+
+
+def read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
+    """The frozen weights of every site, [out, in], and the digest of the whole model."""
+    sites = {}
+    for layer in layers:
+        for part in layer.slices:
+            module: Any = model.get_submodule(part.site)
+            bias = getattr(module, "bias", None)
+            weight = to_numpy(_weight(module))
+            sites[part.site] = SiteWeights(weight, None if bias is None else to_numpy(bias))
+    every = {name: digest_array(to_numpy(one)) for name, one in model.state_dict().items()}
+    digests = {site: digest_array(one.weight) for site, one in sites.items()}
+    return Base(sites, digests, digest_of(every))
+
+
+def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """What stands ahead of the slots in each stack: W^T, or the base's own parameter."""
+    rows = {}
+    for stack in layer.stacks:
+        if stack.row_offset:
+            value = np.zeros((stack.row_offset, stack.shape[1]))
+            if stack.role == "output_scale":
+                value[:] = 1
+            for part in layer.slices:
+                one = base.sites[part.site]
+                columns = slice(part.offset, part.offset + part.width)
+                if stack.role == "lora_B":
+                    left = part.offset - stack.column_offset
+                    if 0 <= left < stack.shape[1]:
+                        put_base(value[:, left : left + part.width], one.weight, one.bias)
+                elif stack.role == "weight":
+                    value[: len(one.weight)] = one.weight
+                elif stack.role == "bias":
+                    # Labels that the base lacks, as in stacks.pack.
+                    value[:, columns] = lowest(dtype)
+                    own = slice(part.offset, part.offset + len(one.weight))
+                    value[:, own] = 0 if one.bias is None else one.bias
+            rows[stack.name] = value.astype(dtype)
+    return rows
+
+
+def _replace_sites(
+    model: Any, layer: Layer, num_slots: int, context: RowContext, blend: bool
+) -> None:
+    """Put a ModelSite in a linear layer's place, or a SlicedSite in the place of each."""
+    modules: list[Any] = [model.get_submodule(part.site) for part in layer.slices]
+    weight = torch.cat([_weight(module) for module in modules])
+    biases = [getattr(module, "bias", None) for module in modules]
+    bias = None
+    if any(one is not None for one in biases):
+        pieces = [
+            weight.new_zeros(len(_weight(module))) if one is None else one.detach()
+            for module, one in zip(modules, biases, strict=True)
+        ]
+        bias = torch.cat(pieces)
+    roles = {stack.role for stack in layer.stacks}
+    base: SiteBase
+    biases_behind: Sequence[Tensor] = ()
+    if "weight" in roles:
+        base = RowHead(weight, bias, layer, context)
+    elif layer.kind == "embedding":
+        base = RowEmbedding(weight, None, layer, context)
+    elif roles & {"output_scale", "bias"}:
+        base = RowLinear(weight, bias, layer, context)
+    else:
+        bs = [stack for stack in layer.stacks if stack.role == "lora_B"]
+        base = LinearBase(None if bs[0].row_offset else weight, None)
+        if bias is not None and bs[0].row_offset <= layer.in_features:
+            biases_behind = torch.split(bias, [stack.shape[1] for stack in bs])
+    lora = None
+    if "lora_A" in roles:
+        make = Blended if blend else STRATEGIES[layer.strategy]
+        lora = make(Sizes.of(layer, num_slots, weight.dtype))
+    factor = float(getattr(modules[0], "embed_scale", 1.0))
+    whole = ModelSite(base, lora, layer, context, factor, biases_behind)
+    for index, part in enumerate(layer.slices):
+        parent, _, child = part.site.rpartition(".")
+        sliced = SlicedSite(whole, index, context)
+        setattr(model.get_submodule(parent), child, whole if len(layer.slices) == 1 else sliced)
+
+
+def _weight(module: Any) -> Tensor:
+    """[out, in] whatever the module stores; an embedding's [vocabulary, dim]."""
+    weight: Tensor = module.weight.detach()
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight

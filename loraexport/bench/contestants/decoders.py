@@ -1,0 +1,319 @@
+"""Ways to decode greedily: onnxruntime-genai, plain onnxruntime over its graph, the runtime's own
+engine, eager torch.
+
+Each reads the prompts (`prefill`), and then makes one token per row and step (`decode`). The
+prompts are the same each time: the weights that a step reads push them out of any cache.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraexport_runtime.generation.captured.engine import DrivenEngine
+from loraexport_runtime.generation.sampling import Sampling
+
+from ...tensors import TORCH_DTYPES
+from ..contest import CannotRun
+from ..device import Device
+from .bound_graph import NOT_CAPTURED, Graph
+
+_LOGITS = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """int64 [rows, length] on the host, a slot for each row, and how many tokens shall follow."""
+
+    ids: np.ndarray
+    slots: np.ndarray
+    new_tokens: int
+
+    @property
+    def rows(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(self.ids.shape[1])
+
+    def of(self, rows: Sequence[int]) -> "Prompts":
+        return Prompts(self.ids[rows], self.slots[rows], self.new_tokens)
+
+
+class Decoder(Protocol):
+    """What the contestants have in common."""
+
+    @property
+    def most_steps(self) -> int | None:
+        """That one call of `decode` takes; None: as many as there are."""
+
+    @property
+    def prepare(self) -> Callable[[], object] | None:
+        """What a prefill needs first, and is not timed."""
+
+    def prefill(self) -> None: ...
+
+    def start_decode(self) -> None:
+        """Read the prompts and choose the first token."""
+
+    def decode(self, steps: int) -> None: ...
+
+    def logits(self) -> np.ndarray:
+        """Of the prompts' last tokens after a prefill, float [rows, vocabulary]."""
+
+    def tokens(self, num: int) -> np.ndarray:
+        """The first new ones after `decode`, int64 [rows, num]."""
+
+
+class GenaiModel:
+    """A graph opened by onnxruntime-genai, as `loraexport_runtime.load_generator` opens it."""
+
+    def __init__(self, folder: Path, device: Device) -> None:
+        try:
+            import onnxruntime_genai
+        except ImportError as error:
+            raise CannotRun("onnxruntime-genai is not installed (loraexport[genai])") from error
+        self.og: Any = onnxruntime_genai
+        config = self.og.Config(str(folder))
+        config.clear_providers()
+        if device.kind == "cuda":
+            config.append_provider("cuda")
+        self.model = self.og.Model(config)
+
+
+class GenaiDecoder:
+    """onnxruntime-genai; the likeliest token is chosen by its own search."""
+
+    most_steps = None
+
+    def __init__(self, model: GenaiModel, prompts: Prompts, mixed: bool) -> None:
+        self._model, self._prompts, self._mixed = model, prompts, mixed
+        self._generator: Any = None
+
+    def prepare(self) -> None:
+        og, prompts = self._model.og, self._prompts
+        params, length = og.GeneratorParams(self._model.model), prompts.length + prompts.new_tokens
+        # No row ends early, whatever its tokens.
+        params.set_search_options(batch_size=prompts.rows, max_length=length, min_length=length)
+        self._generator = og.Generator(self._model.model, params)
+        if self._mixed:
+            self._generator.set_model_input("adapter_ids", prompts.slots)
+
+    def prefill(self) -> None:
+        self._generator.append_tokens(self._prompts.ids.astype(np.int32))
+        self.decode(1)
+
+    def start_decode(self) -> None:
+        self.prepare()
+        self.prefill()
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            self._generator.generate_next_token()
+        self._generator.get_next_tokens()  # waits for the device
+
+    def logits(self) -> np.ndarray:
+        self.prepare()  # the search changes them when it chooses
+        self._generator.append_tokens(self._prompts.ids.astype(np.int32))
+        return np.array(self._generator.get_output("logits"))[:, -1]
+
+    def tokens(self, num: int) -> np.ndarray:
+        start, rows = self._prompts.length, range(self._prompts.rows)
+        every = [np.array(self._generator.get_sequence(row))[start : start + num] for row in rows]
+        return np.stack(every).astype(np.int64)
+
+
+class GroupedDecoder:
+    """A decoder for each group of rows, one after another."""
+
+    most_steps = None
+
+    def __init__(self, decoders: Sequence[GenaiDecoder], groups: Sequence[Sequence[int]]) -> None:
+        self._decoders = decoders
+        self._order = np.argsort([row for rows in groups for row in rows])
+
+    def prepare(self) -> None:
+        for one in self._decoders:
+            one.prepare()
+
+    def prefill(self) -> None:
+        for one in self._decoders:
+            one.prefill()
+
+    def start_decode(self) -> None:
+        for one in self._decoders:
+            one.start_decode()
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            for one in self._decoders:
+                one.decode(1)
+
+    def logits(self) -> np.ndarray:
+        return np.concatenate([one.logits() for one in self._decoders])[self._order]
+
+    def tokens(self, num: int) -> np.ndarray:
+        return np.concatenate([one.tokens(num) for one in self._decoders])[self._order]
+
+
+class PlainDecoder:
+    """The same graph on plain onnxruntime: shared KV buffers, the prefill never captured.
+
+    A step reads an attention mask of full length, padded with zeros, so that its shapes and
+    addresses stay and it can be captured; the likeliest token is chosen on the device.
+    """
+
+    most_steps = None
+    prepare = None
+
+    def __init__(
+        self, graph: Graph, config: Mapping[str, Any], prompts: Prompts, device: Device, dtype: str
+    ) -> None:
+        """
+        Args:
+            config: `model` of genai_config.json.
+        """
+        made: dict[str, Any] = {"device": device.torch, "dtype": torch.int64}
+        rows, length = prompts.rows, prompts.length
+        self._length, self._prompts = length + prompts.new_tokens, prompts
+        floats: dict[str, Any] = {"device": device.torch, "dtype": TORCH_DTYPES[dtype]}
+        decoder = config["decoder"]
+        size = (rows, decoder["num_key_value_heads"], self._length, decoder["head_size"])
+        past, present = {}, {}
+        for layer in range(decoder["num_hidden_layers"]):
+            for part in ("key", "value"):
+                cache = torch.zeros(size, **floats)
+                past[f"past_key_values.{layer}.{part}"] = cache
+                present[f"present.{layer}.{part}"] = cache
+        fixed = dict(past)
+        if "adapter_ids" in graph.inputs:
+            fixed["adapter_ids"] = torch.from_numpy(prompts.slots).to(device.torch)
+        ids = torch.from_numpy(prompts.ids).to(device.torch)
+        self._ids = torch.zeros(rows, 1, **made)
+        self._mask = torch.zeros(rows, self._length, **made)
+        self._positions = torch.zeros(rows, 1, **made)
+        logits = floats | {"dtype": _LOGITS[graph.outputs["logits"].type]}
+        self._logits = torch.empty(rows, length, config["vocab_size"], **logits)
+        self._next = torch.empty(rows, 1, config["vocab_size"], **logits)
+        self._found = torch.zeros(rows, prompts.new_tokens, **made)
+        read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        step = {"input_ids": self._ids, "attention_mask": self._mask}
+        if "position_ids" in graph.inputs:
+            read["position_ids"] = torch.arange(length, **made).repeat(rows, 1)
+            step["position_ids"] = self._positions
+        outputs = {"logits": self._logits, **present}
+        number = NOT_CAPTURED if graph.captured else None
+        self._read = graph.bind({**read, **fixed}, outputs, number)
+        self._step = graph.bind({**step, **fixed}, {**outputs, "logits": self._next})
+
+    def prefill(self) -> None:
+        self._read()
+
+    def start_decode(self) -> None:
+        self._read()
+        self._mask.zero_()
+        self._mask[:, : self._prompts.length] = 1
+        self._choose(self._logits[:, -1:], 0)
+
+    def decode(self, steps: int) -> None:
+        for index in range(steps):
+            at = self._prompts.length + index
+            self._mask[:, at] = 1
+            self._positions.fill_(at)
+            self._step()
+            self._choose(self._next, index + 1)
+
+    def _choose(self, logits: Tensor, index: int) -> None:
+        self._ids.copy_(logits.argmax(-1))
+        self._found[:, index] = self._ids[:, 0]
+
+    def logits(self) -> np.ndarray:
+        return self._logits[:, -1].float().cpu().numpy()
+
+    def tokens(self, num: int) -> np.ndarray:
+        return self._found[:, :num].cpu().numpy()
+
+
+class RuntimeDecoder:
+    """The runtime's own engine as services use it, its steps CUDA graphs where there is CUDA."""
+
+    most_steps = None
+    prepare = None
+
+    def __init__(self, engine: DrivenEngine, prompts: Prompts) -> None:
+        self._engine, self._prompts = engine, prompts
+        self._taken: Any = None
+
+    def prefill(self) -> None:
+        raise NotImplementedError("it chooses a token too")
+
+    def start_decode(self) -> None:
+        if self._taken is not None:
+            self._taken.close()
+        prompts = self._prompts
+        self._taken = self._engine.start(
+            prompts.ids.tolist(), prompts.slots, prompts.new_tokens + 1, Sampling()
+        )
+        next(self._taken)
+
+    def decode(self, steps: int) -> None:
+        # The engine is a step ahead: the first of these had begun before, so it is one more.
+        for _ in range(steps + 1):
+            next(self._taken)
+
+    def logits(self) -> np.ndarray:
+        raise NotImplementedError("they stay on the device")
+
+    def tokens(self, num: int) -> np.ndarray:
+        prompts = self._prompts
+        taken = self._engine.start(prompts.ids.tolist(), prompts.slots, num, Sampling())
+        return np.stack(list(taken), axis=1)
+
+
+class EagerDecoder:
+    """transformers' model, perhaps in PEFT's wrapper; its cache grows from step to step."""
+
+    most_steps = 8
+    """Its steps cost the same, and it is slow: so many stand for all."""
+    prepare = None
+
+    def __init__(self, model: Any, prompts: Prompts, device: Device, **arguments: Any) -> None:
+        """
+        Args:
+            arguments: of every call, such as PEFT's adapter_names.
+        """
+        self._model, self._arguments = model, {"use_cache": True, **arguments}
+        self._prompt_ids = torch.from_numpy(prompts.ids).to(device.torch)
+        self._state: Any = None
+        self._chosen: list[Tensor] = []
+
+    def prefill(self) -> None:
+        self._state = self._model(input_ids=self._prompt_ids, **self._arguments)
+
+    def start_decode(self) -> None:
+        self.prefill()
+        self._chosen = [self._state.logits[:, -1:].argmax(-1)]
+
+    def decode(self, steps: int) -> None:
+        for _ in range(steps):
+            cache = self._state.past_key_values
+            self._state = self._model(
+                input_ids=self._chosen[-1], past_key_values=cache, **self._arguments
+            )
+            self._chosen.append(self._state.logits[:, -1:].argmax(-1))
+
+    def logits(self) -> np.ndarray:
+        found: np.ndarray = self._state.logits[:, -1].float().cpu().numpy()
+        return found
+
+    def tokens(self, num: int) -> np.ndarray:
+        return torch.cat(self._chosen, dim=1)[:, :num].cpu().numpy()

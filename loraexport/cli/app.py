@@ -1,0 +1,365 @@
+"""The command line: arguments -> functions; errors -> one readable block and an exit code."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loraexport_runtime.adapters.config import CONFIG_FILE
+from loraexport_runtime.adapters.header import read_adapter
+from loraexport_runtime.contract.manifest import MANIFEST_FILE, Manifest
+from loraexport_runtime.errors import LoraexportError
+
+from .. import __version__
+from ..errors import BaseModelError, ParityError, UsageError, exit_code
+
+app = typer.Typer(
+    help="One YAML spec and one command: multi-LoRA graphs for stock onnxruntime.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+# No markup and no emoji codes: a path may be named [a] or :b:.
+out_console = Console(soft_wrap=True, markup=False, emoji=False)
+err_console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+
+SpecPath = Annotated[Path, typer.Argument(help="The YAML spec.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        out_console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command. `main` reads --debug, as it needs it when typer has failed."""
+
+
+@app.command()
+def build(
+    spec: SpecPath,
+    out: Annotated[Path, typer.Option(help="Folder that holds the artifacts.")] = Path("artifacts"),
+    as_json: AsJson = False,
+) -> None:
+    """Export, prove and publish the artifact of a spec."""
+    from ..pipeline.build import build as run_build
+
+    with _progress(f"building {spec}", as_json) as progress:
+        folder, report = run_build(spec, out, progress)
+    for name in report.silent_adapters:
+        err_console.print(f"warning: adapter {name!r} changes nothing: all its B are zero")
+    summary = report.summary()
+    if as_json:
+        _print_json({"artifact": str(folder), "parity": _report_dict(report)})
+        return
+    out_console.print(
+        Text("published", style="green"),
+        f"{folder}: parity {summary.status}, largest error"
+        f" {summary.max_error or 0:.1e} (tolerance {summary.tolerance:.0e}) over"
+        f" {', '.join(summary.checked)}",
+    )
+    if summary.status == "deferred":
+        err_console.print(
+            "The ONNX graphs are unverified: run 'loraexport verify' on a CUDA machine."
+        )
+
+
+@app.command()
+def plan(spec: SpecPath, as_json: AsJson = False) -> None:
+    """Show sites, ranks, strategy and costs, without reading weights."""
+    from ..plan.plan import make_plan
+    from ..spec.schema import read_spec
+    from .show_plan import plan_dict, print_plan
+
+    planned = make_plan(read_spec(spec), spec.parent)
+    if as_json:
+        _print_json(plan_dict(planned))
+    else:
+        print_plan(planned, out_console)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    providers: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or both with a comma; default: what runs here.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The base's directory; default: where the spec says.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Repeat an artifact's parity, perhaps on another machine."""
+    from ..artifact import mark_verified
+    from ..parity.layers.check import verify_artifact
+
+    chosen = [name.strip() for name in providers.split(",")] if providers else None
+    with _progress(f"verifying {artifact}", as_json) as progress:
+        progress("run every implementation")
+        manifest = Manifest.read(artifact)
+        report = verify_artifact(artifact, manifest, base, chosen)
+    if manifest.parity.status == "deferred" and report.status == "passed":
+        mark_verified(artifact, manifest, report.summary())
+    if as_json:
+        _print_json(_report_dict(report))
+    else:
+        _print_report(report)
+    if report.failures:
+        raise ParityError(f"{len(report.failures)} of {len(report.rows)} comparisons failed")
+
+
+@app.command()
+def generate(
+    artifact: Annotated[Path, typer.Argument(help="The artifact's folder.", show_default=False)],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; give it for each row.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter for each prompt in order, or 'base'; default: base."),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Generate from one batch of prompts, each with its own adapter, for a look."""
+    from loraexport_runtime.generation.generator import load_generator
+
+    names = [None if name == "base" else name for name in adapter or ["base"] * len(prompt)]
+    generator = load_generator(artifact, provider)
+    found = generator.generate(
+        prompt, adapters=names, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    if as_json:
+        rows = zip(prompt, names, found, strict=True)
+        _print_json([{"prompt": text, "adapter": name, **asdict(one)} for text, name, one in rows])
+        return
+    for text, name, one in zip(prompt, names, found, strict=True):
+        out_console.print(Text(f"[{name or 'base'}] {text}", style="bold"))
+        out_console.print(Text(one.text))
+
+
+@app.command()
+def bench(
+    workloads: Annotated[
+        Path | None, typer.Argument(help="The YAML of workloads.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.json, bench.md and the plots.")
+    ] = Path("bench"),
+    results: Annotated[
+        Path | None,
+        typer.Option("--from", help="Only tables and plots, of a bench.json.", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="Also fit the costs by which strategy: auto chooses on this GPU.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time mixed batches against the base alone and other ways to run them."""
+    from ..bench.calibrate import as_spec
+    from ..bench.calibrate import calibrate as fit_costs
+    from ..bench.results import read_results
+    from ..bench.run import run as run_bench
+    from ..bench.run import write_report
+    from ..bench.workloads.schema import read_workloads
+
+    if (workloads is None) == (results is None):
+        raise UsageError("give either a file of workloads, as specs/bench/cpu.yaml, or --from")
+    if results is not None:
+        found = read_results(results)
+    else:
+        assert workloads is not None, "one of the two is given"
+        asked = read_workloads(workloads)
+        with _progress(f"measuring {workloads}", as_json) as progress:
+            found = run_bench(asked, out, progress)
+    missing = write_report(found, out)
+    if missing is not None and results is not None:
+        raise missing
+    if missing is not None:
+        err_console.print(Text(f"warning: no plots: {missing}"))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        out_console.print(Text((out / "bench.md").read_text(encoding="utf-8").rstrip()))
+    if calibrate:
+        err_console.print(f"For the spec of a build:\n{as_spec(fit_costs(found, out))}".rstrip())
+    if found.disagreements:
+        raise ParityError("\n".join(found.disagreements))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An artifact, a PEFT adapter directory, or a spec.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare an adapter with this model: directory, hub id or package: path."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in an artifact, an adapter directory or a spec."""
+    is_artifact = (path / MANIFEST_FILE).is_file()
+    if not is_artifact and (path / CONFIG_FILE).is_file():
+        _inspect_adapter(path, base, as_json)
+        return
+    if base is not None:
+        raise UsageError(
+            f"{path}: --base is what an adapter is compared with, and this is no adapter (a folder"
+            f" with {CONFIG_FILE}); give one, or leave --base out"
+        )
+    if is_artifact:
+        manifest = Manifest.read(path)
+        manifest.check_files(path)
+        data = json.loads(manifest.to_json())
+    elif path.is_file():
+        from ..spec.schema import read_spec
+
+        data = read_spec(path).model_dump(mode="json")
+    elif path.exists():
+        raise UsageError(
+            f"{path}: neither an artifact (it has no {MANIFEST_FILE}) nor an adapter (it has no"
+            f" {CONFIG_FILE}); give the folder of one, or a spec"
+        )
+    else:
+        raise UsageError(f"{path}: no such file or folder; give an artifact, an adapter or a spec")
+    if as_json:
+        _print_json(data)
+    else:
+        _print_tree(data)
+
+
+@app.command()
+def init(
+    base: Annotated[str, typer.Option(help="The model's directory, hub id or package: path.")],
+    adapter: Annotated[list[Path], typer.Option(help="A PEFT directory; give it for each.")],
+    out: Annotated[Path, typer.Option(help="The spec to write.")] = Path("spec.yaml"),
+) -> None:
+    """Write a commented spec for a model and its adapters."""
+    from ..plan.starter import write_spec
+
+    spec = write_spec(base, adapter, out)
+    typer.echo(f"{out}: {len(spec.adapters)} adapters. Next: loraexport build {out}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec, for editors."""
+    from ..spec.schema import json_schema
+
+    _print_json(json_schema())
+
+
+def main() -> None:
+    """Entry point: run a command; an error becomes one readable block and its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except LoraexportError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            _print_error(type(error).__name__, str(error))
+        sys.exit(exit_code(error))
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            hint = "'loraexport --debug …' shows where"
+            _print_error(type(error).__name__, f"{error or 'no message'} ({hint})")
+        sys.exit(1)
+
+
+def _print_error(title: str, message: str) -> None:
+    """One block on stderr: a panel on a terminal, plain lines elsewhere."""
+    if err_console.is_terminal:
+        bold = Text(title, style="bold red")
+        err_console.print(Panel(Text(message), title=bold, title_align="left"))
+    else:
+        err_console.print(Text(f"{title}: {message}"))
+
+
+@contextmanager
+def _progress(title: str, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A status line on a terminal, plain lines elsewhere, nothing with --json."""
+    if quiet:
+        yield lambda stage: None
+    elif err_console.is_terminal:
+        with err_console.status(title) as status:
+            yield lambda stage: status.update(f"{title}: {stage}")
+    else:
+        yield lambda stage: err_console.print(f"{title}: {stage}")
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _report_dict(report: Any) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(report.to_json())
+    return data
+
+
+def _print_report(report: Any) -> None:
+    table = Table(title=f"parity {report.status}, against {report.reference}")
+    for column in ("implementation", "layer", "worst site", "adapter", "error", "gain", ""):
+        table.add_column(column)
+    worst: dict[tuple[str, str], Any] = {}
+    for row in report.rows:
+        key = (row.implementation, row.layer)
+        rank = (not row.passed, row.error)
+        if key not in worst or rank > (not worst[key].passed, worst[key].error):
+            worst[key] = row
+    for row in worst.values():
+        gain = "" if row.gain is None else f"{row.gain:.5f}"
+        verdict = "ok" if row.passed else "FAILED"
+        error = f"{row.error:.1e}"
+        table.add_row(row.implementation, row.layer, row.site, row.adapter, error, gain, verdict)
+    out_console.print(table)
+    for name, why in report.skipped.items():
+        out_console.print(f"not run: {name}: {why}")
+
+
+def _inspect_adapter(path: Path, base: str | None, as_json: bool) -> None:
+    from ..hf.moves import measure_deltas, measure_moves
+    from ..hf.sources import resolve_directory
+    from .show_adapter import deltas_dict, describe_zeros, moves_dict, print_moves
+
+    header = read_adapter(path)
+    if base is None:
+        deltas = measure_deltas(header)
+        (_print_json if as_json else _print_tree)(deltas_dict(header, deltas))
+    else:
+        moves = measure_moves(header, resolve_directory(base, Path(), BaseModelError))
+        deltas = tuple(move.delta for move in moves)
+        if as_json:
+            _print_json(moves_dict(header, base, moves))
+        else:
+            print_moves(header, base, moves, out_console)
+    zeros = describe_zeros(deltas)
+    if zeros:
+        err_console.print(f"warning: {zeros}")
+
+
+def _print_tree(data: Any) -> None:
+    import yaml
+
+    out_console.print(Text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip()))

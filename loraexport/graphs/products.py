@@ -1,0 +1,205 @@
+"""Where a model's linear layers are in an ONNX graph: the products that compute them."""
+
+import ast
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from loraexport_runtime.contract.manifest import Layer
+
+from ..errors import BaseModelError
+
+_PACKED = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+}
+"""Names of sites that an exporter may pack into one product, or the reverse."""
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+Layout = Literal["batched", "flat", "rows"]
+"""How x holds the batch's rows: [batch, n, in], [batch * n, in], or [batch, in]."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A node that computes y = x W: MatMul, Gemm, or MatMulNBits."""
+
+    node: ir.Node
+    weight: ir.Value
+    """The initializer that holds W, in whatever form."""
+    names: tuple[str, ...]
+    """Modules that it may stand for, the surest first."""
+    in_features: int
+    out_features: int
+
+    @property
+    def output(self) -> str:
+        """The name of y, which tells products apart."""
+        return str(self.node.outputs[0].name)
+
+
+@dataclass(frozen=True)
+class Graft:
+    """One layer of the plan and the products whose outputs are the layer's, side by side."""
+
+    layer: Layer
+    nodes: tuple[ir.Node, ...]
+    """All of the same input."""
+    widths: tuple[int, ...]
+    """The outputs of each node; together the layer's."""
+    layout: Layout
+    per_row: int = 0
+    """Of flat rows: how many belong to a row, in some example; sites of one number share a mask."""
+
+
+def list_products(graph: ir.Graph) -> list[Product]:
+    """Every product of the graph with a weight of its own."""
+    found = []
+    for node in graph:
+        if node.op_type in ("MatMul", "Gemm", "MatMulNBits") and len(node.inputs) > 1:
+            weight, turned = _weight(node)
+            if weight is not None:
+                sizes = _sizes(node, weight, turned)
+                if sizes is not None:
+                    found.append(Product(node, weight, _names(node, weight), *sizes))
+    return found
+
+
+def find_grafts(graph: ir.Graph, layers: Iterable[Layer]) -> list[Graft]:
+    """The products of every layer of a decoder: one for each slice, or packed, or split.
+
+    A product is known by its node's name (`/model/layers.0/attn/q_proj/MatMul`) or by its weight's
+    (`model.layers.0.self_attn.q_proj.weight`).
+
+    Raises:
+        BaseModelError: a site is not in the graph, or has other sizes there.
+    """
+    products: dict[str, Product] = {}
+    for product in list_products(graph):
+        for name in product.names:
+            products.setdefault(_key(name), product)
+    return [_find(products, layer) for layer in layers]
+
+
+def make_graft(layer: Layer, products: Sequence[Product], layout: Layout, per_row: int) -> Graft:
+    """The graft of a layer whose products are known.
+
+    Raises:
+        BaseModelError: they have other sizes than the layer, or different inputs.
+    """
+    sites = [part.site for part in layer.slices]
+    first, size_out = products[0], sum(one.out_features for one in products)
+    size_in = {one.in_features for one in products}
+    if (size_in, size_out) != ({layer.in_features}, layer.out_features):
+        raise BaseModelError(
+            f"site {sites[0]!r}: node {first.node.name!r} maps {first.in_features} to {size_out}"
+            f" features, the model {layer.in_features} to {layer.out_features}; the graph is of"
+            " another model"
+        )
+    if len({one.node.inputs[0] for one in products}) > 1:
+        raise BaseModelError(f"sites {', '.join(sites)}: the graph gives them different inputs")
+    widths = tuple(one.out_features for one in products)
+    return Graft(layer, tuple(one.node for one in products), widths, layout, per_row)
+
+
+def _find(products: Mapping[str, Product], layer: Layer) -> Graft:
+    sites = [part.site for part in layer.slices]
+    names = next((one for one in _spellings(sites) if all(_key(n) in products for n in one)), None)
+    if names is None:
+        raise BaseModelError(
+            f"site {sites[0]!r}: the base's graph has no product of this name; it has"
+            f" {len(products)}, such as {', '.join(list(products)[:3])}"
+        )
+    found = [products[_key(name)] for name in names]
+    layout: Layout = "flat" if found[0].node.op_type == "Gemm" else "batched"
+    return make_graft(layer, found, layout, 0)
+
+
+def _spellings(sites: Sequence[str]) -> Iterable[Sequence[str]]:
+    """The names of a layer's products: its sites', or those that an exporter packs or splits."""
+    yield sites
+    parent = sites[0].rpartition(".")[0]
+    names = tuple(site.rsplit(".", 1)[-1] for site in sites)
+    for parts, packed in _PACKED.items():
+        if names == parts:
+            yield [f"{parent}.{packed}"]
+        if names == (packed,):
+            yield [f"{parent}.{part}" for part in parts]
+
+
+def packed_parts(name: str) -> tuple[str, ...]:
+    """The sites that a packed product computes; of any other, itself."""
+    parent, _, last = name.rpartition(".")
+    for parts, packed in _PACKED.items():
+        if last == packed:
+            return tuple(f"{parent}.{part}".lstrip(".") for part in parts)
+    return (name,)
+
+
+def packed_whole(name: str) -> tuple[str, tuple[str, ...]]:
+    """The site that this one is a part of, and all parts of that; of any other, itself."""
+    parent, _, last = name.rpartition(".")
+    for parts, packed in _PACKED.items():
+        if last in parts:
+            every = tuple(f"{parent}.{part}".lstrip(".") for part in parts)
+            return f"{parent}.{packed}".lstrip("."), every
+    return name, (name,)
+
+
+def _names(node: ir.Node, weight: ir.Value) -> tuple[str, ...]:
+    """From the weight, from the scopes that torch.onnx.export notes, from the node."""
+    found = []
+    name = str(weight.name)
+    # Only a Transpose or a quantizer keeps a module's name; `onnx::MatMul_12` is none.
+    stem = re.sub(r"(\.MatMul)?\.(weight|qweight)(_Q\d)?$", "", name)
+    if stem != name:
+        found.append(stem)
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    if len(scopes) > 1 and scopes[-2]:
+        found.append(str(scopes[-2]))
+    path = str(node.name or "").strip("/").rpartition("/")[0].replace("/", ".")
+    if path:
+        found.append(path)
+    return tuple(found)
+
+
+def _key(name: str) -> str:
+    """A module's name without what exporters call otherwise."""
+    return name.replace(".self_attn.", ".attn.").removeprefix("model.")
+
+
+def _weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
+    """The initializer behind a product's second input, and whether a Transpose is between."""
+    value = node.inputs[1]
+    maker = value.producer() if value is not None else None
+    turned = maker is not None and maker.op_type == "Transpose"
+    if turned and maker is not None:
+        value = maker.inputs[0]
+    return (value if value is not None and value.is_initializer() else None), turned
+
+
+def _sizes(node: ir.Node, weight: ir.Value, turned: bool) -> tuple[int, int] | None:
+    """(in, out) of a product; None if its weight is no matrix."""
+    if node.op_type == "MatMulNBits":
+        return node.attributes["K"].as_int(), node.attributes["N"].as_int()
+    if weight.shape is None or len(weight.shape) != 2:
+        return None
+    rows, columns = (int(size) for size in weight.shape)  # type: ignore[arg-type]
+    flag = node.attributes.get("transB")
+    is_out_in = turned != (flag is not None and flag.as_int() == 1)
+    return (columns, rows) if is_out_in else (rows, columns)
+
+
+def take_place(graph: ir.Graph, old: ir.Value, new: ir.Value, makers: Collection[ir.Node]) -> None:
+    """Every use of `old` takes `new`, but for those that make it; so does the graph's output."""
+    new.shape, new.type = old.shape, old.type
+    for user, index in list(old.uses()):
+        if user not in makers:
+            user.replace_input_with(index, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            new.name, old.name = old.name, f"{old.name}_base"
+            graph.outputs[index] = new

@@ -1,0 +1,71 @@
+"""A Hugging Face directory -> name, shape and file of every tensor, from headers alone."""
+
+import json
+from pathlib import Path
+
+from loraexport_runtime.adapters.tensor_files import TensorInfo, read_header
+
+from ..errors import BaseModelError
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of model.safetensors, of the shards an index lists, or of the only file there.
+
+    Raises:
+        BaseModelError: there is no safetensors file, or the index does not fit its shards.
+        WeightsError: a file's header is damaged.
+    """
+    if (folder / _INDEX).is_file():
+        return _read_shards(folder)
+    if (folder / _SINGLE).is_file():
+        return read_header(folder / _SINGLE)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return read_header(files[0])
+    if files:
+        raise BaseModelError(
+            f"{folder}: {len(files)} safetensors files but no {_INDEX} that says which tensor is"
+            " where; save the model with save_pretrained"
+        )
+    pickled = sorted(folder.glob("*.bin"))
+    if pickled:
+        read_header(pickled[0])  # says why pickled weights are refused
+    raise BaseModelError(
+        f"{folder}: no safetensors file here; expected {_SINGLE} or {_INDEX}, as save_pretrained"
+        " writes them"
+    )
+
+
+def _read_shards(folder: Path) -> dict[str, TensorInfo]:
+    index = folder / _INDEX
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shard_of = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(
+            f"{index}: expected an object with weight_map, name -> file ({error!r})"
+        ) from error
+    if not shard_of:
+        raise BaseModelError(f"{index}: weight_map is empty; save the model again")
+    headers = {}
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or shard == "..":
+            raise BaseModelError(
+                f"{index}: shard {shard!r} is not a file of this folder; a shard lies beside its"
+                " index and is named without a path"
+            )
+        if not (folder / shard).is_file():
+            raise BaseModelError(
+                f"{index}: shard {shard} is not there; the download is not complete, fetch it again"
+            )
+        headers[shard] = read_header(folder / shard)
+    missing = [name for name, shard in shard_of.items() if name not in headers[shard]]
+    if missing:
+        raise BaseModelError(
+            f"{index}: says that {missing[0]!r} is in {shard_of[missing[0]]}, but it is not there;"
+            " index and shards are of different versions"
+        )
+    return {name: headers[shard][name] for name, shard in shard_of.items()}

@@ -1,0 +1,137 @@
+"""What a strategy adds to a linear layer on a GPU: the model by which `auto` chooses.
+
+microseconds = launch * kernels + gbyte * GB moved + gflop * GFLOP computed, over the base alone, of
+what the strategy's graph does beside the base's product. The three are fitted to measured layers
+(`loraexport bench --calibrate`), so that they stand for a device; costs.json has an H200's.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from loraexport_runtime.contract.manifest import Strategy
+
+from ..errors import UsageError
+
+COSTS_FILE = Path(__file__).with_name("costs.json")
+_CHUNK = 64
+"""Of the chunked strategy, in tokens."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A linear layer and a batch: T tokens, `slots`, rows of a stack per slot."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    slots: int
+    rows_per_slot: float
+    """On average."""
+    bytes_per_value: int
+    has_bias: bool = False
+
+
+class Costs(BaseModel):
+    """Microseconds of one kernel, of a GB moved, and of a GFLOP."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    device: str
+    launch: float
+    gbyte: float
+    gflop: float
+
+    def added(self, strategy: Strategy, shape: Shape) -> float:
+        """Microseconds that the strategy adds to the base alone."""
+        kernels, gbytes, gflops = work(strategy, shape)
+        return self.launch * kernels + self.gbyte * gbytes + self.gflop * gflops
+
+    def is_apart(self, shape: Shape, slices: int) -> bool:
+        """Whether a product for each slice costs less than one for all, and y's split after it."""
+        moved = 2 * shape.tokens * shape.out_features * shape.bytes_per_value
+        return self.launch * (slices - 1) < self.launch + self.gbyte * moved / 1e9
+
+
+def read_costs(path: Path = COSTS_FILE) -> Costs:
+    """Raises UsageError for a file that is none of `loraexport bench --calibrate`."""
+    try:
+        return Costs.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give a calibration's costs.json") from error
+    except ValidationError as error:
+        raise UsageError(
+            f"{path}: no costs of 'loraexport bench --calibrate': {error.errors()[0]['msg']}"
+        ) from error
+
+
+def work(strategy: Strategy, shape: Shape) -> tuple[int, float, float]:
+    """(kernels, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
+
+    masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | h], and K
+    more columns in the base's product, less that one's pass for its bias. chunked, P places in
+    chunks: gathers of x, A and B, two batched products, a gather back, where, add. segmented runs
+    its loop: no model of it.
+    """
+    tokens, size_in, size_out = shape.tokens, shape.in_features, shape.out_features
+    width, every = shape.rows_per_slot, shape.rows_per_slot * shape.slots
+    select = tokens * size_in + 3.5 * tokens * every + every * size_in  # the shrink, and where
+    values, flops, kernels = select + every * size_out, 0.0, 0
+    if strategy == "masked":
+        kernels, values = 4, values + tokens * every + 4 * tokens * size_out
+        flops = 2 * tokens * every * (size_in + size_out)
+    elif strategy == "augmented":
+        kernels, values = 3, values + 2 * tokens * (size_in + every) + tokens * every
+        if shape.has_bias:  # the base's product gets it by a pass of its own over y
+            kernels, values = 2, values - 2 * tokens * size_out
+        flops = 2 * tokens * every * (size_in + size_out)
+    elif strategy == "chunked":
+        chunks = tokens // _CHUNK + shape.slots
+        places = chunks * _CHUNK
+        moved = places * (3 * size_in + size_out + 2 * width) + 7 * tokens * size_out
+        kernels, values = 9, moved + 3 * chunks * width * (size_in + size_out)
+        flops = 2 * places * width * (size_in + size_out)
+    else:
+        raise ValueError(f"no cost of {strategy!r}")
+    return kernels, values * shape.bytes_per_value / 1e9, flops / 1e9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A layer that was timed, in microseconds."""
+
+    strategy: Strategy
+    shape: Shape
+    added: float
+    base: float
+    """The base alone."""
+
+
+def fit(device: str, measured: Sequence[Measured]) -> Costs:
+    """The three of least squared error, relative to the whole layer's time; none below 0.
+
+    Raises:
+        UsageError: too few measurements.
+    """
+    if len(measured) < 6:
+        raise UsageError(
+            f"{len(measured)} measured layers are too few to calibrate; run workloads of kind"
+            " layers on CUDA with several tokens and adapters, as specs/bench/h200.yaml does"
+        )
+    whole = np.array([one.base + one.added for one in measured])
+    rows = np.array([work(one.strategy, one.shape) for one in measured]) / whole[:, None]
+    wanted = np.array([one.added for one in measured]) / whole
+    best, least = np.zeros(3), np.inf
+    for size in (1, 2, 3):  # least squares on a face of the positive octant
+        for chosen in itertools.combinations(range(3), size):
+            part, *_ = np.linalg.lstsq(rows[:, chosen], wanted, rcond=None)
+            error = float(((rows[:, chosen] @ part - wanted) ** 2).sum())
+            if (part >= 0).all() and error < least:
+                best, least = np.zeros(3), error
+                best[list(chosen)] = part
+    launch, gbyte, gflop = (float(f"{one:.4g}") for one in best)
+    return Costs(device=device, launch=launch, gbyte=gbyte, gflop=gflop)

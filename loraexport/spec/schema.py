@@ -1,0 +1,305 @@
+"""A YAML file -> a frozen Spec, or one SpecError that lists every problem with its line.
+
+The models below are the contract: `loraexport schema` prints them as JSON Schema.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loraexport_runtime.contract.manifest import DType
+
+from ..errors import SpecError
+from ..plan.costs import Costs
+from .problems import cross_problems, schema_problems
+from .strict_yaml import read_yaml, to_yaml
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Size = Annotated[int, Field(gt=0)]
+Task = Literal[
+    "feature-extraction",
+    "sentence-embedding",
+    "sequence-classification",
+    "token-classification",
+    "causal-lm",
+    "image-classification",
+    "image-embedding",
+]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SliceSpec(_Model):
+    """One output part of a fused layer, with its own A and B."""
+
+    name: Name
+    site: str | None = Field(
+        None, description="module name that adapters use; default: from weight"
+    )
+    weight: str | None = Field(None, description="tensor name; default: <site>.weight")
+    bias: str | bool | None = Field(
+        None,
+        description="tensor name, or true/false with init; default: <site>.bias where it exists",
+    )
+    out_features: Size | None = Field(None, description="checked against the tensor; init needs it")
+
+
+class LinearSpec(_Model):
+    """y = W x + b + LoRA. Either one weight here, or several slices that share x."""
+
+    type: Literal["linear"]
+    name: Name
+    in_features: Size | None = None
+    out_features: Size | None = None
+    site: str | None = None
+    weight: str | None = None
+    bias: str | bool | None = None
+    fan_in_fan_out: bool = Field(False, description="the weight is stored [in, out] (Conv1D)")
+    slices: tuple[SliceSpec, ...] = ()
+
+
+class EmbeddingSpec(_Model):
+    """y[t] = E[ids[t]] + LoRA."""
+
+    type: Literal["embedding"]
+    name: Name
+    num_embeddings: Size | None = None
+    embedding_dim: Size | None = None
+    site: str | None = None
+    weight: str | None = None
+
+
+LayerSpec = Annotated[LinearSpec | EmbeddingSpec, Field(discriminator="type")]
+
+
+class InitSpec(_Model):
+    """Synthetic weights: normal with variance 1 / in_features."""
+
+    seed: Annotated[int, Field(ge=0)]
+
+
+class LayersSpec(_Model):
+    """Single layers, one graph each."""
+
+    kind: Literal["layers"]
+    path: str | None = Field(
+        None,
+        description="HF directory relative to the spec, hub id, or package:<module>/<folder>",
+    )
+    init: InitSpec | None = Field(None, description="synthetic weights instead of a path")
+    layers: Annotated[tuple[LayerSpec, ...], Field(min_length=1)]
+
+
+class TransformersSpec(_Model):
+    """A whole Hugging Face model, one graph."""
+
+    kind: Literal["transformers"]
+    path: str = Field(
+        description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
+    )
+    task: Task
+
+
+class CausalLmSpec(_Model):
+    """A whole decoder that generates, for onnxruntime-genai."""
+
+    kind: Literal["causal_lm"]
+    path: str = Field(
+        description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
+    )
+    weights: Literal["float", "int4"] = Field(
+        "float", description="of the base: as export.dtype, or blocks of 32 with 4 bits each"
+    )
+
+
+class SiteRule(_Model):
+    """Which module a product of an ONNX graph is.
+
+    `*` in `node` stands for any text without `/` and `.`, and in `site` for the same text.
+    """
+
+    node: str = Field(description="name of a MatMul, Gemm or MatMulNBits: /layer.*/q/MatMul")
+    site: str | Annotated[tuple[str, ...], Field(min_length=2)] = Field(
+        description="module name that adapters use; several, if the product packs them"
+    )
+    widths: tuple[Size, ...] | None = Field(
+        None, description="outputs of each of several sites, side by side"
+    )
+
+
+class OnnxSpec(_Model):
+    """An ONNX model that exists: one graph, or a folder of onnxruntime-genai."""
+
+    kind: Literal["onnx"]
+    path: str = Field(
+        description="its directory relative to the spec, hub id, or package:<module>/<folder>"
+    )
+    file: str = Field("model.onnx", description="the graph, inside the directory")
+    sites: tuple[SiteRule, ...] = Field(
+        (), description="names of products that the graph itself does not tell"
+    )
+
+
+BaseSpec = Annotated[
+    LayersSpec | TransformersSpec | CausalLmSpec | OnnxSpec, Field(discriminator="kind")
+]
+
+
+class AdapterSpec(_Model):
+    """A PEFT LoRA directory or hub id."""
+
+    name: Name
+    path: str
+    scale: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        1.0, description="multiplies the adapter's own scaling"
+    )
+
+
+class TuneSpec(_Model):
+    """What strategy `auto` optimises for."""
+
+    device: Literal["cpu", "cuda"] = "cuda"
+    tokens: Size | None = Field(
+        None,
+        description="tokens of a typical batch, all rows together; default 512, or for a decoder"
+        " 32: one for each row of a step",
+    )
+    costs: Costs | None = Field(
+        None, description="of your GPU, from loraexport bench --calibrate; default: an H200's"
+    )
+
+
+class ExportSpec(_Model):
+    formats: Annotated[tuple[Literal["torchscript", "onnx"], ...], Field(min_length=1)] = (
+        "torchscript",
+        "onnx",
+    )
+    dtype: DType = "float32"
+    strategy: Literal["auto", "segmented", "masked", "augmented", "chunked"] = "auto"
+    tune: TuneSpec = TuneSpec()
+    blend: bool = Field(
+        False, description="whole models: a row may use several adapters, each with its weight"
+    )
+    packed: bool = Field(
+        False,
+        description="whole models of texts: compute them without their padding, which no CUDA graph"
+        " can hold; in float16, unless tune.device is cpu, by an operator of CUDA alone",
+    )
+
+
+class ParitySpec(_Model):
+    """How the graphs are held to the float64 oracle."""
+
+    tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="largest relative error; default: the dtype's own"
+    )
+    tokens: Annotated[int, Field(ge=8)] = Field(24, description="layers: tokens of the mixed cases")
+    seed: Annotated[int, Field(ge=0)] = 0
+    onnx: Literal["required", "deferred"] = Field(
+        "required",
+        description="deferred: publish what runs on CUDA alone (bfloat16, export.packed) without a"
+        " CUDA device, unverified",
+    )
+
+
+class Spec(_Model):
+    """What to build."""
+
+    # The rules between keys are `_cross_problems`: a validator here would hide behind other errors.
+
+    version: Literal[1]
+    name: Name
+    base: BaseSpec
+    adapters: Annotated[tuple[AdapterSpec, ...], Field(min_length=1)]
+    slots: Size | None = Field(None, description="slot 0 not counted; default: one per adapter")
+    max_rank: Size | None = Field(
+        None,
+        description="default: the largest rank of these adapters; a decoder, whose slots stay as"
+        " built, takes each adapter's own rank unless slots, sites or max_rank is given",
+    )
+    sites: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="where adapters loaded later may apply, by module name or its end; default:"
+        " where these do",
+    )
+    features: tuple[Literal["dora", "bias", "heads"], ...] | None = Field(
+        None,
+        description="whole models: what adapters loaded later may bring beside A and B; what these"
+        " bring is always there",
+    )
+    export: ExportSpec = ExportSpec()
+    parity: ParitySpec = ParitySpec()
+
+    @property
+    def typical_tokens(self) -> int:
+        """Of a batch, all rows together; a decoder's is a step."""
+        return self.export.tune.tokens or (32 if self.base.kind == "causal_lm" else 512)
+
+    def to_yaml(self) -> str:
+        """The resolved spec: every default written out."""
+        return to_yaml(self.model_dump(mode="json"))
+
+    def digest(self) -> str:
+        """sha256 of the resolved spec, as hexadecimal text."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def read_spec(path: Path) -> Spec:
+    """Read and check a spec.
+
+    Raises:
+        SpecError: with every problem of the file, each with line, path, and a hint.
+    """
+    data, lines, problems = read_yaml(path)
+    problems += cross_problems(data, lines)
+    try:
+        spec = Spec.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems += schema_problems(error.errors(), lines, _keys_beside)
+    if problems:
+        raise SpecError(str(path), problems)
+    return spec
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a spec, for editors."""
+    schema = Spec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
+    """The keys that the contract knows at the place of an unknown key."""
+    models: list[type[BaseModel]] = [
+        Spec,
+        LayersSpec,
+        TransformersSpec,
+        CausalLmSpec,
+        OnnxSpec,
+        SiteRule,
+        AdapterSpec,
+        ExportSpec,
+        TuneSpec,
+        Costs,
+        ParitySpec,
+    ]
+    models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
+    parents: dict[tuple[str, ...], list[type[BaseModel]]] = {
+        (): [Spec],
+        ("base",): [LayersSpec, TransformersSpec, CausalLmSpec, OnnxSpec],
+        ("base", "sites"): [SiteRule],
+        ("base", "init"): [InitSpec],
+        ("base", "layers"): [LinearSpec, EmbeddingSpec],
+        ("base", "layers", "slices"): [SliceSpec],
+        ("adapters",): [AdapterSpec],
+        ("export",): [ExportSpec],
+        ("export", "tune"): [TuneSpec],
+        ("export", "tune", "costs"): [Costs],
+        ("parity",): [ParitySpec],
+    }
+    parent = tuple(part for part in location[:-1] if isinstance(part, str))
+    return [key for model in parents.get(parent, models) for key in model.model_fields]

@@ -1,0 +1,106 @@
+"""DoRA: the factor of every output that makes a site's rows as long as its magnitudes say."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..contract.manifest import Layer
+from ..errors import WeightsError
+from .header import LoraWeights, ModuleWeights
+from .tensor_files import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
+
+SCALES_FILE = "output_scales.safetensors"
+"""Of an adapter that an artifact carries: site -> g float32 [out], with the scale of the spec."""
+
+
+def output_scale(weight: np.ndarray, lora: LoraWeights, scale: float) -> np.ndarray:
+    """g = m / ||W + scale * scaling B A||, the norms over the inputs; float32 [out].
+
+    y = g (W x + scale * scaling B A x) + b then is DoRA (Liu et al., 2024) as peft computes it.
+
+    Args:
+        weight: W [out, in]; for an embedding its transpose, [dim, vocabulary].
+        lora: with its magnitude m [out].
+        scale: multiplies the adapter's scaling.
+
+    Raises:
+        WeightsError: a row of W + scale * scaling B A is zero.
+    """
+    assert lora.magnitude is not None, "the adapter uses DoRA at this site"
+    a, b = lora.a.astype(np.float64), lora.b.astype(np.float64)
+    merged = weight.astype(np.float64) + scale * lora.scaling * (b @ a)
+    norms = np.linalg.norm(merged, axis=1)
+    if not norms.all():
+        raise WeightsError(
+            f"DoRA: row {int(np.argmin(norms))} of W + scaling B A is zero, so its magnitude has no"
+            " direction; the adapter was trained on another base, or has diverged"
+        )
+    return (lora.magnitude.astype(np.float64) / norms).astype(np.float32)
+
+
+def dora_sites(weights: Mapping[str, ModuleWeights]) -> dict[str, LoraWeights]:
+    """The sites where an adapter uses DoRA."""
+    return {
+        site: one
+        for site, one in weights.items()
+        if isinstance(one, LoraWeights) and one.magnitude is not None
+    }
+
+
+def output_scales(
+    dora: Mapping[str, LoraWeights],
+    base: Mapping[str, np.ndarray],
+    layers: Iterable[Layer],
+    scale: float,
+) -> dict[str, np.ndarray]:
+    """g by site; `base` has the W of each, as [out, in] or an embedding's [vocabulary, dim]."""
+    embeddings = {part.site for one in layers if one.kind == "embedding" for part in one.slices}
+    return {
+        site: output_scale(base[site].T if site in embeddings else base[site], lora, scale)
+        for site, lora in dora.items()
+    }
+
+
+def find_base_weights(folder: Path, wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The base's W for some sites, found in its safetensors files by digest.
+
+    Args:
+        folder: the base's directory.
+        wanted: site -> sha256 of W, as the manifest has it.
+
+    Returns:
+        W as the digest was taken of it: [out, in], or [vocabulary, dim].
+
+    Raises:
+        WeightsError: a site's weight is not there.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = [pair for file in files for pair in read_header(file).items()]
+    found = {}
+    for site, digest in wanted.items():
+        # A site's own name first; another name where it is tied to another module.
+        tensors.sort(key=lambda pair: not _is_named(pair[0], site))
+        weight = next(_with_digest(tensors, digest), None)
+        if weight is None:
+            raise WeightsError(
+                f"{folder}: none of its {len(tensors)} tensors is the weight of site {site!r} by"
+                " digest, which DoRA needs; give the directory of the base that the artifact was"
+                " built from"
+            )
+        found[site] = weight
+    return found
+
+
+def _is_named(tensor: str, site: str) -> bool:
+    module = tensor.removesuffix(".weight")
+    return module == site or site.endswith(f".{module}") or module.endswith(f".{site}")
+
+
+def _with_digest(tensors: Iterable[tuple[str, TensorInfo]], digest: str) -> Iterator[np.ndarray]:
+    for name, info in tensors:
+        if len(info.shape) == 2 and info.dtype in FLOAT_DTYPES:  # not ids of positions
+            array = read_tensors([(name, info)])[name]
+            for matrix in (array, np.ascontiguousarray(array.T)):  # a Conv1D stores [in, out]
+                if digest in digests_of(matrix):
+                    yield matrix

@@ -1,0 +1,430 @@
+"""A PEFT LoRA directory -> its sites, ranks and scalings (header only), then its tensors.
+
+The one parser of PEFT adapters in this project: the exporter imports it from here.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import AdapterWeightsError, WeightsError
+from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_config
+from .tensor_files import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
+
+Feature = Literal["dora", "bias", "heads"]
+"""What an adapter may bring beside A and B; a graph has a place for it, or not."""
+
+_PREFIX = "base_model.model."
+_Tensor = tuple[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """One module's pair: `scaling * B A`, A [rank, in], B [out, rank]."""
+
+    rank: int
+    in_features: int
+    """For an embedding: the vocabulary's size."""
+    out_features: int
+    scaling: float
+    """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA; patterns applied."""
+    is_embedding: bool
+    a: _Tensor = field(repr=False)
+    b: _Tensor = field(repr=False)
+    magnitude: _Tensor | None = field(repr=False)
+    """DoRA's m [out]: the rows of W + scaling B A are scaled to these norms."""
+    lora_bias: _Tensor | None = field(repr=False)
+    """[out], added to B's output before the scaling."""
+    base_bias: _Tensor | None = field(repr=False)
+    """[out], trained in place of the base's own."""
+
+    def tensors(self) -> list[_Tensor]:
+        every = (self.a, self.b, self.magnitude, self.lora_bias, self.base_bias)
+        return [tensor for tensor in every if tensor is not None]
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A linear layer that was trained whole (modules_to_save): it replaces the base's."""
+
+    in_features: int
+    out_features: int
+    weight: _Tensor = field(repr=False)
+    bias: _Tensor | None = field(repr=False)
+
+    def tensors(self) -> list[_Tensor]:
+        return [self.weight] + ([self.bias] if self.bias else [])
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What an adapter directory says before its tensors are read."""
+
+    path: Path
+    base_model: str | None
+    rslora: bool
+    modules: dict[str, AdapterModule]
+    """By module name as PEFT saved it, without `base_model.model.`."""
+    saved: dict[str, SavedModule]
+    """By module name likewise."""
+    base_copies: dict[str, _Tensor] = field(repr=False)
+    """Embedding weights that PEFT saves beside an embedding LoRA, by module name."""
+
+    @property
+    def max_rank(self) -> int:
+        return max(module.rank for module in self.modules.values())
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What it brings beside A and B."""
+        modules = self.modules.values()
+        found: dict[Feature, bool] = {
+            "dora": any(module.magnitude for module in modules),
+            "bias": any(module.lora_bias or module.base_bias for module in modules),
+            "heads": bool(self.saved),
+        }
+        return tuple(feature for feature, used in found.items() if used)
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The tensors of one module: A [rank, in], B [out, rank], as stored; see AdapterModule."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scaling: float
+    magnitude: np.ndarray | None = None
+    lora_bias: np.ndarray | None = None
+    base_bias: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """The tensors of one linear layer that was trained whole: weight [out, in], bias [out]."""
+
+    weight: np.ndarray
+    bias: np.ndarray | None
+
+
+ModuleWeights = LoraWeights | SavedWeights
+
+
+def read_adapter(path: Path) -> AdapterHeader:
+    """Read an adapter's config and the header of its safetensors file.
+
+    The scaling of a module is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`; `alpha_pattern`
+    and `rank_pattern` replace lora_alpha and r for the modules they match, first match in the
+    file's order, by `(.*\\.)?(key)$`. Source: peft.tuners.lora.
+
+    Raises:
+        AdapterConfigError: a field is unknown, unsupported or malformed.
+        AdapterWeightsError: a tensor is unpaired, of an unknown role, or disagrees with the config.
+        WeightsError: the weights file is missing, pickled or damaged.
+    """
+    config = read_config(path)
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        pickled = path / "adapter_model.bin"
+        if pickled.is_file():
+            raise WeightsError(
+                f"{pickled}: a .bin adapter is unpickled on load and can run code, so it is"
+                ' refused. Convert it once, where torch is installed: python -c "import torch;'
+                " from safetensors.torch import save_file;"
+                f' save_file(torch.load({str(pickled)!r}, weights_only=True), {str(weights)!r})"'
+            )
+        raise WeightsError(
+            f"{weights}: no such file; a PEFT adapter is a directory with {CONFIG_FILE} and"
+            f" {WEIGHTS_FILE}"
+        )
+    factors: dict[str, dict[str, _Tensor]] = {}
+    whole: dict[str, dict[str, _Tensor]] = {}
+    base_copies: dict[str, _Tensor] = {}
+    for name, info in read_header(weights).items():
+        module, role = _split_name(name, config["modules_to_save"], weights)
+        if role == "base":
+            base_copies[module] = (name, info)
+        else:
+            kind = whole if role.startswith("saved") else factors
+            parts = kind.setdefault(module, {})
+            if role in parts:
+                raise AdapterWeightsError(
+                    f"{weights}: {parts[role][0]!r} and {name!r} are one and the same; remove one"
+                )
+            parts[role] = (name, info)
+    if not factors:
+        raise AdapterWeightsError(f"{weights}: holds no LoRA tensor at all")
+    return AdapterHeader(
+        path,
+        config.get("base_model_name_or_path"),
+        bool(config["use_rslora"]),
+        {name: _pair(name, parts, config, weights) for name, parts in sorted(factors.items())},
+        {name: _saved(name, parts, weights) for name, parts in sorted(whole.items())},
+        base_copies,
+    )
+
+
+def read_lora_weights(
+    header: AdapterHeader, modules: Iterable[str] | None = None
+) -> dict[str, LoraWeights]:
+    """Read the LoRA of some modules (default: all). Raises WeightsError on NaN or Inf."""
+    chosen = {name: header.modules[name] for name in (modules or header.modules)}
+    arrays = read_tensors(tensor for module in chosen.values() for tensor in module.tensors())
+
+    def values(tensor: _Tensor | None) -> np.ndarray | None:
+        return None if tensor is None else arrays[tensor[0]]
+
+    return {
+        name: LoraWeights(
+            arrays[module.a[0]],
+            arrays[module.b[0]],
+            module.scaling,
+            values(module.magnitude),
+            values(module.lora_bias),
+            values(module.base_bias),
+        )
+        for name, module in chosen.items()
+    }
+
+
+def read_saved_weights(header: AdapterHeader) -> dict[str, SavedWeights]:
+    """Read the layers that were trained whole. Raises WeightsError on NaN or Inf."""
+    arrays = read_tensors(tensor for one in header.saved.values() for tensor in one.tensors())
+    return {
+        name: SavedWeights(arrays[one.weight[0]], arrays[one.bias[0]] if one.bias else None)
+        for name, one in header.saved.items()
+    }
+
+
+def read_site_weights(
+    header: AdapterHeader, matched: Mapping[str, str]
+) -> dict[str, ModuleWeights]:
+    """Everything that an adapter brings, by site; `matched` is of `match_sites`."""
+    found: dict[str, ModuleWeights] = {**read_lora_weights(header), **read_saved_weights(header)}
+    return {site: found[module] for site, module in matched.items()}
+
+
+def match_sites(header: AdapterHeader, sites: Collection[str]) -> dict[str, str]:
+    """Site -> module of the adapter that applies there.
+
+    A module trained on `…ForCausalLM` carries one more leading name than the bare model, and the
+    other way round: names are equal as they are, or after one leading name is dropped on one side,
+    the same side for every module.
+
+    Raises:
+        AdapterWeightsError: a module has no site in this base.
+    """
+    best: dict[str, str] = {}
+    for drop_module, drop_site in ((0, 0), (1, 0), (0, 1)):
+        known: dict[str, list[str]] = {}
+        for site in sites:
+            known.setdefault(_drop(site, drop_site), []).append(site)
+        hits = [
+            (site, module)
+            for module in (*header.modules, *header.saved)
+            for site in known.get(_drop(module, drop_module), ())
+        ]
+        found = dict(hits)
+        if len(found) <= len(best):
+            continue
+        of_site = Counter(site for site, _ in hits)
+        of_module = Counter(module for _, module in hits)
+        twice = [hit for hit in hits if of_site[hit[0]] > 1 or of_module[hit[1]] > 1]
+        if twice:
+            (site, module), (other_site, other_module) = twice[:2]
+            raise AdapterWeightsError(
+                f"{header.path}: module {module!r} fits site {site!r} but for the first name, and"
+                f" {other_module!r} fits {other_site!r}: it is not clear which belong together."
+                " Name the spec's sites as the adapter names its modules"
+            )
+        best = found
+    homeless = sorted(set(header.saved) - set(best.values()))
+    if homeless:
+        raise AdapterWeightsError(
+            f"{header.path}: it brings {homeless[0]!r}, trained whole (modules_to_save), for which"
+            " there is no place here. Choose a task whose model has this layer, and where adapters"
+            " with heads come later, add features: [heads] to the spec; then build again"
+        )
+    missing = sorted(set(header.modules) - set(best.values()))
+    if missing:
+        raise AdapterWeightsError(
+            f"{header.path}: {len(missing)} of {len(header.modules)} modules have no site in this"
+            f" base, first {missing[0]!r}. Sites here: {_some(sorted(sites))}."
+            " Add the missing sites to the spec, or check that the adapter belongs to this base"
+        )
+    return best
+
+
+def check_base_copies(
+    header: AdapterHeader, matched: Mapping[str, str], base_weights: Mapping[str, str]
+) -> None:
+    """PEFT saves an embedding's own weight beside its LoRA: hold it to the base's digest.
+
+    Raises:
+        AdapterWeightsError: it differs, so the adapter was trained on another embedding.
+    """
+    site_of = {module: site for site, module in matched.items()}
+    for module, (name, info) in header.base_copies.items():
+        site = site_of.get(module)
+        if site is None or base_weights[site] not in digests_of(read_tensors([(name, info)])[name]):
+            raise AdapterWeightsError(
+                f"{header.path}: it carries the base weight {name!r}, which differs from the weight"
+                " of this base: the adapter was trained on another embedding, or in a smaller"
+                " dtype. If this is its base, save the adapter again with peft:"
+                " model.save_pretrained(folder, save_embedding_layers=False)"
+            )
+
+
+def digest_adapter(path: Path) -> str:
+    """sha256 over the two files that define an adapter, as hexadecimal text."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update(hashlib.sha256((path / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _split_name(name: str, modules_to_save: Sequence[str], file: Path) -> tuple[str, str]:
+    """`base_model.model.X.lora_A.weight` -> (`X`, `A`)."""
+    roles = {
+        ".lora_A.weight": "A",
+        ".lora_B.weight": "B",
+        ".lora_B.bias": "lora_bias",
+        ".lora_embedding_A": "embedding_A",
+        ".lora_embedding_B": "embedding_B",
+        ".lora_magnitude_vector": "magnitude",
+        ".lora_magnitude_vector.weight": "magnitude",
+        ".base_layer.bias": "base_bias",
+        ".base_layer.weight": "base",
+    }
+    if name.startswith(_PREFIX):
+        for suffix, role in roles.items():
+            if name.endswith(suffix):
+                return name[len(_PREFIX) : -len(suffix)], role
+        module, _, parameter = name[len(_PREFIX) :].rpartition(".")
+        if _is_saved(module, modules_to_save):
+            return module, f"saved_{parameter}"
+    raise AdapterWeightsError(
+        f"{file}: tensor {name!r} is no LoRA factor of a linear or embedding layer, as"
+        f" {_PREFIX}<module>.lora_A.weight would be. If it is a weight of the base that was not"
+        " trained, save the adapter again with peft:"
+        " model.save_pretrained(folder, save_embedding_layers=False)"
+    )
+
+
+def _is_saved(module: str, modules_to_save: Sequence[str]) -> bool:
+    """PEFT's rule: the module, or one that holds it, has a name that ends in one of these."""
+    parts = module.split(".")
+    holders = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(holder.endswith(name) for holder in holders for name in modules_to_save)
+
+
+def _saved(module: str, parts: dict[str, _Tensor], file: Path) -> SavedModule:
+    where = f"{file}: module {module!r}, trained whole (modules_to_save),"
+    weight, bias = parts.get("saved_weight"), parts.get("saved_bias")
+    unknown = sorted(set(parts) - {"saved_weight", "saved_bias"})
+    if weight is None or len(weight[1].shape) != 2 or unknown:
+        kind = f"brings {unknown[0].removeprefix('saved_')!r}" if unknown else "is no linear layer"
+        raise AdapterWeightsError(
+            f"{where} {kind}; only linear layers can differ by row. Retrain without it, or merge"
+            " this adapter into a base of its own"
+        )
+    _check_floats([part for part in (weight, bias) if part], file)
+    out_features, in_features = weight[1].shape
+    if bias is not None and bias[1].shape != (out_features,):
+        raise AdapterWeightsError(
+            f"{where} has a weight of shape {[out_features, in_features]} and a bias of"
+            f" {list(bias[1].shape)}; expected [{out_features}], as of a torch.nn.Linear (a Conv1D"
+            " stores [in, out], and cannot differ by row)"
+        )
+    return SavedModule(in_features, out_features, weight, bias)
+
+
+def _pair(
+    module: str, parts: dict[str, _Tensor], config: dict[str, Any], file: Path
+) -> AdapterModule:
+    is_embedding = "embedding_A" in parts or "embedding_B" in parts
+    names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
+    extras = {role: parts.get(role) for role in ("magnitude", "lora_bias", "base_bias")}
+    if set(parts) - set(extras) != set(names):
+        missing = next((part for part in names if part not in parts), None)
+        mixed = ", ".join(sorted(set(parts) - set(extras)))
+        problem = f"lora_{missing} is missing" if missing else f"mixes {mixed}"
+        raise AdapterWeightsError(f"{file}: module {module!r}: {problem}; a site needs its pair")
+    a, b = parts[names[0]], parts[names[1]]
+    _check_floats([a, b, *(extra for extra in extras.values() if extra)], file)
+    shape_a, shape_b = a[1].shape, b[1].shape
+    if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
+        raise AdapterWeightsError(
+            f"{file}: module {module!r}: A has shape {list(shape_a)} and B {list(shape_b)};"
+            " expected [rank, in] and [out, rank]"
+        )
+    rank = pattern_value(config["rank_pattern"], module, config["r"])
+    if shape_a[0] != rank:
+        why = "config and weights are not of one training"
+        if sum(matches(pattern, module) for pattern in config["rank_pattern"]) > 1:
+            why = (
+                "several keys of rank_pattern match it, and peft sorts them on save: put the one"
+                " that the training used first"
+            )
+        raise AdapterWeightsError(
+            f"{file}: module {module!r}: A has rank {shape_a[0]}, but the config gives r = {rank};"
+            f" {why}"
+        )
+    alpha = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
+    scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    _check_extras(module, extras, config, shape_b[0], is_embedding, file)
+    return AdapterModule(rank, shape_a[1], shape_b[0], scaling, is_embedding, a, b, **extras)
+
+
+def _check_extras(
+    module: str,
+    extras: Mapping[str, _Tensor | None],
+    config: dict[str, Any],
+    out_features: int,
+    is_embedding: bool,
+    file: Path,
+) -> None:
+    """Hold what stands beside A and B to the config, which says what has to be there."""
+    where = f"{file}: module {module!r}"
+    asked = {
+        "magnitude": ("use_dora", config["use_dora"], config["use_dora"]),
+        "lora_bias": ("lora_bias", config["lora_bias"], config["lora_bias"] and not is_embedding),
+        # A layer without a bias has none to train.
+        "base_bias": ("bias", config["bias"] == "lora_only", False),
+    }
+    for role, (key, allowed, required) in asked.items():
+        tensor = extras[role]
+        if (tensor is not None and not allowed) or (tensor is None and required):
+            found = "has" if tensor is not None else "lacks"
+            raise AdapterWeightsError(
+                f"{where} {found} its {role}, but the config says {key} = {config[key]!r}; config"
+                " and weights are not of one training"
+            )
+        if tensor is not None and tensor[1].shape != (out_features,):
+            raise AdapterWeightsError(
+                f"{where}: {tensor[0]!r} has shape {list(tensor[1].shape)}; expected"
+                f" [{out_features}]"
+            )
+
+
+def _check_floats(tensors: Iterable[_Tensor], file: Path) -> None:
+    for name, info in tensors:
+        if info.dtype not in FLOAT_DTYPES:
+            raise AdapterWeightsError(
+                f"{file}: tensor {name!r} is {info.dtype}; an adapter's weights are floats"
+                f" ({', '.join(FLOAT_DTYPES)}): dequantize the adapter first"
+            )
+
+
+def _drop(name: str, count: int) -> str:
+    return name.split(".", count)[-1] if count else name
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

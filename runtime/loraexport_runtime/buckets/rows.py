@@ -1,0 +1,214 @@
+"""Buckets of a whole model: so many rows of so many tokens, filled up on the right and below."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..contract.manifest import Model, TensorEntry
+from ..device.binding import run_bound
+from ..device.providers import NUMPY_DTYPES, device_value
+from .bucket import Bucket, Replays, check_sizes
+
+_MASK = "attention_mask"
+_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Of max |y|: what rounding may change. Padding that counts changes far more."""
+
+
+@dataclass(frozen=True)
+class _Sized:
+    rows: int
+    tokens: int
+    bucket: Bucket
+    pads_tokens: bool
+    """Shorter texts may be filled up: the model gives the same for them."""
+
+
+class RowBuckets:
+    """A model's buckets, the smallest first."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        model: Model,
+        num_slots: int,
+        first_slot: int,
+        device: tuple[str, int],
+        replays: Replays,
+    ) -> None:
+        """`first_slot`: the least that a row may use, 1 where the base has no head of its own."""
+        self._session = session
+        self._model = model
+        self._num_slots = num_slots
+        self._first_slot = first_slot
+        self._device = device
+        self._replays = replays
+        self._buckets: list[_Sized] = []
+
+    def warm_up(self, sizes: Any) -> None:
+        """See `ModelSession.warm_up`."""
+        for rows, tokens in read_sizes(self._model, sizes):
+            with self._replays.lock:
+                known = [one for one in self._buckets if (one.rows, one.tokens) == (rows, tokens)]
+                bucket = known[0].bucket if known else self._make(rows, tokens)
+                if not self._replays.is_captured_here(bucket):
+                    self._replays.warm_up(bucket)
+                if not known:
+                    sized = _Sized(rows, tokens, bucket, self._is_neutral(bucket, tokens))
+                    # As a whole: other threads look for a bucket without the lock.
+                    self._buckets = sorted(
+                        [*self._buckets, sized], key=lambda one: (one.rows * one.tokens, one.rows)
+                    )
+
+    def find(self, batch: int, sequence: int, on_host: bool) -> _Sized | None:
+        """The smallest bucket that holds a batch. Device tensors are not filled up with tokens."""
+        for one in self._buckets:
+            longer = one.tokens > sequence and one.pads_tokens and on_host
+            if one.rows >= batch and (one.tokens == sequence or longer):
+                return one
+        return None
+
+    def run(
+        self,
+        sized: _Sized,
+        inputs: Mapping[str, Any],
+        batch: int,
+        sequence: int,
+        on_host: bool,
+        adapter_ids: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> dict[str, Any]:
+        """What `run_bound` gives, out of a bucket that `find` gave."""
+        bucket = sized.bucket
+        values = inputs
+        if not on_host:
+            values = {name: device_value(inputs[name], self._device, name) for name in inputs}
+        with self._replays.lock:
+            self._fill(bucket, values, batch, sequence, adapter_ids, weights)
+            if not on_host:
+                bucket.binding.synchronize_inputs()
+            self._replays.run(bucket)
+            if not on_host:
+                return {one.name: bucket.copy(one.name, batch) for one in self._model.outputs}
+            found = {one.name: bucket.read(one.name, batch) for one in self._model.outputs}
+        if sequence < sized.tokens:
+            for one in self._model.outputs:
+                if "sequence" in one.shape:
+                    own = found[one.name][_region(one.shape, batch, sequence)]
+                    found[one.name] = np.ascontiguousarray(own)
+        return found
+
+    def _fill(
+        self,
+        bucket: Bucket,
+        values: Mapping[str, Any],
+        batch: int,
+        sequence: int,
+        adapter_ids: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> None:
+        later: list[TensorEntry] = []
+        for entry in self._model.inputs:
+            value = values[entry.name]
+            if entry.dtype == "int64" and isinstance(value, np.ndarray):
+                rows = bucket.host[entry.name][:batch]
+                if value.shape != rows.shape:
+                    rows[:] = 0
+                    rows = rows[_region(entry.shape, batch, sequence)]
+                rows[:] = value
+            else:
+                later.append(entry)
+        ids = bucket.host["adapter_ids"]
+        ids[:batch] = adapter_ids
+        ids[batch:] = self._first_slot and adapter_ids[0]
+        bucket.send()
+        for entry in later:
+            bucket.write(entry.name, values[entry.name])
+        if self._model.blend:
+            whole_weights = np.zeros((len(ids), self._num_slots), np.float32)
+            if weights is not None:
+                whole_weights[:batch] = weights
+            bucket.write("adapter_weights", whole_weights)
+
+    def _make(self, rows: int, tokens: int) -> Bucket:
+        """A bucket whose every row is valid: its first token, at least, is not masked."""
+        inputs: dict[str, tuple[Sequence[int], str]] = {
+            one.name: (one.sizes(rows, tokens), one.dtype) for one in self._model.inputs
+        }
+        inputs["adapter_ids"] = ([rows], "int64")
+        if self._model.blend:
+            inputs["adapter_weights"] = ([rows, self._num_slots], "float32")
+        outputs = {one.name: (one.sizes(rows, tokens), one.dtype) for one in self._model.outputs}
+        options = self._replays.next_options()
+        bucket = Bucket(self._session, inputs, outputs, self._device, options)
+        if _MASK in bucket.host:
+            bucket.host[_MASK][:] = 1
+        bucket.host["adapter_ids"][:] = self._first_slot
+        bucket.send()
+        return bucket
+
+    def _is_neutral(self, bucket: Bucket, tokens: int) -> bool:
+        """Whether texts of a half, a quarter, … of the tokens give what they give unpadded.
+
+        Most models with a mask do. One that takes the last token that is not a certain id, or whose
+        frequencies follow the length of the batch, does not.
+        """
+        entries = {one.name: one for one in self._model.inputs}
+        of_tokens = [one for one in entries.values() if "sequence" in one.shape]
+        if _MASK not in entries or any(one.dtype != "int64" for one in of_tokens):
+            return False
+        adapter_ids = np.full(1, self._first_slot, np.int64)
+        while (tokens := tokens // 2) > 0:
+            inputs = sample_inputs(self._model, 1, tokens)
+            plain = self._run_plain(inputs, tokens, adapter_ids)
+            self._fill(bucket, inputs, 1, tokens, adapter_ids, None)
+            self._replays.run(bucket)
+            for one in self._model.outputs:
+                padded = bucket.read(one.name, 1)[_region(one.shape, 1, tokens)].astype(np.float64)
+                wanted = plain[one.name].astype(np.float64)
+                limit = _TOLERANCES.get(one.dtype, 0.0) * np.abs(wanted).max()
+                if not np.abs(padded - wanted).max() <= limit:
+                    return False
+        return True
+
+    def _run_plain(
+        self, inputs: Mapping[str, np.ndarray], tokens: int, adapter_ids: np.ndarray
+    ) -> dict[str, Any]:
+        tensors = {one.name: (inputs[one.name], one.dtype) for one in self._model.inputs}
+        outputs = {one.name: (one.sizes(1, tokens), one.dtype) for one in self._model.outputs}
+        control = {"adapter_ids": adapter_ids}
+        options = self._replays.plain_options
+        return run_bound(self._session, tensors, control, outputs, self._device, options)
+
+
+def read_sizes(model: Model, sizes: Any) -> list[tuple[int, int]]:
+    """(rows, tokens) of the sizes that `ModelSession.warm_up` was given. Raises InputError."""
+    if any("sequence" in one.shape for one in model.inputs):
+        return [(rows, tokens) for rows, tokens in check_sizes(sizes, "(rows, tokens per row)", 2)]
+    return [(rows, 1) for (rows,) in check_sizes(sizes, "numbers of rows", 1)]
+
+
+def sample_inputs(model: Model, rows: int, tokens: int) -> dict[str, np.ndarray]:
+    """Some texts or pictures of a size, nothing of them masked."""
+    return {one.name: _sample(one, rows, tokens) for one in model.inputs}
+
+
+def _sample(entry: TensorEntry, rows: int, tokens: int) -> np.ndarray:
+    values = np.zeros(entry.sizes(rows, tokens), NUMPY_DTYPES[entry.dtype])
+    if entry.name == _MASK:
+        values[:] = 1
+    elif entry.name == "input_ids":
+        values[:] = 3 + np.arange(tokens) % 7
+    elif entry.name == "position_ids":
+        values[:] = np.arange(tokens)
+    return values
+
+
+@lru_cache(4096)
+def _region(shape: tuple[str, ...], batch: int, sequence: int) -> tuple[slice, ...]:
+    """What a batch fills of a tensor that is as large as a bucket."""
+    sizes = {"batch": batch, "sequence": sequence}
+    return tuple(slice(sizes.get(size)) for size in shape)

@@ -1,0 +1,404 @@
+"""manifest.json: the one definition of what an artifact holds. Written by the exporter, read here.
+
+Everything is a frozen dataclass; `Manifest.read` is strict: a missing or unknown key, a wrong type
+or a path that leaves the artifact is an ArtifactError.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args, get_origin
+
+from ..errors import ArtifactError
+from .genai_config import GENAI_CONFIG
+
+FORMAT_VERSION = 4
+MANIFEST_FILE = "manifest.json"
+BIAS_ROWS = 8
+"""Rows that the bias of an augmented layer takes in its stacks: itself, and zeros for alignment."""
+
+Strategy = Literal["segmented", "masked", "augmented", "chunked"]
+DType = Literal["float32", "float16", "bfloat16"]
+ParityStatus = Literal["passed", "deferred", "failed"]
+Packed = Literal["cuda", "any"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One output part of a layer: columns [offset, offset + width) of y, with its own A and B."""
+
+    name: str
+    site: str
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One overridable initializer that holds a factor or parameter of every slot.
+
+    Slot s, from 1 on, owns the `rows_per_slot` rows from `row_offset + (s - 1) * rows_per_slot`
+    on. The rows ahead of `row_offset` are the base's: where base and expand are one product
+    (augmented) W^T, and where that takes the bias along BIAS_ROWS for it, which are zeros in
+    lora_A; its own value where a role replaces a parameter of the base. A layer may have several
+    stacks of role lora_B, side by side.
+    """
+
+    name: str
+    role: Literal["lora_A", "lora_B", "output_scale", "bias", "weight"]
+    shape: tuple[int, int]
+    rows_per_slot: int
+    row_offset: int
+    column_offset: int
+    """The first of the layer's columns that this stack holds; 0 unless another is to its left."""
+    slot_rows: tuple[int, ...] | None = None
+    """The rows of each slot where slots stay as built, in place of `rows_per_slot` for all."""
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.column_offset, self.column_offset + self.shape[1])
+
+    def rows(self, slot: int) -> slice:
+        if self.slot_rows is not None:
+            start = self.row_offset + sum(self.slot_rows[: slot - 1])
+            return slice(start, start + self.slot_rows[slot - 1])
+        start = self.row_offset + (slot - 1) * self.rows_per_slot
+        return slice(start, start + self.rows_per_slot)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """x [num_tokens, in_features] (or ids [num_tokens]) -> y [num_tokens, out_features].
+
+    A graph of its own for `kind: layers`, a site of the model's graph for `kind: transformers`.
+    For an embedding `in_features` is the vocabulary's size.
+    """
+
+    name: str
+    kind: Literal["linear", "embedding"]
+    in_features: int
+    out_features: int
+    slices: tuple[Slice, ...]
+    max_rank: int
+    strategy: Strategy
+    stacks: tuple[Stack, ...]
+    base_rows: str | None
+    """Safetensors file with the base's rows of those stacks that have any, by stack."""
+    in_base: bool
+    """False: a head that the base lacks, so every row needs an adapter that brings it."""
+    labels: bool
+    """Its outputs are labels, of which an adapter's own head may have fewer."""
+    onnx: str | None
+    """Path of the ONNX graph inside the artifact; None if the spec asks for none."""
+    torchscript: str | None
+
+    @property
+    def input_name(self) -> str:
+        return "ids" if self.kind == "embedding" else "x"
+
+    def stack(self, role: str) -> Stack | None:
+        """The stack of a role, where the layer has one."""
+        return next((stack for stack in self.stacks if stack.role == role), None)
+
+    def files(self) -> list[str]:
+        """The paths of this layer's files inside the artifact."""
+        return [path for path in (self.onnx, self.torchscript, self.base_rows) if path]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """An input or output of a model: each dimension is `batch`, `sequence` or a number."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int64"]
+    shape: tuple[str, ...]
+
+    def sizes(self, batch: int, sequence: int) -> list[int]:
+        named = {"batch": batch, "sequence": sequence}
+        return [named[size] if size in named else int(size) for size in self.shape]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One graph of a whole model. One more input: adapter_ids int64 [batch], each row's slot."""
+
+    task: str
+    blend: bool
+    """Another input, optional: adapter_weights float32 [batch, slots], what to add of each slot."""
+    packed: Packed | None
+    """Texts are computed without their padding, by an operator of CUDA alone or by any provider's;
+    what stands for padding in an output is 0."""
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+    onnx: str | None
+    torchscript: str | None
+
+    def files(self) -> list[str]:
+        """The paths of this model's files inside the artifact."""
+        return [path for path in (self.onnx, self.torchscript) if path]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A decoder with a KV cache, as onnxruntime-genai takes it, and adapter_ids [batch]."""
+
+    folder: str
+    """genai_config.json, the graph, and the tokenizer's files."""
+    onnx: str
+    pad_token_id: int
+    """What a shorter prompt is filled up with: a token that no prompt may hold."""
+
+    def files(self) -> list[str]:
+        """The paths that a generator cannot do without."""
+        return [self.onnx, f"{self.folder}/{GENAI_CONFIG}"]
+
+
+@dataclass(frozen=True)
+class AdapterSite:
+    rank: int
+    scaling: float
+    """As PEFT computes it, times the spec's `scale`."""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that the artifact carries in `path`; `slot` None: it does not start loaded."""
+
+    name: str
+    path: str
+    digest: str
+    scale: float
+    slot: int | None
+    sites: dict[str, AdapterSite]
+    heads: tuple[str, ...]
+    """The sites whose weight and bias it replaces (modules_to_save)."""
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    source: str
+    """The base as the spec names it: a path, a hub id, a package, or a seed."""
+    digest: str
+    weights: dict[str, str]
+    """sha256 of each site's base weight, by site."""
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    status: ParityStatus
+    """`deferred`: the ONNX graphs have not been run yet; `loraexport verify` settles it."""
+    checked: tuple[str, ...]
+    """What was compared with the float64 oracle: eager, torchscript, onnx-cpu, onnx-cuda."""
+    max_error: float | None
+    """Largest relative error over all of them; None if one is no number, or nothing was run."""
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format_version: int
+    name: str
+    kind: Literal["layers", "transformers", "causal_lm", "onnx"]
+    created: str
+    dtype: DType
+    spec_digest: str
+    num_slots: int
+    layers: tuple[Layer, ...]
+    model: Model | None
+    """For `kind: transformers`, or `onnx`."""
+    generator: Generator | None
+    """For `kind: causal_lm`, or `onnx`: one of the two."""
+    adapters: tuple[AdapterEntry, ...]
+    base: BaseEntry
+    parity: ParitySummary
+    tools: dict[str, str]
+    files: dict[str, FileEntry]
+
+    @property
+    def needs_cuda(self) -> str | None:
+        """Why onnxruntime's CPU provider cannot run the ONNX graphs; None if it can."""
+        return cuda_reason(self.dtype, self.model.packed if self.model else None)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read and check manifest.json; does not look at the other files (see `check_files`)."""
+        file = folder / MANIFEST_FILE
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactError(
+                f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"
+                " 'loraexport build' has published"
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(
+                f"{file}: not readable as JSON ({error}); copy the artifact again, or build it"
+                " again"
+            ) from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{file}: format_version is {version!r}, this runtime reads {FORMAT_VERSION}; build"
+                " the artifact again, or install the runtime that matches it"
+            )
+        try:
+            manifest: Manifest = _parse(cls, data, "manifest")
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{file}: {error}; build the artifact again") from error
+        for path in manifest.paths():
+            resolve(folder, path)
+        try:
+            manifest.check_sense()
+        except ValueError as error:
+            raise ArtifactError(f"{file}: {error}; build the artifact again") from error
+        return manifest
+
+    def paths(self) -> list[str]:
+        """Every path that the manifest names."""
+        return [*self.files, *self._graphs(), *(adapter.path for adapter in self.adapters)]
+
+    def _graphs(self) -> list[str]:
+        files = [path for layer in self.layers for path in layer.files()]
+        whole = self.model or self.generator
+        return files + (whole.files() if whole else [])
+
+    def check_sense(self) -> None:
+        """Raise ValueError where parts contradict each other."""
+        fitting: dict[str, list[tuple[str, ...]]]
+        fitting = {"layers": [()], "transformers": [("model",)], "causal_lm": [("generator",)]}
+        given = tuple(part for part in ("model", "generator") if getattr(self, part) is not None)
+        if given not in fitting.get(self.kind, [("model",), ("generator",)]):
+            parts = " and ".join(given) or "layers alone"
+            raise ValueError(f"manifest: {parts} does not fit kind {self.kind!r}")
+        unlisted = [path for path in self._graphs() if path not in self.files]
+        if unlisted:
+            raise ValueError(
+                f"manifest.files: {unlisted[0]!r} is missing, so nothing vouches for it"
+            )
+        for what, names in (("layers", self.layers), ("adapters", self.adapters)):
+            if len({one.name for one in names}) < len(names):
+                raise ValueError(f"manifest.{what}: two of them have one name")
+        taken = [entry.slot for entry in self.adapters if entry.slot is not None]
+        if len(set(taken)) < len(taken) or not set(taken) <= set(range(1, self.num_slots + 1)):
+            raise ValueError(
+                f"manifest.adapters: slots {taken} are not distinct slots of 1 to {self.num_slots}"
+            )
+        for layer in self.layers:
+            for stack in layer.stacks:
+                sizes = (stack.row_offset, *(stack.slot_rows or [0] * self.num_slots))
+                is_odd = min(sizes) < 0 or len(sizes) != 1 + self.num_slots
+                if is_odd or stack.rows(self.num_slots).stop != stack.shape[0]:
+                    raise ValueError(
+                        f"manifest.layers: stack {stack.name!r} has {stack.shape[0]} rows, which"
+                        f" {self.num_slots} slots do not fill"
+                    )
+                has_own = layer.base_rows is not None and stack.row_offset == stack.rows_per_slot
+                if stack.role not in ("lora_A", "lora_B") and not has_own:
+                    raise ValueError(
+                        f"manifest.layers: stack {stack.name!r} replaces the base's {stack.role},"
+                        " which it does not have"
+                    )
+
+    def check_files(self, folder: Path) -> None:
+        """Compare size and sha256 of every listed file. Raises ArtifactError if one differs."""
+        for path, entry in self.files.items():
+            file = resolve(folder, path)
+            try:
+                problem = _difference(file, entry)
+            except OSError as error:
+                raise ArtifactError(f"{folder}: a listed file cannot be read: {error}") from error
+            if problem:
+                raise ArtifactError(f"{file}: {problem}; copy the artifact again")
+
+
+def cuda_reason(dtype: DType, packed: Packed | None) -> str | None:
+    """What onnxruntime's CPU provider lacks for graphs of this kind, in words; None: nothing."""
+    if dtype == "bfloat16":
+        return "onnxruntime's CPU provider has no bfloat16 MatMul"
+    if packed == "cuda":
+        return "onnxruntime's CPU provider has no PackedMultiHeadAttention"
+    return None
+
+
+def resolve(folder: Path, path: str) -> Path:
+    """A manifest path as a file below `folder`; raises ArtifactError if it leaves the folder."""
+    pure = PurePosixPath(path)
+    unsafe = not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts
+    try:
+        # OSError: a name that is too long. RuntimeError: links that lead in a circle.
+        unsafe = unsafe or not (folder / path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        unsafe = True
+    if unsafe:
+        raise ArtifactError(
+            f"{folder}: the manifest's path {path!r} leaves the artifact's folder, so nothing is"
+            " read from it; do not use this artifact, build it again"
+        )
+    return folder / path
+
+
+def _difference(file: Path, entry: FileEntry) -> str:
+    """How a file differs from its entry; empty if it does not."""
+    if not file.is_file():
+        return f"listed in {MANIFEST_FILE} but missing"
+    size = file.stat().st_size
+    if size != entry.size:
+        return f"{size} bytes, but the manifest says {entry.size}"
+    if digest_file(file) != entry.sha256:
+        return "its sha256 differs from the manifest's: the file was changed or damaged"
+    return ""
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """JSON value -> the annotated type; TypeError or ValueError says where it does not fit."""
+    origin, args = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: expected an object, got {value!r}")
+        hints = typing.get_type_hints(kind)
+        missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
+        if missing:
+            raise ValueError(f"{where}: key {missing[0]!r} is missing")
+        if unknown:
+            raise ValueError(f"{where}: unknown key {unknown[0]!r}")
+        values = {key: _parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
+        return kind(**values)  # type: ignore[operator]
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{where}: expected one of {args}, got {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _parse(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
+            count = "" if args[-1] is ... else f" of {len(args)}"
+            raise TypeError(f"{where}: expected a list{count}, got {value!r}")
+        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: expected an object, got {value!r}")
+        return {key: _parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,208 @@
+"""A whole model whose rows use different adapters."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..adapters.packing import lowest
+from ..buckets.rows import RowBuckets, read_sizes, sample_inputs
+from ..contract.manifest import Manifest, Model, Stack, resolve
+from ..device import providers as devices
+from ..device.binding import run_bound
+from ..errors import ArtifactError, InputError, ProviderError
+from ..slots.batch import Row, are_plain, read_rows, row_arrays, row_names
+from ..slots.host import AdapterHost
+
+
+class ModelSession(AdapterHost):
+    """One graph of a whole model, and its slots. Safe to use from threads.
+
+    session = load("artifacts/minilm")
+    out = session.run({"input_ids": ids, "attention_mask": mask}, adapters=["pydoc", None])
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        model: Model,
+        providers: list[tuple[str, dict[str, Any]]],
+        threads: int | None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        if model.onnx is None:
+            raise ArtifactError(
+                f"{folder}: the model has no ONNX graph; add onnx to export.formats and build again"
+            )
+        self.model = model
+        self._input_dtypes = {one.name: devices.NUMPY_DTYPES[one.dtype] for one in model.inputs}
+        self._device = devices.session_device(providers[0])
+        if model.packed and cuda_graphs:
+            raise ProviderError(
+                f"{folder}: its texts are packed (export.packed), so that the number of tokens"
+                " depends on the batch, and no CUDA graph can hold that; pass no cuda_graphs, or"
+                " build without export.packed"
+            )
+        if model.packed == "cuda" and self._device[0] == "cpu":
+            raise ProviderError(
+                f"{folder}: {manifest.needs_cuda}; pass providers=['cuda'], or build with export:"
+                " {tune: {device: cpu}}, or without export.packed"
+            )
+        devices.require_device(self._device)
+        super().__init__(folder, manifest, self._device, cuda_graphs)
+        if self._replays is not None and self._replays.capture:
+            providers = devices.with_cuda_graphs(providers)
+        stacks = {name: buffer.value for name, buffer in self._stacks.items()}
+        self._session: ort.InferenceSession = devices.open_session(
+            resolve(folder, model.onnx), providers, stacks, threads
+        )
+        headless = [layer.name for layer in manifest.layers if not layer.in_base]
+        self._headless = headless[0] if headless else None
+        self._buckets = None
+        if self._replays is not None:
+            first = 0 if self._headless is None else 1
+            self._buckets = RowBuckets(
+                self._session, model, manifest.num_slots, first, self._device, self._replays
+            )
+
+    def run(
+        self, inputs: Mapping[str, Any], adapters: Sequence[Row] | None = None
+    ) -> dict[str, Any]:
+        """The model's outputs by name, every row with its own adapter.
+
+        Args:
+            inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
+                (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors on the session's device, used
+                without a copy (but copied on the device into a bucket, see `warm_up`). Padding as
+                the attention mask says.
+            adapters: for each row a loaded adapter's name, None for the base, or (export.blend) a
+                blend `{"sql": 0.7, "chat": 0.3}`: at every site base + sum of w_i (y_i - base).
+                A weight may be negative; 0 selects nothing. Default: all None.
+
+        Returns:
+            numpy arrays for numpy inputs, else `onnxruntime.OrtValue`s on the device.
+
+        Raises:
+            BatchError: one of UnknownAdapterError, SlotsExceededError, InputError.
+        """
+        batch, sequence = self._check_inputs(inputs)
+        rows = read_rows(adapters, batch)
+        self._check_rows(rows)
+        with self.slots.lease(row_names(rows)) as slots:
+            adapter_ids, weights = row_arrays(rows, slots, self.manifest.num_slots)
+            return self._run_graph(inputs, batch, sequence, adapter_ids, weights)
+
+    def warm_up(self, sizes: Iterable[tuple[int, int] | int]) -> None:
+        """Take memory and, with `load(…, cuda_graphs=True)`, capture CUDA graphs ahead of runs.
+
+        A run then takes the smallest bucket that holds it: rows are added, and shorter texts are
+        filled up on the right, masked. That holds for numpy arrays, and for models that give the
+        same for padded texts, which is tried for each bucket; otherwise, and for device tensors,
+        a bucket takes texts of just its length. What fits into none is computed as ever. Adapters
+        that are loaded later are seen by what is captured. Call it before other threads use the
+        device: CUDA refuses much of their work during a capture. The thread that calls it replays
+        at once; others hand their runs to a thread of the session.
+
+        Args:
+            sizes: (rows, tokens per row); of a model of images numbers of rows.
+
+        Raises:
+            InputError: a size is not of numbers from 1 on.
+            ProviderError: onnxruntime cannot capture this graph.
+        """
+        if self._buckets is not None:
+            self._buckets.warm_up(sizes)
+            return
+        slot = 0 if self._headless is None else 1
+        for rows, tokens in read_sizes(self.model, sizes):
+            adapter_ids = np.full(rows, slot, np.int64)
+            inputs = sample_inputs(self.model, rows, tokens)
+            self._run_graph(inputs, rows, tokens, adapter_ids, None)
+
+    def _run_graph(
+        self,
+        inputs: Mapping[str, Any],
+        batch: int,
+        sequence: int,
+        adapter_ids: np.ndarray,
+        weights: np.ndarray | None,
+    ) -> dict[str, Any]:
+        if self._buckets is not None:
+            on_host = all(isinstance(tensor, np.ndarray) for tensor in inputs.values())
+            sized = self._buckets.find(batch, sequence, on_host)
+            if sized is not None:
+                size = batch, sequence, on_host
+                return self._buckets.run(sized, inputs, *size, adapter_ids, weights)
+        control = {"adapter_ids": adapter_ids}
+        if weights is not None:
+            control["adapter_weights"] = weights
+        run = run_bound if self._replays is None else self._replays.run_plain
+        return run(
+            self._session,
+            {entry.name: (inputs[entry.name], entry.dtype) for entry in self.model.inputs},
+            control,
+            {one.name: (one.sizes(batch, sequence), one.dtype) for one in self.model.outputs},
+            self._device,
+        )
+
+    def _check_rows(self, rows: Sequence[Row]) -> None:
+        """Refuse what this graph cannot give. Raises InputError."""
+        if self._headless is None and are_plain(rows):
+            return
+        for index, row in enumerate(rows):
+            if isinstance(row, Mapping) and not self.model.blend:
+                raise InputError(
+                    f"adapters[{index}] is a blend, which this graph has no input for; add"
+                    " export: {blend: true} to the spec and build again"
+                )
+            largest = -lowest(devices.NUMPY_DTYPES[self.manifest.dtype])
+            for name, weight in row.items() if isinstance(row, Mapping) else ():
+                if abs(weight) > largest:
+                    raise InputError(
+                        f"adapters[{index}]: weight {weight!r} of adapter {name!r} is too large for"
+                        f" {self.manifest.dtype}"
+                    )
+            names_one = any(row.values()) if isinstance(row, Mapping) else row is not None
+            if self._headless is not None and not names_one:
+                raise InputError(
+                    f"adapters[{index}] names no adapter, but the base has no {self._headless!r} of"
+                    " its own; name an adapter for every row"
+                )
+
+    def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
+        return {"model": tuple(stack for layer in self.manifest.layers for stack in layer.stacks)}
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """(batch, sequence). Raises InputError for other names, shapes or dtypes."""
+        if inputs.keys() != self._input_dtypes.keys():
+            wanted = list(self._input_dtypes)
+            raise InputError(f"inputs are {sorted(inputs)}; this model takes {wanted}")
+        sizes: dict[str, int] = {}
+        last: tuple[Any, Any] = ((), ())
+        for entry in self.model.inputs:
+            tensor = inputs[entry.name]
+            if not hasattr(tensor, "__dlpack__"):
+                raise InputError(
+                    f"{entry.name} is of type {type(tensor).__name__}; expected a numpy array or a"
+                    " DLPack tensor"
+                )
+            if tensor.dtype != self._input_dtypes[entry.name]:  # the name of a dtype takes longer
+                found = str(tensor.dtype).removeprefix("torch.")
+                if found != entry.dtype:
+                    raise InputError(f"{entry.name} is {found}; this model takes {entry.dtype}")
+            shape = tuple(tensor.shape)
+            if (entry.shape, shape) == last:  # most models' inputs are alike
+                continue
+            last = entry.shape, shape
+            fits = len(shape) == len(entry.shape)
+            for name, size in zip(entry.shape, shape if fits else (), strict=False):
+                fits &= size == (sizes.setdefault(name, size) if name.isalpha() else int(name))
+            if not fits or 0 in shape:
+                expected = ", ".join(str(sizes.get(name, name)) for name in entry.shape)
+                raise InputError(
+                    f"{entry.name} has shape {list(shape)}; expected [{expected}], none of them 0"
+                )
+        return sizes["batch"], sizes.get("sequence", 1)
