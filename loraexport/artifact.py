@@ -12,13 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from loraexport_runtime.contract.manifest import (
-    MANIFEST_FILE,
-    FileEntry,
-    Manifest,
-    ParitySummary,
-    digest_file,
-)
+from loraexport_runtime.contract.files import MANIFEST_FILE, FileEntry, digest_file
+from loraexport_runtime.contract.manifest import Manifest, ParitySummary
 
 from .errors import BuildBusyError, UsageError
 

@@ -22,16 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from loraexport.parity.oracle import read_reference_adapter, reference_scaling
 from loraexport_runtime.adapters.config import FIELDS, Refused
-from loraexport_runtime.adapters.header import (
-    AdapterHeader,
-    check_base_copies,
-    digest_adapter,
-    match_sites,
-    read_adapter,
-    read_lora_weights,
-    read_saved_weights,
-)
+from loraexport_runtime.adapters.header import AdapterHeader, digest_adapter, read_adapter
+from loraexport_runtime.adapters.sites import check_base_copies, match_sites
 from loraexport_runtime.adapters.tensor_files import digest_array
+from loraexport_runtime.adapters.tensors import read_lora_weights, read_saved_weights
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
 
 torch.set_num_threads(1)

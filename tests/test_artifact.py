@@ -24,9 +24,10 @@ from loraexport.artifact import mark_verified, staging
 from loraexport.cli import app as cli
 from loraexport.errors import BuildBusyError, ParityError, UsageError
 from loraexport.pipeline.build import build
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport_runtime import load
-from loraexport_runtime.contract.manifest import MANIFEST_FILE, Manifest, ParitySummary
+from loraexport_runtime.contract.files import MANIFEST_FILE
+from loraexport_runtime.contract.manifest import Manifest, ParitySummary
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [{"name": "up", "type": "linear", "site": "blocks.0.up"}]

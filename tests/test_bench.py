@@ -15,26 +15,22 @@ import yaml
 from safetensors.numpy import load_file
 
 from loraexport.bench import run as bench_run
-from loraexport.bench.contest import (
-    CannotRun,
-    Contest,
-    Contestant,
-    Work,
-    check_agreement,
-    run_contest,
-)
+from loraexport.bench.contest import Contest, Contestant, check_agreement, run_contest
 from loraexport.bench.contestants.bound_graph import Graph
 from loraexport.bench.contestants.eager import wrap_with_peft
 from loraexport.bench.device import Device
+from loraexport.bench.floors import floor
 from loraexport.bench.report.markdown import to_markdown
 from loraexport.bench.results import Cell, Floor, Results, read_results
 from loraexport.bench.timing import time_works
+from loraexport.bench.work import CannotRun, Work
 from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_slot
 from loraexport.bench.workloads.projects import Lab, model_spec
 from loraexport.bench.workloads.schema import Workloads, read_workloads
 from loraexport.cli import app as cli
 from loraexport.errors import ParityError, ProviderError, SpecError, UsageError
-from loraexport.plan.costs import Costs, Shape, read_costs
+from loraexport.plan.costs import Shape, added, read_costs
+from loraexport.spec.schema import Costs
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -414,7 +410,7 @@ def test_bounds_and_groups() -> None:
 
 
 def cell() -> Cell:
-    floor = Floor(bytes=1, flops=1, seconds=None)
+    least = Floor(bytes=1, flops=1, seconds=None)
     return Cell(
         workload="w",
         kind="layers",
@@ -426,7 +422,7 @@ def cell() -> Cell:
         rows=2,
         tokens=6,
         ours=None,
-        floors={"base": floor, "mixed": floor},
+        floors={"base": least, "mixed": least},
         entries=(),
         left_out={},
     )
@@ -561,12 +557,12 @@ def test_copies_exceed_the_l2() -> None:
 
 def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
     device = Device("cpu", 1)
-    assert device.floor(10, 10, "float16") == Floor(bytes=10, flops=10, seconds=None)
+    assert floor(device, 10, 10, "float16") == Floor(bytes=10, flops=10, seconds=None)
     device.kind, device.name = "cuda", "NVIDIA H200"
-    assert device.floor(4_800_000, 1, "float16").seconds == pytest.approx(1e-6)
-    assert device.floor(1, 989_000_000, "float16").seconds == pytest.approx(1e-6)
+    assert floor(device, 4_800_000, 1, "float16").seconds == pytest.approx(1e-6)
+    assert floor(device, 1, 989_000_000, "float16").seconds == pytest.approx(1e-6)
     device.name = "another"
-    assert device.floor(1, 1, "float16").seconds is None
+    assert floor(device, 1, 1, "float16").seconds is None
 
 
 # Calibration
@@ -584,7 +580,7 @@ def _captured(results: Path, costs: Costs) -> Path:
     data["cells"], data["environment"]["device"] = [], "made up"
     for tokens in (8, 512, 8192):
         added = {
-            f"{one} captured": costs.added(one, _shape(tokens, layer["adapters"]))
+            f"{one} captured": added(costs, one, _shape(tokens, layer["adapters"]))
             for one in ("masked", "augmented", "chunked")
         }
         entries = [

@@ -18,10 +18,11 @@ from test_families import FAMILIES, _write_model, _write_spec
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
-from loraexport_runtime.buckets.bucket import Bucket, Replays
+from loraexport_runtime.buckets.bucket import Bucket
+from loraexport_runtime.buckets.replays import Replays, _run
 from loraexport_runtime.buckets.rows import RowBuckets
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.sessions.layers import open_session
+from loraexport_runtime.sessions.load import open_session
 
 CPU = [("CPUExecutionProvider", {})]
 STRATEGIES = ("masked", "augmented", "chunked")
@@ -375,16 +376,16 @@ def test_who_runs_a_bucket(layers: Callable[..., Path], monkeypatch: pytest.Monk
     """The thread that warmed it up, else the session's own: those two have captured it."""
     import threading
 
-    from loraexport_runtime.buckets import bucket as buckets
+    from loraexport_runtime.buckets import replays
 
     threads: list[str] = []
-    run = buckets._run
+    run = _run
 
     def spy(bucket: Bucket) -> None:
         threads.append(threading.current_thread().name.rsplit("_", 1)[0])
         run(bucket)
 
-    monkeypatch.setattr(buckets, "_run", spy)
+    monkeypatch.setattr(replays, "_run", spy)
     layer = open_with_buckets(layers("masked"))["up"]
     ours, x = "loraexport-replay", draw("up", 3)
     main = threading.current_thread().name.rsplit("_", 1)[0]
@@ -446,12 +447,12 @@ def test_the_option_of_onnxruntime_alone(model: Path, value: Any) -> None:
 
 
 def test_a_capture_that_fails(layers: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from loraexport_runtime.buckets import bucket as buckets
+    from loraexport_runtime.buckets import replays
 
     def refuse(bucket: Bucket) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(buckets, "_run", refuse)
+    monkeypatch.setattr(replays, "_run", refuse)
     session = open_with_buckets(layers("masked"))
     with pytest.raises(
         lr.ProviderError,

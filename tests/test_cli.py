@@ -15,9 +15,10 @@ from conftest import Project, write_adapter, write_base
 
 import loraexport
 from loraexport.cli import app as cli
+from loraexport.cli import console
 from loraexport.errors import ExportError, exit_code
 from loraexport.pipeline.build import build
-from loraexport.spec.schema import json_schema
+from loraexport.spec.reader import json_schema
 
 torch.set_num_threads(1)
 
@@ -231,7 +232,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: bool, code: int
 ) -> None:
     if fail:
-        monkeypatch.setattr("loraexport.spec.schema.read_spec", lambda path: 1 // 0)
+        monkeypatch.setattr("loraexport.spec.reader.read_spec", lambda path: 1 // 0)
     done = run("--debug", "plan", tmp_path / "missing.yaml")
     assert (done.code, done.out) == (code, "")
     assert "Traceback (most recent call last)" in done.err
@@ -389,10 +390,10 @@ def test_verify_on_a_provider_that_is_not_one(run: Run, published: Path) -> None
 def test_error_on_a_terminal_is_a_panel(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    console = cli.Console(
+    panel = console.Console(
         stderr=True, force_terminal=True, width=200, markup=False, emoji=False, color_system=None
     )
-    monkeypatch.setattr(cli, "err_console", console)
+    monkeypatch.setattr(console, "err_console", panel)
     done = run("plan", tmp_path / "[bold] :x:.yaml")
     assert (done.code, done.out) == (2, "")
     assert "╭─ SpecError ─" in done.err

@@ -21,17 +21,18 @@ from test_import_torch_free import BLOCKED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import loraexport_runtime as lr
-from loraexport.bases import layers
+from loraexport.bases import adapters as packed_adapters
 from loraexport.bases.genai_folder import adapt_config
 from loraexport.cli import app as cli
 from loraexport.errors import BaseModelError, ParityError, SpecError, exit_code
 from loraexport.hf.quiet import quiet_models
-from loraexport.parity.layers.check import verify_artifact
 from loraexport.pipeline.build import build
+from loraexport.pipeline.verify import verify_artifact
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.generation.generator import Completion, TextGenerator, load_generator
+from loraexport_runtime.generation.generator import Completion, TextGenerator
+from loraexport_runtime.generation.load import load_generator
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, CONTEXT = 320, 128
@@ -682,7 +683,8 @@ def _perturbed(base: Path, folder: Path) -> Path:
 def test_planted_faults_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, weights: str
 ) -> None:
-    pack, assemble, cut = layers.pack, layers.assemble, layers._cut
+    pack, assemble = packed_adapters.pack, packed_adapters.assemble
+    cut = packed_adapters._cut
 
     def turned(packed: Any, *rest: Any) -> Any:
         found = cut(packed, *rest)
@@ -699,7 +701,7 @@ def test_planted_faults_fail(
         "slot": ("assemble", swapped),
         "rows": ("_cut", turned),
     }[fault]
-    monkeypatch.setattr(layers, name, planted)
+    monkeypatch.setattr(packed_adapters, name, planted)
     same = {"max_rank": 8} if fault == "slot" else {}
     family = Family(FAMILIES["Llama"].config, (["q_proj"], ["q_proj", "v_proj"]))
     base = {"kind": "causal_lm", "path": "base", "weights": weights}

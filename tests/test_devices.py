@@ -11,7 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
 from loraexport_runtime.contract.manifest import Stack
-from loraexport_runtime.device.providers import ONNX_TYPES, StackBuffer, host_value, rows_view
+from loraexport_runtime.device.dlpack import rows_view
+from loraexport_runtime.device.dtypes import ONNX_TYPES
+from loraexport_runtime.device.memory import host_value
+from loraexport_runtime.slots.buffers import StackBuffer
 
 STACK = Stack("layer.lora_B", "lora_B", (6, 3), rows_per_slot=2, row_offset=2, column_offset=0)
 

@@ -17,13 +17,17 @@ from test_decoder import CONTEXT, FAMILIES, PAD, VOCABULARY, open_driven, write_
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
-from loraexport_runtime.device.providers import NUMPY_DTYPES, host_value
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
+from loraexport_runtime.device.memory import host_value
 from loraexport_runtime.generation.captured import engine as driven
 from loraexport_runtime.generation.captured import top_tokens
-from loraexport_runtime.generation.captured.cache import Cache, Step
+from loraexport_runtime.generation.captured.cache import Cache
+from loraexport_runtime.generation.captured.step import Step
 from loraexport_runtime.generation.captured.top_tokens import TopTokens
-from loraexport_runtime.generation.generator import TextGenerator, load_generator
-from loraexport_runtime.generation.sampling import Sampling, choose
+from loraexport_runtime.generation.engine import Sampling
+from loraexport_runtime.generation.generator import TextGenerator
+from loraexport_runtime.generation.load import load_generator
+from loraexport_runtime.generation.sampling import choose
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 NAMES = (None, "first", "second")
@@ -158,7 +162,7 @@ def test_a_graph_that_cannot_be_captured(artifact: Path, monkeypatch: pytest.Mon
     def refuse(*_: Any) -> None:
         raise lr.ProviderError("onnxruntime cannot open this graph: it has control flow")
 
-    monkeypatch.setattr(driven.devices, "open_session", refuse)
+    monkeypatch.setattr(driven, "open_session", refuse)
     with pytest.raises(lr.ProviderError, match=r"control flow. If its steps .* cuda_graphs=False"):
         driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=True)
     with pytest.raises(lr.ProviderError, match=r"control flow$"):
@@ -353,8 +357,8 @@ def test_runs_that_capture_advance_no_batch(
     artifact: Path, genai: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driven, "_LENGTHS", 16)
-    generator, open_session = open_driven(artifact), driven.devices.open_session
-    monkeypatch.setattr(driven.devices, "open_session", lambda *own: _Capturing(open_session(*own)))
+    generator, open_session = open_driven(artifact), driven.open_session
+    monkeypatch.setattr(driven, "open_session", lambda *own: _Capturing(open_session(*own)))
     engine: Any = driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=True)
     generator._engine = engine
     for lengths in ([3, 20, 2], [1], [9, 30, 4, 17, 1], [3, 20, 2]):

@@ -15,7 +15,7 @@ from loraexport.bases.model import load_model
 from loraexport.export.fuse import fuse
 from loraexport.export.onnx import export_model_onnx
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 
 HEADS, SIZE, WIDTH = 2, 4, 8
 

@@ -14,7 +14,7 @@ import loraexport.plan.model as model_plan
 import loraexport_runtime
 from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport_runtime import ModelSession
 
 INPUTS = {

@@ -17,22 +17,26 @@ from conftest import (
 )
 from test_decoder import FAMILIES, PAD, VOCABULARY, write_decoder
 
-from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
+from loraexport.bases.adapters import load_adapters
+from loraexport.bases.layers import LayerModules, build_modules, load_base
 from loraexport.lora.segmented import SegmentedLayer
 from loraexport.parity.decoder.check import _compare_tokens
 from loraexport.parity.decoder.reference import load_reference
-from loraexport.parity.implementations import open_torchscript, tolerance_of
-from loraexport.parity.model.check import TOLERANCES
+from loraexport.parity.implementations import open_torchscript
+from loraexport.parity.report import MODEL_TOLERANCES, tolerance_of
 from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_numpy
 from loraexport_runtime import InputError, ModelSession, ProviderError, Session, load
-from loraexport_runtime.buckets.bucket import Bucket, Replays
-from loraexport_runtime.device.providers import NUMPY_DTYPES, host_value
+from loraexport_runtime.buckets.bucket import Bucket
+from loraexport_runtime.buckets.replays import Replays
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
+from loraexport_runtime.device.memory import host_value
 from loraexport_runtime.generation.captured import engine as driven
 from loraexport_runtime.generation.captured.engine import DrivenEngine
-from loraexport_runtime.generation.generator import TextGenerator, load_generator
+from loraexport_runtime.generation.generator import TextGenerator
+from loraexport_runtime.generation.load import load_generator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -327,7 +331,7 @@ def test_captured_steps_give_the_reference_tokens(
     """Or others whose logits are as near as rounding explains, as a build asks of GenAI's."""
     artifact = decoder(family, dtype)
     generator = load_generator(artifact, "cuda", cuda_graphs=True)
-    tolerance = tolerance_of(read_spec(artifact.parents[1] / "spec.yaml"), TOLERANCES)
+    tolerance = tolerance_of(read_spec(artifact.parents[1] / "spec.yaml"), MODEL_TOLERANCES)
     reference = load_reference(artifact)
     rows = _compare_tokens("captured", generator, generator.manifest, reference, tolerance)
     assert {row.adapter for row in rows} == {"base", "first", "second"}

@@ -11,8 +11,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from loraexport.bases.grafted import fit_stacks
 from loraexport.errors import BaseModelError, ExportError
-from loraexport.export.graft import fit_stacks, graft
+from loraexport.export.graft import graft
 from loraexport.graphs.products import find_grafts
 from loraexport_runtime.contract.manifest import Layer, Slice, Stack, Strategy
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import Project, write_adapter, write_base
 
-from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
+from loraexport.bases.adapters import load_adapters
+from loraexport.bases.layers import LayerModules, build_modules, load_base
 from loraexport.errors import ExportError
 from loraexport.export import onnx as onnx_export
 from loraexport.export.onnx import export_onnx
 from loraexport.export.torchscript import export_torchscript
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 
 SEGMENT_OPERATORS = Counter(
     Shape=2, Squeeze=1, Slice=2, Add=1, Expand=2, ScatterElements=1, CumSum=1, Gather=1, Reshape=2

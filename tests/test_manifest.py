@@ -12,13 +12,8 @@ from typing import Any
 import pytest
 
 import loraexport_runtime as lr
-from loraexport_runtime.contract.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    Manifest,
-    ParitySummary,
-    digest_file,
-)
+from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
+from loraexport_runtime.contract.manifest import FORMAT_VERSION, Manifest, ParitySummary
 
 GRAPH = "graphs/up.onnx"
 

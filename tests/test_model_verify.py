@@ -16,10 +16,10 @@ from conftest import write_adapter, write_bert, write_model_project, write_vit_p
 import loraexport.bases.model as transformers_module
 from loraexport.errors import BaseModelError, ParityError
 from loraexport.hf.skeleton import read_skeleton
-from loraexport.parity.layers.check import verify_artifact
 from loraexport.pipeline.build import build
+from loraexport.pipeline.verify import verify_artifact
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport_runtime import AdapterError
 from loraexport_runtime.contract.manifest import Layer, Manifest
 

@@ -24,15 +24,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_decoder import ADAPTERS, FAMILIES, Peft, _prompts, write_decoder
 
 import loraexport_runtime as lr
-from loraexport.bases import layers
+from loraexport.bases import adapters as packed_adapters
 from loraexport.errors import BaseModelError, ParityError, SpecError
 from loraexport.hf.quiet import quiet_models
-from loraexport.parity.layers.check import verify_artifact
 from loraexport.pipeline.build import build
+from loraexport.pipeline.verify import verify_artifact
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.generation.generator import load_generator
+from loraexport_runtime.generation.load import load_generator
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -505,9 +505,9 @@ def test_dora_is_refused(tmp_path: Path) -> None:
 def test_a_planted_fault_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = {"node": "packed", "site": ["block.k", "block.v"], "widths": [8, 4]}
     spec = _packed(tmp_path, sites=[rule])
-    pack = layers.pack
+    pack = packed_adapters.pack
     monkeypatch.setattr(
-        layers,
+        packed_adapters,
         "pack",
         lambda layer, weights, scale, *rest: pack(layer, weights, scale * 1.05, *rest),
     )

@@ -15,7 +15,7 @@ from loraexport.bases.unpadded import Packing
 from loraexport.errors import BaseModelError, ParityError, SpecError
 from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 
 ON_CUDA = {"packed": True, "dtype": "float16", "formats": ["onnx"]}
 PORTABLE = {"packed": True, "tune": {"device": "cpu"}}

@@ -16,7 +16,7 @@ from conftest import write_adapter
 from test_slots import DEADLINE, num_waiting, wait_until, weights
 
 import loraexport_runtime as lr
-from loraexport_runtime.device.providers import StackBuffer
+from loraexport_runtime.slots.buffers import StackBuffer
 from loraexport_runtime.slots.pool import AdapterInfo, Blocks, Slots
 from loraexport_runtime.slots.table import HostAdapter
 

@@ -29,7 +29,7 @@ from loraexport.bases.model import load_model
 from loraexport.hf.quiet import quiet_models
 from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_torch
 from loraexport_runtime import (
     AdapterConfigError,

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file, save_file
 
 from loraexport.cli.show_plan import plan_dict, print_plan
 from loraexport.errors import BaseModelError, SpecError
-from loraexport.plan.layers import LayerPlan, choose_strategy
+from loraexport.plan.layer import LayerPlan
 from loraexport.plan.plan import Plan, make_plan
-from loraexport.spec.schema import Spec, read_spec
+from loraexport.plan.strategy import choose_strategy
+from loraexport.spec.reader import read_spec
+from loraexport.spec.schema import Spec
 from loraexport_runtime.errors import (
     AdapterConfigError,
     AdapterError,

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime.device.ort_session import require_device
+from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers
+from loraexport_runtime.sessions.load import _open
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")
 SITES = {"qkv": ("blocks.0.q", "blocks.0.k", "blocks.0.v"), "up": ("blocks.0.up",)}
@@ -831,7 +833,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
     tenants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build may publish between two reads: then the session is the new artifact's, whole."""
-    from loraexport_runtime.sessions import layers as module
+    from loraexport_runtime.sessions import load as module
 
     folder = tmp_path / "artifact"
     shutil.copytree(tenants, folder)
@@ -846,7 +848,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
             (folder / "manifest.json").write_text(newer)
         return session
 
-    open_session = module._open
+    open_session = _open
     monkeypatch.setattr(module, "_open", open_then_swap)
     session = lr.load(folder, threads=1)
     assert len(opened) == 2

@@ -14,7 +14,7 @@ import pytest
 from conftest import write_adapter
 
 import loraexport_runtime as lr
-from loraexport_runtime.device.providers import StackBuffer
+from loraexport_runtime.slots.buffers import StackBuffer
 from loraexport_runtime.slots.pool import Blocks, Slots
 from loraexport_runtime.slots.table import HostAdapter
 

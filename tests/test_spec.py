@@ -11,7 +11,8 @@ import yaml
 from conftest import Project
 
 from loraexport.errors import SpecError
-from loraexport.spec.schema import Spec, json_schema, read_spec
+from loraexport.spec.reader import json_schema, read_spec
+from loraexport.spec.schema import Spec
 
 ROOT = Path(__file__).parents[1]
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))

@@ -12,7 +12,7 @@ import pytest
 from loraexport.parity.implementations import has_cuda
 from loraexport.pipeline.build import build
 from loraexport_runtime import ArtifactError, ModelSession, load
-from loraexport_runtime.generation.generator import load_generator
+from loraexport_runtime.generation.load import load_generator
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))

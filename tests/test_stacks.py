@@ -11,9 +11,12 @@ from conftest import write_adapter
 from safetensors.numpy import save_file
 
 from loraexport_runtime.adapters.dora import find_base_weights, output_scale
-from loraexport_runtime.adapters.header import LoraWeights, SavedWeights, match_sites, read_adapter
-from loraexport_runtime.adapters.packing import assemble, check_fit, lowest, pack
+from loraexport_runtime.adapters.fit import check_fit
+from loraexport_runtime.adapters.header import read_adapter
+from loraexport_runtime.adapters.packing import assemble, lowest, pack
+from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.adapters.tensor_files import digest_array
+from loraexport_runtime.adapters.tensors import LoraWeights, SavedWeights
 from loraexport_runtime.contract.manifest import Layer, Slice, Stack
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
 

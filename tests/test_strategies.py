@@ -14,13 +14,14 @@ from conftest import Project, write_adapter, write_base
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraexport.bases.layers import LayerModules, build_modules, load_adapters, load_base
+from loraexport.bases.adapters import load_adapters
+from loraexport.bases.layers import LayerModules, build_modules, load_base
 from loraexport.export.onnx import export_onnx
 from loraexport.export.torchscript import export_torchscript
 from loraexport.parity.oracle import read_reference_adapter, reference_output
-from loraexport.parity.report import TOLERANCES
+from loraexport.parity.report import LAYER_TOLERANCES
 from loraexport.plan.plan import make_plan
-from loraexport.spec.schema import read_spec
+from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_numpy, to_torch
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")
@@ -151,7 +152,7 @@ class Built:
         base = reference_output(x, np.zeros_like(token_slots), weights, {})
         size = np.abs(expected).max() + np.abs(expected - base).max()
         error = np.abs(y.astype(np.float64) - expected).max() / size
-        tolerance = TOLERANCES[self.plan.spec.export.dtype].error
+        tolerance = LAYER_TOLERANCES[self.plan.spec.export.dtype].error
         assert error <= tolerance, f"error {error:.2e} is above {tolerance:.0e}"
 
     def run_stacked(self, *inputs: np.ndarray) -> np.ndarray:

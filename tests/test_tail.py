@@ -14,8 +14,9 @@ from test_decoder import FAMILIES, write_decoder
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
 from loraexport_runtime.contract.genai_config import read_genai_config
-from loraexport_runtime.device.providers import NUMPY_DTYPES, ONNX_TYPES, open_session
-from loraexport_runtime.generation.captured.cache import DecoderGraph, Prompts, Step
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES, ONNX_TYPES
+from loraexport_runtime.device.ort_session import open_session
+from loraexport_runtime.generation.captured.decoder_graph import DecoderGraph
 from loraexport_runtime.generation.captured.next_inputs import (
     LENGTHS,
     PLACES,
@@ -23,6 +24,7 @@ from loraexport_runtime.generation.captured.next_inputs import (
     next_inputs,
     write_tail,
 )
+from loraexport_runtime.generation.captured.step import Prompts, Step
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 VOCABULARY, LENGTH = 13, 24

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from ..errors import BaseModelError
 from ..hf.model import load_plain_model
 from ..plan.plan import Plan
-from .layers import Base
 from .model import read_base
+from .weights import Base
 
 _PRECISIONS = {
     # For CUDA its float32 graph hides q, k and v inside an Attention, where nothing can be added.

@@ -1,15 +1,18 @@
 """Bases that are grafted: their graph exists, or onnxruntime-genai's model builder makes it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from ..export.graft import fit_stacks
+from loraexport_runtime.contract.manifest import Strategy
+
 from ..graphs.products import Graft, find_grafts
 from ..plan.plan import Plan
+from ..plan.stacks import make_stacks
 from . import decoder as causal_lm
 from . import graph as onnx_graph
-from .layers import Base
+from .weights import Base
 
 
 def plain_directory(plan: Plan) -> Path | str:
@@ -50,3 +53,25 @@ def find_sites(plan: Plan, model: ir.Model) -> list[Graft]:
         return onnx_graph.find_sites(plan, model, {})
     found = find_grafts(model.graph, [one.layer for one in plan.layers])
     return [fit_stacks(one, plan.num_slots) for one in found]
+
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def fit_stacks(one: Graft, num_slots: int) -> Graft:
+    """The graft with the stacks that its products allow, where the plan has augmented: W is in
+    them if each is a MatMul with a float weight, and else masked is the nearest form."""
+    if one.layer.strategy != "augmented":
+        return one
+    strategy: Strategy = "augmented" if all(map(_is_plain, one.nodes)) else "masked"
+    widths = one.widths if strategy == "augmented" else [one.layer.out_features]
+    slot_rows = one.layer.stacks[0].slot_rows
+    stacks = make_stacks(one.layer, strategy, num_slots, widths, slot_rows=slot_rows)
+    return replace(one, layer=replace(one.layer, strategy=strategy, stacks=stacks))
+
+
+def _is_plain(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    if node.op_type != "MatMul" or weight is None or weight.const_value is None:
+        return False
+    return weight.const_value.dtype in _FLOATS

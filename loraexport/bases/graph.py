@@ -1,49 +1,20 @@
 """`kind: onnx`: a graph that exists. What it takes and gives is seen by running it."""
 
-import json
-import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from loraexport_runtime.adapters.tensor_files import digest_array
-from loraexport_runtime.contract.manifest import TensorEntry, digest_file
-from loraexport_runtime.device.providers import NUMPY_DTYPES
+from loraexport_runtime.contract.files import digest_file
 
 from ..errors import BaseModelError
+from ..graphs.files import external_files, read_graph
 from ..graphs.products import Graft, Layout, list_products, make_graft
-from ..parity.implementations import open_graph
-from ..plan.graph import read_graph
 from ..plan.plan import Plan
-from .layers import Base, digest_of
-
-_KNOWN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64"}
-_EXAMPLES = ((3, 7), (2, 5))
-"""(batch, sequence) of the runs that tell a graph's dimensions apart."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Ids that a graph takes: below `vocabulary`; `pad` fills up."""
-
-    vocabulary: int
-    pad: int
-
-
-@dataclass(frozen=True)
-class GraphSignature:
-    """What a graph takes and gives beside adapter_ids, and how its sites hold the rows."""
-
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    layouts: dict[str, tuple[Layout, int]]
-    """Layer -> layout, and for flat rows how many belong to one, in the first example."""
+from .weights import Base, digest_of
 
 
 def load_base(plan: Plan) -> Base:
@@ -57,7 +28,7 @@ def load_base(plan: Plan) -> Base:
         stored = {one.output: digest_array(_values(one.weight)) for one in products}
         for part in planned.layer.slices:
             digests[part.site] = digest_of(stored | {"columns": f"{part.offset}, {part.width}"})
-    files = {plan.graph.file, *_external_files(model, plan.graph.file)}
+    files = {plan.graph.file, *external_files(model, plan.graph.file)}
     return Base({}, digests, digest_of({file.name: digest_file(file) for file in sorted(files)}))
 
 
@@ -65,7 +36,7 @@ def load_graph(plan: Plan, folder: Path) -> ir.Model:
     """The graph in memory; of a generator, its config and tokenizer are copied to `folder`."""
     assert plan.graph is not None, "the plan is of a graph"
     model = read_graph(plan.graph.file)
-    skipped = {plan.graph.file, *_external_files(model, plan.graph.file)}
+    skipped = {plan.graph.file, *external_files(model, plan.graph.file)}
     try:
         ir.external_data.load_to_model(model)
     except Exception as error:
@@ -93,175 +64,6 @@ def find_sites(
     return grafts
 
 
-def read_signature(plan: Plan, model: ir.Model) -> GraphSignature:
-    """Run the graph on two batches and see which dimensions follow the rows and the tokens.
-
-    Raises:
-        BaseModelError: it takes what we cannot make up, cannot run, or has a dimension that follows
-            neither.
-    """
-    assert plan.graph is not None, "the plan is of a graph"
-    label = str(plan.graph.file)
-    inputs = tuple(_input_entry(value, label) for value in model.graph.inputs)
-    tokens = find_tokens(plan, model)
-    sources = _add_site_outputs(plan, model.clone())
-    session = open_graph(sources.model)
-    runs = []
-    for batch, sequence in _EXAMPLES:
-        feeds = _example(inputs, tokens, batch, sequence)
-        try:
-            runs.append(dict(zip(sources.names, session.run(sources.names, feeds), strict=True)))
-        except Exception as error:
-            raise BaseModelError(
-                f"{label}: it does not run on {batch} rows of {sequence} tokens: {error}"
-            ) from error
-    outputs = tuple(
-        _output_entry(value, [run[str(value.name)].shape for run in runs], label)
-        for value in model.graph.outputs
-    )
-    layouts = {
-        layer: _layout(runs[0][name].shape, layer, label)
-        for layer, name in sources.of_layer.items()
-    }
-    return GraphSignature(inputs, outputs, layouts)
-
-
-@dataclass(frozen=True)
-class _Sources:
-    model: ir.Model
-    names: list[str]
-    of_layer: dict[str, str]
-    """Layer -> the name of its sites' input."""
-
-
-def _add_site_outputs(plan: Plan, model: ir.Model) -> _Sources:
-    """What the sites get becomes outputs too."""
-    names = [str(value.name) for value in model.graph.outputs]
-    of_layer = {}
-    for one in find_sites(plan, model, {}):
-        x = one.nodes[0].inputs[0]
-        assert x is not None, "a product has an input"
-        of_layer[one.layer.name] = str(x.name)
-        if x.name not in names:
-            names.append(str(x.name))
-            model.graph.outputs.append(x)
-    return _Sources(model, names, of_layer)
-
-
-def _layout(shape: Sequence[int], layer: str, label: str) -> tuple[Layout, int]:
-    batch = _EXAMPLES[0][0]
-    if len(shape) == 3 and shape[0] == batch:
-        return "batched", 0
-    if len(shape) == 2 and shape[0] == batch:
-        return "rows", 0
-    if len(shape) == 2 and shape[0] % batch == 0:
-        return "flat", shape[0] // batch
-    raise BaseModelError(
-        f"{label}: site {layer!r} gets a tensor of shape {list(shape)} for {batch} rows, where a"
-        " batch of rows has to come first; its adapters cannot be told apart"
-    )
-
-
-def _input_entry(value: ir.Value, label: str) -> TensorEntry:
-    name, shape = str(value.name), value.shape
-    dtype = _DTYPES.get(value.dtype.name if value.dtype is not None else "")
-    if name.startswith("past_key_values"):
-        raise BaseModelError(
-            f"{label}: it takes a cache ({name}), but no genai_config.json lies beside it; make its"
-            " folder with onnxruntime-genai's model builder, or export the model without a cache"
-        )
-    if name not in _KNOWN_INPUTS or dtype is None or shape is None:
-        raise BaseModelError(
-            f"{label}: it takes {name!r} ({value.dtype}); known are {', '.join(_KNOWN_INPUTS)} in"
-            " int64, float32 and float16, so that nothing could be proven. Export it with these"
-        )
-    if isinstance(shape[0], int) or (name != "pixel_values" and isinstance(shape[1], int)):
-        raise BaseModelError(
-            f"{label}: {name} has the fixed shape {shape}; export it with dynamic axes for"
-            " the batch and the sequence"
-        )
-    sizes = ("batch", *map(str, shape[1:])) if name == "pixel_values" else ("batch", "sequence")
-    return TensorEntry(name, dtype, sizes)  # type: ignore[arg-type]
-
-
-def _output_entry(value: ir.Value, shapes: Sequence[Sequence[int]], label: str) -> TensorEntry:
-    dtype = _DTYPES.get(value.dtype.name if value.dtype is not None else "")
-    sizes = []
-    for place, pair in enumerate(zip(*shapes, strict=True)):
-        follows = {_pair(0): "batch", _pair(1): "sequence"}
-        size = str(pair[0]) if pair[0] == pair[1] else follows.get(pair)
-        if size is None or (place == 0 and size != "batch"):
-            raise BaseModelError(
-                f"{label}: output {value.name!r} has the shapes {[list(one) for one in shapes]} for"
-                f" {[list(one) for one in _EXAMPLES]} rows and tokens; each dimension has to follow"
-                " one of them or be fixed, the first the rows"
-            )
-        sizes.append(size)
-    if dtype is None:
-        raise BaseModelError(
-            f"{label}: output {value.name!r} is {value.dtype}; known are float32, float16 and int64"
-        )
-    return TensorEntry(str(value.name), dtype, tuple(sizes))  # type: ignore[arg-type]
-
-
-def _pair(place: int) -> tuple[int, int]:
-    return _EXAMPLES[0][place], _EXAMPLES[1][place]
-
-
-def _example(
-    inputs: Sequence[TensorEntry], tokens: Tokens, batch: int, sequence: int
-) -> dict[str, np.ndarray]:
-    """Ids other than the padding, none padded; pixels from -1 to 1."""
-    ids = np.arange(batch * sequence).reshape(batch, sequence) % max(tokens.vocabulary - 1, 1)
-    values: dict[str, np.ndarray] = {
-        "input_ids": ids + (ids >= tokens.pad),
-        "attention_mask": np.ones_like(ids),
-        "token_type_ids": np.zeros_like(ids),
-        "position_ids": np.broadcast_to(np.arange(sequence), ids.shape),
-    }
-    for entry in inputs:
-        if entry.name == "pixel_values":
-            sizes = entry.sizes(batch, sequence)
-            pixels = np.linspace(-1, 1, math.prod(sizes)).reshape(sizes)
-            values[entry.name] = pixels.astype(NUMPY_DTYPES[entry.dtype])
-    return {entry.name: np.ascontiguousarray(values[entry.name]) for entry in inputs}
-
-
-def find_tokens(plan: Plan, model: ir.Model) -> Tokens:
-    """The vocabulary: rows of the table that input_ids look up; the padding as config.json says.
-
-    Raises:
-        BaseModelError: neither the graph nor the config says how large the vocabulary is.
-    """
-    assert plan.graph is not None, "the plan is of a graph"
-    file = plan.graph.directory / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    pad = config.get("pad_token_id") or 0
-    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
-    if ids is None:
-        return Tokens(0, pad)
-    same = [ids]  # and what only shapes them
-    for value in same:
-        for user, _ in value.uses():
-            table = user.inputs[0]
-            if user.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze"):
-                same += user.outputs
-            elif user.op_type == "Gather" and table is not None and table.is_initializer():
-                assert table.shape is not None, "an initializer has a shape"
-                return Tokens(int(table.shape[0]), pad)  # type: ignore[arg-type]
-    if "vocab_size" in config:
-        return Tokens(int(config["vocab_size"]), pad)
-    raise BaseModelError(
-        f"{plan.graph.file}: no table that input_ids look up, and no vocab_size in {file}; put the"
-        " model's config.json there"
-    )
-
-
 def _values(value: ir.Value) -> np.ndarray:
     assert value.const_value is not None, "an initializer has a value"
     return value.const_value.numpy()
-
-
-def _external_files(model: ir.Model, file: Path) -> set[Path]:
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    return {file.parent / one.location for one in tensors if isinstance(one, ir.ExternalTensor)}

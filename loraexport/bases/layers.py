@@ -1,16 +1,14 @@
 """`kind: layers`: the planned layers' weights, from a checkpoint or a seed, and their modules."""
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from loraexport_runtime.adapters.header import LoraWeights, check_base_copies, read_lora_weights
 from loraexport_runtime.adapters.packing import assemble, pack
 from loraexport_runtime.adapters.tensor_files import digest_array, read_tensors
 from loraexport_runtime.contract.manifest import Layer
-from loraexport_runtime.device.providers import NUMPY_DTYPES
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ..errors import BaseModelError
 from ..lora import STRATEGIES
@@ -18,35 +16,11 @@ from ..lora.embedding import MultiLoraEmbedding
 from ..lora.linear import MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
 from ..lora.strategy import EmbeddingBase, LinearBase, Sizes
-from ..plan.layers import LayerPlan, SiteSource
+from ..plan.layer import LayerPlan, SiteSource
 from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_torch
-
-
-@dataclass(frozen=True)
-class SiteWeights:
-    """The frozen weights of one site, in their stored dtype."""
-
-    weight: np.ndarray = field(repr=False)
-    """Linear: [out, in]. Embedding: [vocabulary, dim]."""
-    bias: np.ndarray | None = field(repr=False)
-    """[out]"""
-
-
-@dataclass(frozen=True)
-class Base:
-    """The weights of every site, and the digests by which another machine knows them."""
-
-    sites: dict[str, SiteWeights]
-    digests: dict[str, str]
-    """sha256 of each site's weight, by site."""
-    digest: str
-    """sha256 over everything that the base's output depends on, as hexadecimal text."""
-
-
-def digest_of(digests: Mapping[str, str]) -> str:
-    """One sha256 for several, by name."""
-    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+from .adapters import AdapterWeights, put_base
+from .weights import Base, SiteWeights, digest_of
 
 
 def load_base(plan: Plan) -> Base:
@@ -122,66 +96,6 @@ class LayerModules:
     """The base's part of each stack that has one, by stack name."""
 
 
-AdapterWeights = Mapping[str, LoraWeights]
-"""One adapter's weights by site."""
-
-
-def load_adapters(plan: Plan, base: Base) -> dict[str, AdapterWeights]:
-    """Read the weights of a plan's adapters, by adapter name.
-
-    Raises:
-        WeightsError: a tensor holds NaN or Inf.
-        AdapterWeightsError: an adapter carries another base's embedding.
-    """
-    loaded: dict[str, AdapterWeights] = {}
-    for adapter in plan.adapters:
-        check_base_copies(adapter.header, adapter.modules, base.digests)
-        tensors = read_lora_weights(adapter.header)
-        loaded[adapter.name] = {site: tensors[module] for site, module in adapter.modules.items()}
-    return loaded
-
-
-def pack_adapters(plan: Plan, base: Base, layers: Iterable[Layer]) -> dict[str, np.ndarray]:
-    """The slots' rows of every stack that a graft brings, by name; the base's are in its graph.
-
-    Args:
-        layers: the plan's, with the stacks that fit the graph.
-
-    Raises:
-        WeightsError, AdapterWeightsError: see `load_adapters`.
-    """
-    adapters = load_adapters(plan, base)
-    dtype = NUMPY_DTYPES[plan.spec.export.dtype]
-    stacks: dict[str, np.ndarray] = {}
-    for layer in layers:
-        blocks = {}
-        for one in plan.adapters:
-            if one.slot is not None:
-                packed = pack(layer, adapters[one.name], one.scale, dtype)
-                if layer.stacks[0].slot_rows is not None:
-                    ranks = {site: found.rank for site, found in one.sites.items()}
-                    packed = _cut(packed, layer, ranks, layer.stacks[0].slot_rows[one.slot - 1])
-                blocks[one.slot] = packed
-        for stack in layer.stacks:
-            rows = (stack.shape[0] - stack.row_offset, stack.shape[1])
-            own = replace(stack, shape=rows, row_offset=0)
-            stacks[stack.name] = assemble(own, dtype, None, blocks)
-    return stacks
-
-
-def _cut(
-    packed: Mapping[str, np.ndarray], layer: Layer, ranks: Mapping[str, int], rows: int
-) -> dict[str, np.ndarray]:
-    """A slot's blocks with the rows that its adapter has alone, and zeros up to `rows`."""
-    used = [
-        index * layer.max_rank + row
-        for index, part in enumerate(layer.slices)
-        for row in range(ranks.get(part.site, 0))
-    ]
-    fill = ((0, rows - len(used)), (0, 0))
-    return {name: np.pad(block[used], fill) for name, block in packed.items()}
-
-
 def build_modules(
     plan: Plan, base: Base, adapters: Mapping[str, AdapterWeights]
 ) -> tuple[LayerModules, ...]:
@@ -226,19 +140,6 @@ def _build(
         stacks,
         base_rows,
     )
-
-
-def put_base(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:
-    """Write how an augmented stack begins: W^T, and the bias below it where `rows` has room.
-
-    Args:
-        rows: zeros [in, out], or [in + BIAS_ROWS, out].
-        weight: [out, in].
-    """
-    size_in = weight.shape[1]
-    rows[:size_in] = weight.T
-    if bias is not None and len(rows) > size_in:
-        rows[size_in] = bias
 
 
 def _fuse(

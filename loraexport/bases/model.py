@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraexport_runtime.adapters.dora import dora_sites, output_scales
-from loraexport_runtime.adapters.header import ModuleWeights, check_base_copies, read_site_weights
 from loraexport_runtime.adapters.packing import assemble, lowest, pack
+from loraexport_runtime.adapters.sites import check_base_copies
 from loraexport_runtime.adapters.tensor_files import digest_array
+from loraexport_runtime.adapters.tensors import ModuleWeights, read_site_weights
 from loraexport_runtime.contract.manifest import Layer
-from loraexport_runtime.device.providers import NUMPY_DTYPES
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
-from ..hf.model import has_rotary_positions, headless_widths, load_plain_model, take_output
+from ..hf.model import has_rotary_positions, headless_widths, load_plain_model
 from ..hf.pooling import SentencePooling
 from ..hf.skeleton import Signature
 from ..lora import STRATEGIES
@@ -31,63 +32,9 @@ from ..lora.strategy import Base as SiteBase
 from ..lora.strategy import LinearBase, Sizes
 from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
-from .layers import Base, SiteWeights, digest_of, put_base
-
-
-class MultiLoraModel(nn.Module):
-    """A Hugging Face model with multi-LoRA sites: the model's inputs, adapter_ids and stacks in."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        signature: Signature,
-        pooling: nn.Module | None,
-        context: RowContext,
-        stack_names: Sequence[str],
-        position_ids: bool,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.pooling = pooling
-        self.rows = context.rows
-        self._context = context
-        self._input_names = [entry.name for entry in signature.inputs]
-        self._stack_names = list(stack_names)
-        self._position_ids = position_ids
-
-    def forward(
-        self,
-        inputs: dict[str, Tensor],
-        adapter_ids: Tensor,
-        stacks: list[Tensor],
-        adapter_weights: Tensor | None = None,
-    ) -> Tensor:
-        """adapter_ids int64 [batch]; stacks in the order of the manifest's layers; with a blend
-        adapter_weights float32 [batch, S]."""
-        self.begin(adapter_ids, stacks, adapter_weights)
-        arguments = {name: inputs[name] for name in self._input_names}
-        if self._position_ids and "input_ids" in inputs:
-            # Rotary models export right beyond one row only if each row brings its positions.
-            ids = inputs["input_ids"]
-            positions = torch.arange(ids.shape[1], device=ids.device)
-            arguments["position_ids"] = positions.unsqueeze(0).expand(ids.shape[0], -1)
-        return self.pooled(self.run(arguments), inputs.get("attention_mask"))
-
-    def begin(
-        self, selector: Tensor, stacks: Sequence[Tensor], adapter_weights: Tensor | None
-    ) -> None:
-        """Start a forward whose rows use these slots."""
-        named = dict(zip(self._stack_names, stacks, strict=True))
-        self._context.begin(selector, adapter_weights, named)
-
-    def run(self, inputs: Mapping[str, Tensor], **others: Any) -> Tensor:
-        """The model's output, before pooling."""
-        y: Tensor = take_output(self.model(**inputs, **others, return_dict=True))
-        return y
-
-    def pooled(self, y: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """y, or with a pooling one vector for each row."""
-        return y if self.pooling is None else self.pooling(y, attention_mask)
+from .adapters import put_base
+from .multi_lora_model import MultiLoraModel
+from .weights import Base, SiteWeights, digest_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from loraexport_runtime.contract.manifest import Packed
 
 from ..errors import BaseModelError
 from ..hf.pooling import SentencePooling
-from .model import MultiLoraModel
+from .multi_lora_model import MultiLoraModel
 
 _NAME = "loraexport_packed"
 _OPERATOR = "com.microsoft::PackedMultiHeadAttention"

@@ -7,8 +7,9 @@ import yaml
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..errors import UsageError
-from ..plan.costs import Costs, Measured, Shape, fit
-from ..plan.layers import BYTES_PER_VALUE
+from ..plan.costs import Measured, Shape, fit
+from ..plan.stacks import BYTES_PER_VALUE
+from ..spec.schema import Costs
 from .results import Results
 
 COSTS_FILE = "costs.json"

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import ParityError
 from .device import Device
 from .results import Cell, Entry
+from .work import CannotRun, Work
 from .workloads.schema import Workloads
 
 Group = Literal["base", "mixed"]
@@ -22,24 +23,6 @@ SCRATCH = "loraexport-bench-"
 _TOLERANCES = {"float32": 1e-3, "float16": 6e-2, "bfloat16": 2e-1}
 _TOKENS_TOLERANCE = 0.5
 """Share of rows: of random weights the two likeliest tokens may be a rounding apart."""
-
-
-class CannotRun(Exception):  # noqa: N818  a finding for the tables, not an error of the run
-    """Why a contestant takes no part in a cell."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """A contestant that is ready to run."""
-
-    calls: Sequence[Callable[[], object]]
-    """One for each copy of the inputs."""
-    output: Callable[[], np.ndarray]
-    """What the last run of the first of them gave; int64 [rows, n] for tokens."""
-    units: int = 1
-    """Units of the cell in a call: layers, batches, steps."""
-    prepare: Callable[[], object] | None = None
-    """Before each call, and not timed."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +80,6 @@ def base_of(name: str) -> str:
     return next((f"base {how}" for how in ("captured", "GenAI") if name.endswith(how)), "base")
 
 
-def run_in_turn(calls: Sequence[Callable[[], object]]) -> None:
-    """A call that is made of several."""
-    for call in calls:
-        call()
-
-
 def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     """Make the contestants, compare their outputs, time them.
 
@@ -149,7 +126,7 @@ def check_agreement(
     found = {}
     for name, y in outputs.items():
         reference = outputs[first.setdefault(groups[name], name)]
-        found[name] = _difference(y, reference)
+        found[name] = difference(y, reference)
         allowed = _TOKENS_TOLERANCE if y.dtype == np.int64 else _TOLERANCES[dtype]
         if not found[name] <= allowed:  # NaN is not
             raise ParityError(
@@ -158,7 +135,7 @@ def check_agreement(
             )
     if len(first) == 2:
         base, mixed = (outputs[first[group]] for group in ("base", "mixed"))
-        moved = _difference(mixed, base)
+        moved = difference(mixed, base)
         if mixed.dtype != np.int64 and not moved > _TOLERANCES[dtype]:
             raise ParityError(
                 f"{where}: the adapters move the base's output by {moved:.1e} only, so that a"
@@ -167,7 +144,7 @@ def check_agreement(
     return found
 
 
-def _difference(y: np.ndarray, reference: np.ndarray) -> float:
+def difference(y: np.ndarray, reference: np.ndarray) -> float:
     """max |y - y0| / max |y0|; of tokens the share of rows that differ anywhere."""
     if y.shape != reference.shape:
         return float("inf")

@@ -1,4 +1,4 @@
-"""The device of a run: its stream, its caches, and what it could do at best."""
+"""The device of a run: its stream and its caches."""
 
 import ctypes
 import gc
@@ -16,19 +16,13 @@ from typing import Any
 
 import torch
 
-from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers, require_device
+from loraexport_runtime.device.ort_session import require_device
+from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers
 from loraexport_runtime.errors import ProviderError
 
-from ..parity.implementations import environment as versions
-from .results import Floor
+from ..parity.report import environment as versions
 
 MAX_COPIES = 8
-# Bytes/s, and dense FLOP/s by dtype, from NVIDIA's data sheets; the first name that fits.
-_PEAKS = {
-    "H200": (4.8e12, {"float32": 67e12, "float16": 989e12, "bfloat16": 989e12}),
-    "H100": (3.35e12, {"float32": 67e12, "float16": 989e12, "bfloat16": 989e12}),
-    "A100": (2.0e12, {"float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}),
-}
 _TOOLS = ("peft", "transformers", "onnxruntime-genai-cuda", "onnxruntime-genai", "loraexport")
 
 
@@ -116,14 +110,6 @@ class Device:
         No more than that, as the weights that a call reads push the inputs out of the L2 too.
         """
         return min(MAX_COPIES, max(2, math.ceil(2 * self._l2_bytes / max(nbytes, 1))))
-
-    def floor(self, nbytes: int, flops: int, dtype: str) -> Floor:
-        """The least time for so many bytes and FLOPs, if the device's peak is known."""
-        peak = next((one for name, one in _PEAKS.items() if name in self.name), None)
-        seconds = None
-        if peak is not None and self.kind == "cuda":
-            seconds = max(nbytes / peak[0], flops / peak[1][dtype])
-        return Floor(bytes=nbytes, flops=flops, seconds=seconds)
 
     def environment(self) -> dict[str, str]:
         """What the figures depend on."""

@@ -2,11 +2,17 @@
 
 from typing import Literal
 
-from ..plan.layers import BYTES_PER_VALUE
 from ..plan.plan import Plan
+from ..plan.stacks import BYTES_PER_VALUE
 from .device import Device
 from .results import Floor
 
+# Bytes/s, and dense FLOP/s by dtype, from NVIDIA's data sheets; the first name that fits.
+_PEAKS = {
+    "H200": (4.8e12, {"float32": 67e12, "float16": 989e12, "bfloat16": 989e12}),
+    "H100": (3.35e12, {"float32": 67e12, "float16": 989e12, "bfloat16": 989e12}),
+    "A100": (2.0e12, {"float32": 19.5e12, "float16": 312e12, "bfloat16": 312e12}),
+}
 _ALL_SLOTS = ("masked", "augmented")
 """Strategies that multiply every token by the factors of all slots; none has to."""
 
@@ -34,8 +40,17 @@ def site_floors(
         lora_flops += per_token * tokens
     dtype = plan.spec.export.dtype
     return {
-        "base": device.floor(base_bytes // units, base_flops // units, dtype),
-        "mixed": device.floor(
-            (base_bytes + lora_bytes) // units, (base_flops + lora_flops) // units, dtype
+        "base": floor(device, base_bytes // units, base_flops // units, dtype),
+        "mixed": floor(
+            device, (base_bytes + lora_bytes) // units, (base_flops + lora_flops) // units, dtype
         ),
     }
+
+
+def floor(device: Device, nbytes: int, flops: int, dtype: str) -> Floor:
+    """The least time for so many bytes and FLOPs, if the device's peak is known."""
+    peak = next((figures for name, figures in _PEAKS.items() if name in device.name), None)
+    seconds = None
+    if peak is not None and device.kind == "cuda":
+        seconds = max(nbytes / peak[0], flops / peak[1][dtype])
+    return Floor(bytes=nbytes, flops=flops, seconds=seconds)

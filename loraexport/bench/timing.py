@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .contest import Work
 from .device import Device
 from .results import Timing
+from .work import Work
 
 _MAX_CALLS = 1000
 _MIN_ROUNDS = 3

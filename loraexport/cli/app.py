@@ -3,25 +3,23 @@
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from loraexport_runtime.adapters.config import CONFIG_FILE
 from loraexport_runtime.adapters.header import read_adapter
-from loraexport_runtime.contract.manifest import MANIFEST_FILE, Manifest
+from loraexport_runtime.contract.files import MANIFEST_FILE
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.errors import LoraexportError
 
 from .. import __version__
 from ..errors import BaseModelError, ParityError, UsageError, exit_code
+from .console import err_console, out_console, print_error, print_json, print_tree, show_progress
+from .show_parity import print_report, report_dict
 
 app = typer.Typer(
     help="One YAML spec and one command: multi-LoRA graphs for stock onnxruntime.",
@@ -29,9 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-# No markup and no emoji codes: a path may be named [a] or :b:.
-out_console = Console(soft_wrap=True, markup=False, emoji=False)
-err_console = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 
 SpecPath = Annotated[Path, typer.Argument(help="The YAML spec.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
@@ -62,13 +57,13 @@ def build(
     """Export, prove and publish the artifact of a spec."""
     from ..pipeline.build import build as run_build
 
-    with _progress(f"building {spec}", as_json) as progress:
+    with show_progress(f"building {spec}", as_json) as progress:
         folder, report = run_build(spec, out, progress)
     for name in report.silent_adapters:
         err_console.print(f"warning: adapter {name!r} changes nothing: all its B are zero")
     summary = report.summary()
     if as_json:
-        _print_json({"artifact": str(folder), "parity": _report_dict(report)})
+        print_json({"artifact": str(folder), "parity": report_dict(report)})
         return
     out_console.print(
         Text("published", style="green"),
@@ -86,12 +81,12 @@ def build(
 def plan(spec: SpecPath, as_json: AsJson = False) -> None:
     """Show sites, ranks, strategy and costs, without reading weights."""
     from ..plan.plan import make_plan
-    from ..spec.schema import read_spec
+    from ..spec.reader import read_spec
     from .show_plan import plan_dict, print_plan
 
     planned = make_plan(read_spec(spec), spec.parent)
     if as_json:
-        _print_json(plan_dict(planned))
+        print_json(plan_dict(planned))
     else:
         print_plan(planned, out_console)
 
@@ -109,19 +104,19 @@ def verify(
 ) -> None:
     """Repeat an artifact's parity, perhaps on another machine."""
     from ..artifact import mark_verified
-    from ..parity.layers.check import verify_artifact
+    from ..pipeline.verify import verify_artifact
 
     chosen = [name.strip() for name in providers.split(",")] if providers else None
-    with _progress(f"verifying {artifact}", as_json) as progress:
+    with show_progress(f"verifying {artifact}", as_json) as progress:
         progress("run every implementation")
         manifest = Manifest.read(artifact)
         report = verify_artifact(artifact, manifest, base, chosen)
     if manifest.parity.status == "deferred" and report.status == "passed":
         mark_verified(artifact, manifest, report.summary())
     if as_json:
-        _print_json(_report_dict(report))
+        print_json(report_dict(report))
     else:
-        _print_report(report)
+        print_report(report)
     if report.failures:
         raise ParityError(f"{len(report.failures)} of {len(report.rows)} comparisons failed")
 
@@ -140,7 +135,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate from one batch of prompts, each with its own adapter, for a look."""
-    from loraexport_runtime.generation.generator import load_generator
+    from loraexport_runtime.generation.load import load_generator
 
     names = [None if name == "base" else name for name in adapter or ["base"] * len(prompt)]
     generator = load_generator(artifact, provider)
@@ -149,7 +144,7 @@ def generate(
     )
     if as_json:
         rows = zip(prompt, names, found, strict=True)
-        _print_json([{"prompt": text, "adapter": name, **asdict(one)} for text, name, one in rows])
+        print_json([{"prompt": text, "adapter": name, **asdict(one)} for text, name, one in rows])
         return
     for text, name, one in zip(prompt, names, found, strict=True):
         out_console.print(Text(f"[{name or 'base'}] {text}", style="bold"))
@@ -188,7 +183,7 @@ def bench(
     else:
         assert workloads is not None, "one of the two is given"
         asked = read_workloads(workloads)
-        with _progress(f"measuring {workloads}", as_json) as progress:
+        with show_progress(f"measuring {workloads}", as_json) as progress:
             found = run_bench(asked, out, progress)
     missing = write_report(found, out)
     if missing is not None and results is not None:
@@ -196,7 +191,7 @@ def bench(
     if missing is not None:
         err_console.print(Text(f"warning: no plots: {missing}"))
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         out_console.print(Text((out / "bench.md").read_text(encoding="utf-8").rstrip()))
     if calibrate:
@@ -231,7 +226,7 @@ def inspect(
         manifest.check_files(path)
         data = json.loads(manifest.to_json())
     elif path.is_file():
-        from ..spec.schema import read_spec
+        from ..spec.reader import read_spec
 
         data = read_spec(path).model_dump(mode="json")
     elif path.exists():
@@ -242,9 +237,9 @@ def inspect(
     else:
         raise UsageError(f"{path}: no such file or folder; give an artifact, an adapter or a spec")
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
-        _print_tree(data)
+        print_tree(data)
 
 
 @app.command()
@@ -263,9 +258,9 @@ def init(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a spec, for editors."""
-    from ..spec.schema import json_schema
+    from ..spec.reader import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
 
 
 def main() -> None:
@@ -277,65 +272,15 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         else:
-            _print_error(type(error).__name__, str(error))
+            print_error(type(error).__name__, str(error))
         sys.exit(exit_code(error))
     except Exception as error:
         if debug:
             traceback.print_exc()
         else:
             hint = "'loraexport --debug …' shows where"
-            _print_error(type(error).__name__, f"{error or 'no message'} ({hint})")
+            print_error(type(error).__name__, f"{error or 'no message'} ({hint})")
         sys.exit(1)
-
-
-def _print_error(title: str, message: str) -> None:
-    """One block on stderr: a panel on a terminal, plain lines elsewhere."""
-    if err_console.is_terminal:
-        bold = Text(title, style="bold red")
-        err_console.print(Panel(Text(message), title=bold, title_align="left"))
-    else:
-        err_console.print(Text(f"{title}: {message}"))
-
-
-@contextmanager
-def _progress(title: str, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A status line on a terminal, plain lines elsewhere, nothing with --json."""
-    if quiet:
-        yield lambda stage: None
-    elif err_console.is_terminal:
-        with err_console.status(title) as status:
-            yield lambda stage: status.update(f"{title}: {stage}")
-    else:
-        yield lambda stage: err_console.print(f"{title}: {stage}")
-
-
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def _report_dict(report: Any) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(report.to_json())
-    return data
-
-
-def _print_report(report: Any) -> None:
-    table = Table(title=f"parity {report.status}, against {report.reference}")
-    for column in ("implementation", "layer", "worst site", "adapter", "error", "gain", ""):
-        table.add_column(column)
-    worst: dict[tuple[str, str], Any] = {}
-    for row in report.rows:
-        key = (row.implementation, row.layer)
-        rank = (not row.passed, row.error)
-        if key not in worst or rank > (not worst[key].passed, worst[key].error):
-            worst[key] = row
-    for row in worst.values():
-        gain = "" if row.gain is None else f"{row.gain:.5f}"
-        verdict = "ok" if row.passed else "FAILED"
-        error = f"{row.error:.1e}"
-        table.add_row(row.implementation, row.layer, row.site, row.adapter, error, gain, verdict)
-    out_console.print(table)
-    for name, why in report.skipped.items():
-        out_console.print(f"not run: {name}: {why}")
 
 
 def _inspect_adapter(path: Path, base: str | None, as_json: bool) -> None:
@@ -346,20 +291,14 @@ def _inspect_adapter(path: Path, base: str | None, as_json: bool) -> None:
     header = read_adapter(path)
     if base is None:
         deltas = measure_deltas(header)
-        (_print_json if as_json else _print_tree)(deltas_dict(header, deltas))
+        (print_json if as_json else print_tree)(deltas_dict(header, deltas))
     else:
         moves = measure_moves(header, resolve_directory(base, Path(), BaseModelError))
         deltas = tuple(move.delta for move in moves)
         if as_json:
-            _print_json(moves_dict(header, base, moves))
+            print_json(moves_dict(header, base, moves))
         else:
             print_moves(header, base, moves, out_console)
     zeros = describe_zeros(deltas)
     if zeros:
         err_console.print(f"warning: {zeros}")
-
-
-def _print_tree(data: Any) -> None:
-    import yaml
-
-    out_console.print(Text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip()))

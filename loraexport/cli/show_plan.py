@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..plan.layers import LayerPlan
+from ..plan.layer import LayerPlan
 from ..plan.plan import Plan
 from .console import make_table, print_line
 

@@ -7,8 +7,6 @@ Graph inputs that join: adapter_ids int64 [batch], and the stacks, which need no
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,20 +15,18 @@ import torch
 from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
-from loraexport_runtime.contract.manifest import Layer, Strategy
+from loraexport_runtime.contract.manifest import Layer
 
 from ..errors import ExportError
 from ..graphs.products import Graft, Layout, take_place
 from ..lora.augmented import Augmented
 from ..lora.masked import Masked
 from ..lora.strategy import Base, Sizes
-from ..plan.layers import make_stacks
 from ..tensors import TORCH_DTYPES
 from .onnx import export_program, make_overridable
 
 ADAPTER_IDS = "adapter_ids"
 _DOMAIN = "loraexport"
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _ROWS = torch.export.Dim("rows")
 
@@ -94,25 +90,6 @@ class _Route(nn.Module):
         per_row = 1 if x is None else x.shape[0] // adapter_ids.shape[0]
         own = self.lora.route_rows(adapter_ids, per_row)[1]
         return own.unsqueeze(1) if self._layout == "batched" else own
-
-
-def fit_stacks(one: Graft, num_slots: int) -> Graft:
-    """The graft with the stacks that its products allow, where the plan has augmented: W is in
-    them if each is a MatMul with a float weight, and else masked is the nearest form."""
-    if one.layer.strategy != "augmented":
-        return one
-    strategy: Strategy = "augmented" if all(map(_is_plain, one.nodes)) else "masked"
-    widths = one.widths if strategy == "augmented" else [one.layer.out_features]
-    slot_rows = one.layer.stacks[0].slot_rows
-    stacks = make_stacks(one.layer, strategy, num_slots, widths, slot_rows=slot_rows)
-    return replace(one, layer=replace(one.layer, strategy=strategy, stacks=stacks))
-
-
-def _is_plain(node: ir.Node) -> bool:
-    weight = node.inputs[1]
-    if node.op_type != "MatMul" or weight is None or weight.const_value is None:
-        return False
-    return weight.const_value.dtype in _FLOATS
 
 
 def graft(
@@ -291,8 +268,3 @@ class _Parts:
 
 def _input(name: str, shape: Any, dtype: ir.DataType) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def save_grafted(model: ir.Model, path: Path) -> None:
-    """Write a graph, its weights in one file beside it."""
-    ir.save(model, path, external_data=f"{path.name}.data")

@@ -9,14 +9,10 @@ import numpy as np
 
 from loraexport_runtime.adapters.config import CONFIG_FILE, read_config
 from loraexport_runtime.adapters.dora import output_scale
-from loraexport_runtime.adapters.header import (
-    AdapterHeader,
-    AdapterModule,
-    LoraWeights,
-    match_sites,
-    read_lora_weights,
-)
+from loraexport_runtime.adapters.header import AdapterHeader, AdapterModule
+from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.adapters.tensor_files import FLOAT_DTYPES, TensorInfo, read_tensors
+from loraexport_runtime.adapters.tensors import LoraWeights, read_lora_weights
 from loraexport_runtime.errors import AdapterWeightsError
 
 from .checkpoint import read_checkpoint

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loraexport_runtime.adapters.header import LoraWeights
+from loraexport_runtime.adapters.tensors import LoraWeights
 from loraexport_runtime.contract.manifest import Layer
 
 from ..tensors import to_torch

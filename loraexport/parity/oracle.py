@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.contract.manifest import Manifest
+
 
 @dataclass(frozen=True)
 class ReferenceAdapter:
@@ -144,3 +147,13 @@ def _find(module: str, sites: Sequence[str]) -> str:
     exact = [site for site in sites if site == module]
     close = [site for site in sites if module.endswith("." + site) or site.endswith("." + module)]
     return (exact or close)[0]
+
+
+def read_adapters(folder: Path, manifest: Manifest) -> dict[int, ReferenceAdapter]:
+    """The adapters that start loaded, as the oracle reads them, by slot."""
+    sites = [part.site for layer in manifest.layers for part in layer.slices]
+    return {
+        entry.slot: read_reference_adapter(resolve(folder, entry.path), sites, entry.scale)
+        for entry in manifest.adapters
+        if entry.slot is not None
+    }

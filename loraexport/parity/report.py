@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
+import torch
 
-from loraexport_runtime.contract.manifest import ParityStatus, ParitySummary
+from loraexport_runtime.contract.manifest import Manifest, ParityStatus, ParitySummary
+
+from ..spec.schema import Spec
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,19 @@ class Tolerance:
     """Half the spacing of the dtype at 1: what rounding y alone costs, relatively."""
 
 
-TOLERANCES = {
+LAYER_TOLERANCES = {
     # Sums of a few thousand float32 products in another order: 1e-6 is common.
     "float32": Tolerance(error=2e-5, gain=1e-4, epsilon=2.0**-24),
     # Weights, x A^T and y are rounded to 11 bits each; sums are float32 inside.
     "float16": Tolerance(error=4e-3, gain=5e-3, epsilon=2.0**-11),
     # The same with 8 bits.
     "bfloat16": Tolerance(error=3e-2, gain=4e-2, epsilon=2.0**-8),
+}
+MODEL_TOLERANCES = {
+    # A dozen layers add up what one layer rounds (see above), and gain is not linear.
+    "float32": Tolerance(error=1e-4, gain=1e-3, epsilon=2.0**-24),
+    "float16": Tolerance(error=2e-2, gain=3e-2, epsilon=2.0**-11),
+    "bfloat16": Tolerance(error=1e-1, gain=1e-1, epsilon=2.0**-8),
 }
 
 
@@ -168,3 +180,54 @@ def compare(
         moved=norm / max(float(np.linalg.norm(base_expected)), 1e-30) if norm > 0 else None,
         passed=passed,
     )
+
+
+CASES_FILE = "parity/cases.safetensors"
+
+
+def slot_names(manifest: Manifest) -> dict[int, str]:
+    """Adapter name by slot, for the adapters that start loaded."""
+    return {entry.slot: entry.name for entry in manifest.adapters if entry.slot is not None}
+
+
+def tolerance_of(spec: Spec, table: Mapping[str, Tolerance]) -> Tolerance:
+    """The dtype's own, unless the spec sets the error that it allows."""
+    tolerance = table[spec.export.dtype]
+    if spec.parity.tolerance is None:
+        return tolerance
+    return replace(tolerance, error=spec.parity.tolerance)
+
+
+def make_report(
+    source: str,
+    manifest: Manifest,
+    tolerance: Tolerance,
+    rows: Sequence[Row],
+    skipped: dict[str, str],
+    has_onnx: bool,
+) -> Report:
+    """The report of all rows; deferred, if there are ONNX graphs that nothing ran."""
+    ran_onnx = any(row.implementation.startswith("onnx") for row in rows)
+    return Report(
+        source,
+        manifest.dtype,
+        tolerance.error,
+        tuple(rows),
+        skipped,
+        environment(),
+        deferred=has_onnx and not ran_onnx,
+    )
+
+
+def environment() -> dict[str, str]:
+    """What the figures depend on."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+    return found

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..errors import UsageError
+from ..spec.schema import Costs
 
 COSTS_FILE = Path(__file__).with_name("costs.json")
 _CHUNK = 64
@@ -34,27 +35,6 @@ class Shape:
     """On average."""
     bytes_per_value: int
     has_bias: bool = False
-
-
-class Costs(BaseModel):
-    """Microseconds of one kernel, of a GB moved, and of a GFLOP."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    device: str
-    launch: float
-    gbyte: float
-    gflop: float
-
-    def added(self, strategy: Strategy, shape: Shape) -> float:
-        """Microseconds that the strategy adds to the base alone."""
-        kernels, gbytes, gflops = work(strategy, shape)
-        return self.launch * kernels + self.gbyte * gbytes + self.gflop * gflops
-
-    def is_apart(self, shape: Shape, slices: int) -> bool:
-        """Whether a product for each slice costs less than one for all, and y's split after it."""
-        moved = 2 * shape.tokens * shape.out_features * shape.bytes_per_value
-        return self.launch * (slices - 1) < self.launch + self.gbyte * moved / 1e9
 
 
 def read_costs(path: Path = COSTS_FILE) -> Costs:
@@ -109,6 +89,18 @@ class Measured:
     added: float
     base: float
     """The base alone."""
+
+
+def added(costs: Costs, strategy: Strategy, shape: Shape) -> float:
+    """Microseconds that the strategy adds to the base alone."""
+    kernels, gbytes, gflops = work(strategy, shape)
+    return costs.launch * kernels + costs.gbyte * gbytes + costs.gflop * gflops
+
+
+def is_apart(costs: Costs, shape: Shape, slices: int) -> bool:
+    """Whether a product for each slice costs less than one for all, and y's split after it."""
+    moved = 2 * shape.tokens * shape.out_features * shape.bytes_per_value
+    return costs.launch * (slices - 1) < costs.launch + costs.gbyte * moved / 1e9
 
 
 def fit(device: str, measured: Sequence[Measured]) -> Costs:

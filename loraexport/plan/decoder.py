@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraexport_runtime.adapters.header import AdapterHeader, match_sites
+from loraexport_runtime.adapters.header import AdapterHeader
+from loraexport_runtime.adapters.sites import match_sites
 
 from ..spec.schema import Spec
-from .layers import LayerPlan, make_layer_plan, refuse_features, true_rows
-from .model import named_sites, share_inputs, site_layer
+from .layer import LayerPlan, make_layer_plan, refuse_features
+from .sites import named_sites, share_inputs, site_layer
+from .stacks import true_rows
 
 
 @dataclass(frozen=True)

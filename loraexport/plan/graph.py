@@ -6,16 +6,19 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from loraexport_runtime.adapters.header import AdapterHeader, match_sites
+from loraexport_runtime.adapters.header import AdapterHeader
+from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
 from loraexport_runtime.errors import AdapterWeightsError
 
 from ..errors import BaseModelError
+from ..graphs.files import read_graph
 from ..graphs.places import Place, find_places
 from ..graphs.products import Product, list_products
 from ..spec.schema import OnnxSpec, Spec
-from .layers import LayerPlan, make_layer_plan, refuse_features, true_rows
-from .model import named_sites, site_layer
+from .layer import LayerPlan, make_layer_plan, refuse_features
+from .sites import named_sites, site_layer
+from .stacks import true_rows
 
 _OUTPUT_LAYERS = ("lm_head", "classifier", "score")
 """What all-linear leaves out, by the first or last part of a name."""
@@ -79,20 +82,6 @@ def plan_onnx(
         layers.append(make_layer_plan(layer, (), False, spec, num_slots, slot_rows=rows))
         outputs[layer.name] = tuple(one.output for place in group for one in place.products)
     return tuple(layers), GraphPlan(directory, file, generates, outputs)
-
-
-def read_graph(file: Path) -> ir.Model:
-    """An ONNX file; its external data is not read yet.
-
-    Raises:
-        BaseModelError: there is none, or it is damaged.
-    """
-    if not file.is_file():
-        raise BaseModelError(f"{file}: no such file; base.file names the graph in base.path")
-    try:
-        return ir.load(file)
-    except Exception as error:  # protobuf's own, which is no dependency of ours
-        raise BaseModelError(f"{file}: not readable as ONNX: {error}") from error
 
 
 def _match(header: AdapterHeader, sites: Iterable[str], file: Path) -> dict[str, str]:

@@ -7,8 +7,9 @@ the meta device to see its sites, which imports transformers.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loraexport_runtime.adapters.header import AdapterHeader, match_sites, read_adapter
-from loraexport_runtime.adapters.packing import check_fit
+from loraexport_runtime.adapters.fit import check_fit
+from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
+from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.contract.manifest import AdapterSite
 from loraexport_runtime.errors import AdapterError
 
@@ -18,7 +19,8 @@ from ..hf.sources import resolve_directory
 from ..spec.schema import Spec
 from .decoder import GeneratorPlan, plan_decoder
 from .graph import GraphPlan, plan_onnx
-from .layers import LayerPlan, plan_layer, refuse_features
+from .layer import LayerPlan, refuse_features
+from .layers import plan_layer
 from .model import ModelPlan, plan_model
 
 

@@ -5,11 +5,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from loraexport_runtime.adapters.header import AdapterHeader, match_sites, read_adapter
+from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
+from loraexport_runtime.adapters.sites import match_sites
 
 from ..errors import BaseModelError, SpecError, UsageError
 from ..hf.sources import resolve_directory
-from ..spec.schema import Spec, read_spec
+from ..spec.reader import read_spec
+from ..spec.schema import Spec
 from ..spec.strict_yaml import to_yaml
 
 _TASKS = {

@@ -4,18 +4,13 @@ The models below are the contract: `loraexport schema` prints them as JSON Schem
 """
 
 import hashlib
-import json
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from loraexport_runtime.contract.manifest import DType
 
-from ..errors import SpecError
-from ..plan.costs import Costs
-from .problems import cross_problems, schema_problems
-from .strict_yaml import read_yaml, to_yaml
+from .strict_yaml import to_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Size = Annotated[int, Field(gt=0)]
@@ -160,6 +155,15 @@ class AdapterSpec(_Model):
     )
 
 
+class Costs(_Model):
+    """Microseconds of one kernel, of a GB moved, and of a GFLOP."""
+
+    device: str
+    launch: float
+    gbyte: float
+    gflop: float
+
+
 class TuneSpec(_Model):
     """What strategy `auto` optimises for."""
 
@@ -247,59 +251,3 @@ class Spec(_Model):
     def digest(self) -> str:
         """sha256 of the resolved spec, as hexadecimal text."""
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
-
-
-def read_spec(path: Path) -> Spec:
-    """Read and check a spec.
-
-    Raises:
-        SpecError: with every problem of the file, each with line, path, and a hint.
-    """
-    data, lines, problems = read_yaml(path)
-    problems += cross_problems(data, lines)
-    try:
-        spec = Spec.model_validate_json(json.dumps(data))
-    except ValidationError as error:
-        problems += schema_problems(error.errors(), lines, _keys_beside)
-    if problems:
-        raise SpecError(str(path), problems)
-    return spec
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a spec, for editors."""
-    schema = Spec.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the contract knows at the place of an unknown key."""
-    models: list[type[BaseModel]] = [
-        Spec,
-        LayersSpec,
-        TransformersSpec,
-        CausalLmSpec,
-        OnnxSpec,
-        SiteRule,
-        AdapterSpec,
-        ExportSpec,
-        TuneSpec,
-        Costs,
-        ParitySpec,
-    ]
-    models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
-    parents: dict[tuple[str, ...], list[type[BaseModel]]] = {
-        (): [Spec],
-        ("base",): [LayersSpec, TransformersSpec, CausalLmSpec, OnnxSpec],
-        ("base", "sites"): [SiteRule],
-        ("base", "init"): [InitSpec],
-        ("base", "layers"): [LinearSpec, EmbeddingSpec],
-        ("base", "layers", "slices"): [SliceSpec],
-        ("adapters",): [AdapterSpec],
-        ("export",): [ExportSpec],
-        ("export", "tune"): [TuneSpec],
-        ("export", "tune", "costs"): [Costs],
-        ("parity",): [ParitySpec],
-    }
-    parent = tuple(part for part in location[:-1] if isinstance(part, str))
-    return [key for model in parents.get(parent, models) for key in model.model_fields]

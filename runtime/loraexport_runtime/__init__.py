@@ -17,7 +17,8 @@ from .errors import (
     UnknownAdapterError,
     WeightsError,
 )
-from .sessions.layers import LayerSession, Session, load
+from .sessions.layers import LayerSession, Session
+from .sessions.load import load
 from .sessions.model import ModelSession
 from .slots.pool import AdapterInfo
 

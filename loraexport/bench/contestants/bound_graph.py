@@ -6,10 +6,11 @@ from pathlib import Path
 import onnxruntime as ort
 from torch import Tensor
 
-from loraexport_runtime.device.providers import device_value, open_session
+from loraexport_runtime.device.memory import device_value
+from loraexport_runtime.device.ort_session import open_session
 
-from ..contest import CannotRun
 from ..device import Device
+from ..work import CannotRun
 
 NOT_CAPTURED = -1
 """onnxruntime's own number for a run that is not to be captured, in a session that captures."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from loraexport_runtime.generation.captured.engine import DrivenEngine
-from loraexport_runtime.generation.sampling import Sampling
+from loraexport_runtime.generation.engine import Sampling
 
 from ...tensors import TORCH_DTYPES
-from ..contest import CannotRun
 from ..device import Device
+from ..work import CannotRun
 from .bound_graph import NOT_CAPTURED, Graph
 
 _LOGITS = {

@@ -13,7 +13,7 @@ from ...hf.quiet import quiet_models
 from ...lora.model_sites import ModelSite
 from ...lora.segmented import add_segmented_lora
 from ...lora.strategy import Base, Routing, Sizes, Strategy
-from ..contest import CannotRun
+from ..work import CannotRun
 
 
 class LoopOverStacks(Strategy):

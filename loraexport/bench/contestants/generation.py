@@ -15,17 +15,19 @@ import numpy as np
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
 from loraexport_runtime.generation.captured.engine import DrivenEngine
 
+from ...bases.adapters import pack_adapters
 from ...bases.genai_folder import adapt_config
 from ...bases.grafted import find_sites, load_base, load_graph
-from ...bases.layers import pack_adapters
-from ...export.graft import graft, save_grafted
+from ...export.graft import graft
+from ...graphs.files import save_grafted
 from ...hf.model import model_class, no_progress_bar, read_config
 from ...hf.quiet import quiet_models
 from ...plan.plan import make_plan
 from ...tensors import TORCH_DTYPES
-from ..contest import Contest, Contestant, Group, Work
+from ..contest import Contest, Contestant, Group
 from ..floors import site_floors
 from ..results import Cell
+from ..work import Work
 from ..workloads.batches import draw_slots, rows_by_slot
 from ..workloads.projects import Lab, adapter_names, model_spec
 from ..workloads.schema import GenerationWorkload

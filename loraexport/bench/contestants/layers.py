@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...bases.layers import Base, LayerModules, build_modules, load_adapters, load_base
+from ...bases.adapters import load_adapters
+from ...bases.layers import LayerModules, build_modules, load_base
+from ...bases.weights import Base
 from ...plan.plan import Plan, make_plan
 from ...tensors import to_numpy, to_torch
-from ..contest import Contest, Contestant, Work, peers, run_in_turn
+from ..contest import Contest, Contestant, peers
 from ..floors import site_floors
 from ..results import Cell
+from ..work import Work, run_in_turn
 from ..workloads.batches import draw_slots, even_bounds, rows_by_slot
 from ..workloads.projects import Lab, adapter_names, layers_spec
 from ..workloads.schema import LayersWorkload

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from loraexport_runtime.contract.manifest import Stack
 
-from ...bases.model import ModelModules, MultiLoraModel, load_model
+from ...bases.model import ModelModules, load_model
+from ...bases.multi_lora_model import MultiLoraModel
 from ...errors import UsageError
 from ...export.onnx import export_model_onnx
 from ...hf.model import (
@@ -34,9 +35,10 @@ from ...lora.model_sites import RowContext
 from ...lora.rows import RowSlots
 from ...plan.plan import Plan, make_plan
 from ...tensors import to_numpy, to_torch
-from ..contest import Contest, Contestant, Work, peers, run_in_turn
+from ..contest import Contest, Contestant, peers
 from ..floors import site_floors
 from ..results import Cell
+from ..work import Work, run_in_turn
 from ..workloads.batches import draw_slots, rows_by_slot, spread_lengths
 from ..workloads.projects import Lab, adapter_names, model_spec
 from ..workloads.schema import ModelWorkload, Shape

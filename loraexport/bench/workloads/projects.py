@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from loraexport_runtime.device.providers import NUMPY_DTYPES
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ...errors import UsageError
 from ...hf.quiet import quiet_models

@@ -14,20 +14,31 @@ from typing import Any
 import numpy as np
 from torch.utils.dlpack import from_dlpack
 
-from loraexport_runtime.contract.manifest import Generator, Manifest, resolve
-from loraexport_runtime.device.providers import host_value, normalise_providers
+from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.contract.manifest import Generator, Manifest
+from loraexport_runtime.device.memory import host_value
+from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.errors import ProviderError
 from loraexport_runtime.generation.generator import TextGenerator
 
+from ...graphs.sessions import open_plain_onnx
 from ...hf.model import load_plain_model
 from ...hf.quiet import quiet_models
 from ...spec.schema import Spec
 from ...tensors import to_numpy
-from ..implementations import make_report, open_plain_onnx, slot_names, tolerance_of
-from ..model.check import TOLERANCES
-from ..model.reference import BASE, Mix, only
-from ..report import Report, Row, Tolerance, compare
-from .reference import STEPS, DecoderReference, empty_cache, make_cases, read_config, read_logits
+from ..model.cases import BASE, Mix, only
+from ..report import (
+    MODEL_TOLERANCES,
+    Report,
+    Row,
+    Tolerance,
+    compare,
+    make_report,
+    slot_names,
+    tolerance_of,
+)
+from .cases import STEPS, empty_cache, make_cases, read_config
+from .reference import DecoderReference, read_logits
 
 Logits = Callable[[list[list[int]], np.ndarray, np.ndarray], np.ndarray]
 """(prompts, tokens to feed [batch, STEPS], adapter_ids) -> logits [batch, STEPS, vocabulary]."""
@@ -46,7 +57,7 @@ def check_decoder(
     Args:
         plain: the Hugging Face model's directory, for PEFT, or why PEFT cannot be asked.
     """
-    tolerance = tolerance_of(spec, TOLERANCES)
+    tolerance = tolerance_of(spec, MODEL_TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
     for name, run in _implementations(folder, manifest, plain, providers, skipped):

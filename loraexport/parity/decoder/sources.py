@@ -15,10 +15,12 @@ from loraexport_runtime.contract.manifest import Manifest
 from ...bases.grafted import find_sites, load_graph, plain_directory
 from ...hf.model import load_plain_model
 from ...plan.plan import Plan
+from ..model.cases import Mix
 from ..model.graph_model import SOURCE, GraphModel
-from ..model.reference import Mix, merged_into, read_adapters
-from ..oracle import ReferenceAdapter
-from .reference import STEPS, Decoder, empty_cache, read_config, read_logits
+from ..model.plain_model import merged_into
+from ..oracle import ReferenceAdapter, read_adapters
+from .cases import STEPS, empty_cache, read_config
+from .reference import Decoder, read_logits
 
 
 def open_decoder(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraexport_runtime.contract.manifest import Layer
-from loraexport_runtime.device.providers import NUMPY_DTYPES
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 
 @dataclass(frozen=True)

@@ -12,40 +12,30 @@ import torch
 
 from loraexport_runtime import ModelSession
 from loraexport_runtime.adapters.packing import lowest
-from loraexport_runtime.contract.manifest import Manifest, Model, resolve
-from loraexport_runtime.device.providers import CPU, NUMPY_DTYPES, normalise_providers
+from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
+from loraexport_runtime.device.providers import CPU, normalise_providers
 from loraexport_runtime.slots.batch import Row as Names
 
 from ...bases.model import ModelModules
+from ...graphs.sessions import open_plain_onnx
 from ...spec.schema import Spec
 from ...tensors import to_numpy, to_torch
-from ..implementations import (
+from ..implementations import open_torchscript, torch_devices
+from ..report import (
+    MODEL_TOLERANCES,
+    Report,
+    Row,
+    Tolerance,
+    compare,
     make_report,
-    open_plain_onnx,
-    open_torchscript,
     slot_names,
     tolerance_of,
-    torch_devices,
 )
-from ..report import Report, Row, Tolerance, compare
-from .reference import (
-    BASE,
-    Inputs,
-    Mix,
-    ModelReference,
-    Outputs,
-    RowCase,
-    kept_tokens,
-    make_cases,
-    only,
-)
+from .cases import BASE, Inputs, Mix, Outputs, RowCase, kept_tokens, make_cases, only
+from .reference import ModelReference
 
-TOLERANCES = {
-    # A dozen layers add up what one layer rounds (see report.TOLERANCES), and gain is not linear.
-    "float32": Tolerance(error=1e-4, gain=1e-3, epsilon=2.0**-24),
-    "float16": Tolerance(error=2e-2, gain=3e-2, epsilon=2.0**-11),
-    "bfloat16": Tolerance(error=1e-1, gain=1e-1, epsilon=2.0**-8),
-}
 Run = Callable[[Inputs, RowCase], Outputs]
 """(inputs by name, what each row uses) -> the model's outputs by name."""
 
@@ -64,7 +54,7 @@ def check_model(
     Args:
         plain: the eager model and the base's directory, or why there are none.
     """
-    tolerance = tolerance_of(spec, TOLERANCES)
+    tolerance = tolerance_of(spec, MODEL_TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
     every = _implementations(folder, manifest, model, plain, providers, skipped)

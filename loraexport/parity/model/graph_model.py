@@ -14,12 +14,12 @@ import onnx_ir as ir
 from loraexport_runtime.contract.manifest import Manifest
 
 from ...bases.grafted import find_sites
-from ...bases.graph import Tokens, find_tokens
+from ...bases.graph_signature import Tokens, find_tokens
 from ...graphs.products import Graft, take_place
+from ...graphs.sessions import open_graph
 from ...plan.plan import Plan
-from ..implementations import open_graph
-from ..oracle import ReferenceAdapter
-from .reference import Inputs, Mix, Outputs, read_adapters
+from ..oracle import ReferenceAdapter, read_adapters
+from .cases import Inputs, Mix, Outputs
 
 SOURCE = "the base's own graph, the adapter's product added in float64"
 

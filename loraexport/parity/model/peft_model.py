@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from loraexport_runtime.adapters.header import AdapterHeader, match_sites, read_adapter
-from loraexport_runtime.contract.manifest import AdapterEntry, Manifest, Model, resolve
+from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
+from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.contract.manifest import AdapterEntry, Manifest, Model
 
 from ...hf.quiet import quiet_models
-from .reference import Inputs, PlainModel, RowCase
+from .cases import Inputs, RowCase
+from .plain_model import PlainModel
 
 
 class PeftReference:

@@ -7,8 +7,8 @@ import numpy as np
 
 from ..contract.manifest import Layer
 from ..errors import WeightsError
-from .header import LoraWeights, ModuleWeights
 from .tensor_files import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
+from .tensors import LoraWeights, ModuleWeights
 
 SCALES_FILE = "output_scales.safetensors"
 """Of an adapter that an artifact carries: site -> g float32 [out], with the scale of the spec."""

@@ -5,23 +5,20 @@ The one parser of PEFT adapters in this project: the exporter imports it from he
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import AdapterWeightsError, WeightsError
 from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_config
-from .tensor_files import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
+from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header
 
 Feature = Literal["dora", "bias", "heads"]
 """What an adapter may bring beside A and B; a graph has a place for it, or not."""
 
 _PREFIX = "base_model.model."
-_Tensor = tuple[str, TensorInfo]
+NamedTensor = tuple[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,16 @@ class AdapterModule:
     scaling: float
     """lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA; patterns applied."""
     is_embedding: bool
-    a: _Tensor = field(repr=False)
-    b: _Tensor = field(repr=False)
-    magnitude: _Tensor | None = field(repr=False)
+    a: NamedTensor = field(repr=False)
+    b: NamedTensor = field(repr=False)
+    magnitude: NamedTensor | None = field(repr=False)
     """DoRA's m [out]: the rows of W + scaling B A are scaled to these norms."""
-    lora_bias: _Tensor | None = field(repr=False)
+    lora_bias: NamedTensor | None = field(repr=False)
     """[out], added to B's output before the scaling."""
-    base_bias: _Tensor | None = field(repr=False)
+    base_bias: NamedTensor | None = field(repr=False)
     """[out], trained in place of the base's own."""
 
-    def tensors(self) -> list[_Tensor]:
+    def tensors(self) -> list[NamedTensor]:
         every = (self.a, self.b, self.magnitude, self.lora_bias, self.base_bias)
         return [tensor for tensor in every if tensor is not None]
 
@@ -55,10 +52,10 @@ class SavedModule:
 
     in_features: int
     out_features: int
-    weight: _Tensor = field(repr=False)
-    bias: _Tensor | None = field(repr=False)
+    weight: NamedTensor = field(repr=False)
+    bias: NamedTensor | None = field(repr=False)
 
-    def tensors(self) -> list[_Tensor]:
+    def tensors(self) -> list[NamedTensor]:
         return [self.weight] + ([self.bias] if self.bias else [])
 
 
@@ -73,7 +70,7 @@ class AdapterHeader:
     """By module name as PEFT saved it, without `base_model.model.`."""
     saved: dict[str, SavedModule]
     """By module name likewise."""
-    base_copies: dict[str, _Tensor] = field(repr=False)
+    base_copies: dict[str, NamedTensor] = field(repr=False)
     """Embedding weights that PEFT saves beside an embedding LoRA, by module name."""
 
     @property
@@ -90,29 +87,6 @@ class AdapterHeader:
             "heads": bool(self.saved),
         }
         return tuple(feature for feature, used in found.items() if used)
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """The tensors of one module: A [rank, in], B [out, rank], as stored; see AdapterModule."""
-
-    a: np.ndarray
-    b: np.ndarray
-    scaling: float
-    magnitude: np.ndarray | None = None
-    lora_bias: np.ndarray | None = None
-    base_bias: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class SavedWeights:
-    """The tensors of one linear layer that was trained whole: weight [out, in], bias [out]."""
-
-    weight: np.ndarray
-    bias: np.ndarray | None
-
-
-ModuleWeights = LoraWeights | SavedWeights
 
 
 def read_adapter(path: Path) -> AdapterHeader:
@@ -142,9 +116,9 @@ def read_adapter(path: Path) -> AdapterHeader:
             f"{weights}: no such file; a PEFT adapter is a directory with {CONFIG_FILE} and"
             f" {WEIGHTS_FILE}"
         )
-    factors: dict[str, dict[str, _Tensor]] = {}
-    whole: dict[str, dict[str, _Tensor]] = {}
-    base_copies: dict[str, _Tensor] = {}
+    factors: dict[str, dict[str, NamedTensor]] = {}
+    whole: dict[str, dict[str, NamedTensor]] = {}
+    base_copies: dict[str, NamedTensor] = {}
     for name, info in read_header(weights).items():
         module, role = _split_name(name, config["modules_to_save"], weights)
         if role == "base":
@@ -167,117 +141,6 @@ def read_adapter(path: Path) -> AdapterHeader:
         {name: _saved(name, parts, weights) for name, parts in sorted(whole.items())},
         base_copies,
     )
-
-
-def read_lora_weights(
-    header: AdapterHeader, modules: Iterable[str] | None = None
-) -> dict[str, LoraWeights]:
-    """Read the LoRA of some modules (default: all). Raises WeightsError on NaN or Inf."""
-    chosen = {name: header.modules[name] for name in (modules or header.modules)}
-    arrays = read_tensors(tensor for module in chosen.values() for tensor in module.tensors())
-
-    def values(tensor: _Tensor | None) -> np.ndarray | None:
-        return None if tensor is None else arrays[tensor[0]]
-
-    return {
-        name: LoraWeights(
-            arrays[module.a[0]],
-            arrays[module.b[0]],
-            module.scaling,
-            values(module.magnitude),
-            values(module.lora_bias),
-            values(module.base_bias),
-        )
-        for name, module in chosen.items()
-    }
-
-
-def read_saved_weights(header: AdapterHeader) -> dict[str, SavedWeights]:
-    """Read the layers that were trained whole. Raises WeightsError on NaN or Inf."""
-    arrays = read_tensors(tensor for one in header.saved.values() for tensor in one.tensors())
-    return {
-        name: SavedWeights(arrays[one.weight[0]], arrays[one.bias[0]] if one.bias else None)
-        for name, one in header.saved.items()
-    }
-
-
-def read_site_weights(
-    header: AdapterHeader, matched: Mapping[str, str]
-) -> dict[str, ModuleWeights]:
-    """Everything that an adapter brings, by site; `matched` is of `match_sites`."""
-    found: dict[str, ModuleWeights] = {**read_lora_weights(header), **read_saved_weights(header)}
-    return {site: found[module] for site, module in matched.items()}
-
-
-def match_sites(header: AdapterHeader, sites: Collection[str]) -> dict[str, str]:
-    """Site -> module of the adapter that applies there.
-
-    A module trained on `…ForCausalLM` carries one more leading name than the bare model, and the
-    other way round: names are equal as they are, or after one leading name is dropped on one side,
-    the same side for every module.
-
-    Raises:
-        AdapterWeightsError: a module has no site in this base.
-    """
-    best: dict[str, str] = {}
-    for drop_module, drop_site in ((0, 0), (1, 0), (0, 1)):
-        known: dict[str, list[str]] = {}
-        for site in sites:
-            known.setdefault(_drop(site, drop_site), []).append(site)
-        hits = [
-            (site, module)
-            for module in (*header.modules, *header.saved)
-            for site in known.get(_drop(module, drop_module), ())
-        ]
-        found = dict(hits)
-        if len(found) <= len(best):
-            continue
-        of_site = Counter(site for site, _ in hits)
-        of_module = Counter(module for _, module in hits)
-        twice = [hit for hit in hits if of_site[hit[0]] > 1 or of_module[hit[1]] > 1]
-        if twice:
-            (site, module), (other_site, other_module) = twice[:2]
-            raise AdapterWeightsError(
-                f"{header.path}: module {module!r} fits site {site!r} but for the first name, and"
-                f" {other_module!r} fits {other_site!r}: it is not clear which belong together."
-                " Name the spec's sites as the adapter names its modules"
-            )
-        best = found
-    homeless = sorted(set(header.saved) - set(best.values()))
-    if homeless:
-        raise AdapterWeightsError(
-            f"{header.path}: it brings {homeless[0]!r}, trained whole (modules_to_save), for which"
-            " there is no place here. Choose a task whose model has this layer, and where adapters"
-            " with heads come later, add features: [heads] to the spec; then build again"
-        )
-    missing = sorted(set(header.modules) - set(best.values()))
-    if missing:
-        raise AdapterWeightsError(
-            f"{header.path}: {len(missing)} of {len(header.modules)} modules have no site in this"
-            f" base, first {missing[0]!r}. Sites here: {_some(sorted(sites))}."
-            " Add the missing sites to the spec, or check that the adapter belongs to this base"
-        )
-    return best
-
-
-def check_base_copies(
-    header: AdapterHeader, matched: Mapping[str, str], base_weights: Mapping[str, str]
-) -> None:
-    """PEFT saves an embedding's own weight beside its LoRA: hold it to the base's digest.
-
-    Raises:
-        AdapterWeightsError: it differs, so the adapter was trained on another embedding.
-    """
-    site_of = {module: site for site, module in matched.items()}
-    for module, (name, info) in header.base_copies.items():
-        site = site_of.get(module)
-        if site is None or base_weights[site] not in digests_of(read_tensors([(name, info)])[name]):
-            raise AdapterWeightsError(
-                f"{header.path}: it carries the base weight {name!r}, which differs from the weight"
-                " of this base: the adapter was trained on another embedding, or in a smaller"
-                " dtype. If this is its base, save the adapter again with peft:"
-                " model.save_pretrained(folder, save_embedding_layers=False)"
-            )
 
 
 def digest_adapter(path: Path) -> str:
@@ -323,7 +186,7 @@ def _is_saved(module: str, modules_to_save: Sequence[str]) -> bool:
     return any(holder.endswith(name) for holder in holders for name in modules_to_save)
 
 
-def _saved(module: str, parts: dict[str, _Tensor], file: Path) -> SavedModule:
+def _saved(module: str, parts: dict[str, NamedTensor], file: Path) -> SavedModule:
     where = f"{file}: module {module!r}, trained whole (modules_to_save),"
     weight, bias = parts.get("saved_weight"), parts.get("saved_bias")
     unknown = sorted(set(parts) - {"saved_weight", "saved_bias"})
@@ -345,7 +208,7 @@ def _saved(module: str, parts: dict[str, _Tensor], file: Path) -> SavedModule:
 
 
 def _pair(
-    module: str, parts: dict[str, _Tensor], config: dict[str, Any], file: Path
+    module: str, parts: dict[str, NamedTensor], config: dict[str, Any], file: Path
 ) -> AdapterModule:
     is_embedding = "embedding_A" in parts or "embedding_B" in parts
     names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
@@ -383,7 +246,7 @@ def _pair(
 
 def _check_extras(
     module: str,
-    extras: Mapping[str, _Tensor | None],
+    extras: Mapping[str, NamedTensor | None],
     config: dict[str, Any],
     out_features: int,
     is_embedding: bool,
@@ -412,19 +275,10 @@ def _check_extras(
             )
 
 
-def _check_floats(tensors: Iterable[_Tensor], file: Path) -> None:
+def _check_floats(tensors: Iterable[NamedTensor], file: Path) -> None:
     for name, info in tensors:
         if info.dtype not in FLOAT_DTYPES:
             raise AdapterWeightsError(
                 f"{file}: tensor {name!r} is {info.dtype}; an adapter's weights are floats"
                 f" ({', '.join(FLOAT_DTYPES)}): dequantize the adapter first"
             )
-
-
-def _drop(name: str, count: int) -> str:
-    return name.split(".", count)[-1] if count else name
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … ({len(names)} in all)"

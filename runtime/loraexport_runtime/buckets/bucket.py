@@ -1,20 +1,14 @@
 """Batches padded to a few fixed sizes over fixed memory, so that CUDA graphs can replay them."""
 
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from math import prod
-from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import onnxruntime as ort
 
-from ..contract.manifest import Manifest
-from ..device.binding import run_bound
-from ..device.providers import NUMPY_DTYPES, ONNX_TYPES, graph_options, host_value, rows_view
-from ..errors import InputError, ProviderError
+from ..device.dlpack import rows_view
+from ..device.dtypes import NUMPY_DTYPES, ONNX_TYPES
+from ..device.memory import host_value
 
 Tensors = Mapping[str, tuple[Sequence[int], str]]
 """Name -> shape and dtype."""
@@ -128,103 +122,3 @@ class Bucket:
         return ort.OrtValue.ortvalue_from_shape_and_type(
             list(shape), ONNX_TYPES[dtype], *self._device
         )
-
-
-class Replays:
-    """Runs of sessions that capture CUDA graphs, one at a time.
-
-    onnxruntime keeps a captured graph with the thread that made it. So a bucket is captured twice:
-    by the thread that warms it up, which replays it without a detour, and by a thread of our own,
-    which replays it for all others. Graphs and plain runs of a session compute in the same memory,
-    and no thread may copy to the device while another one captures: hence one lock.
-    """
-
-    def __init__(self, capture: bool) -> None:
-        """`capture`: False on a device without CUDA graphs, where buckets run as they are."""
-        self.capture = capture
-        self.lock = threading.Lock()
-        self.plain_options = graph_options(-1) if capture else None
-        self._ids = count(1)
-        self._mine = threading.local()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-replay")
-
-    def next_options(self) -> ort.RunOptions | None:
-        """For the graph of a new bucket; no id is given twice."""
-        return graph_options(next(self._ids)) if self.capture else None
-
-    def warm_up(self, bucket: Bucket) -> None:
-        """Capture a bucket. Hold `lock`.
-
-        Raises:
-            ProviderError: onnxruntime cannot capture this graph.
-        """
-        try:
-            for _ in range(2):  # onnxruntime takes its memory first, and captures then
-                self._worker.submit(_run, bucket).result()
-            for _ in range(2):
-                _run(bucket)
-        except Exception as error:
-            raise ProviderError(
-                f"onnxruntime {ort.__version__} cannot run or capture this graph with"
-                f" {bucket.size}: {error}. Do not warm up more tokens per row than the model"
-                " takes; or open the artifact again, without cuda_graphs"
-            ) from error
-        self._mine.__dict__.setdefault("buckets", WeakSet()).add(bucket)
-
-    def is_captured_here(self, bucket: Bucket) -> bool:
-        return bucket in self._mine.__dict__.get("buckets", ())
-
-    def run(self, bucket: Bucket) -> None:
-        """Replay a bucket over what was written into it. Hold `lock`."""
-        if self.is_captured_here(bucket):
-            _run(bucket)
-        else:
-            self._worker.submit(_run, bucket).result()
-
-    def run_plain(
-        self,
-        session: ort.InferenceSession,
-        tensors: Mapping[str, tuple[Any, str]],
-        control: Mapping[str, np.ndarray],
-        outputs: Mapping[str, tuple[list[int], str]],
-        device: tuple[str, int],
-    ) -> dict[str, Any]:
-        """`run_bound`, captured by nobody."""
-        with self.lock:
-            return run_bound(session, tensors, control, outputs, device, self.plain_options)
-
-
-def _run(bucket: Bucket) -> None:
-    bucket.session.run_with_iobinding(bucket.binding, bucket.options)
-
-
-def check_capturable(manifest: Manifest) -> None:
-    """Raise ProviderError for a graph whose shapes depend on values."""
-    for layer in manifest.layers:
-        if layer.strategy == "segmented":
-            raise ProviderError(
-                f"layer {layer.name!r} is computed by the strategy 'segmented', whose shapes depend"
-                " on the batch, so no CUDA graph can hold it; build with another export.strategy,"
-                " or pass no cuda_graphs"
-            )
-
-
-def check_sizes(sizes: Any, what: str, num_parts: int) -> list[tuple[int, ...]]:
-    """The sizes that `warm_up` was given, each as a tuple of `num_parts` numbers.
-
-    Raises InputError.
-    """
-    expected = f"expected a list such as {[64, 512] if num_parts == 1 else [(32, 128), (64, 512)]}"
-    if isinstance(sizes, str | Mapping | int | np.integer) or not hasattr(sizes, "__iter__"):
-        raise InputError(f"warm_up: {sizes!r}; {expected}, of {what}")
-    found = []
-    for index, size in enumerate(sizes):
-        parts = size if isinstance(size, tuple | list) else (size,)
-        if len(parts) != num_parts or not all(map(_is_count, parts)):
-            raise InputError(f"warm_up: sizes[{index}] is {size!r}; {expected}, of {what}")
-        found.append(tuple(int(part) for part in parts))
-    return found
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0

@@ -10,8 +10,11 @@ import onnxruntime as ort
 
 from ..contract.manifest import Model, TensorEntry
 from ..device.binding import run_bound
-from ..device.providers import NUMPY_DTYPES, device_value
-from .bucket import Bucket, Replays, check_sizes
+from ..device.dtypes import NUMPY_DTYPES
+from ..device.memory import device_value
+from .bucket import Bucket
+from .replays import Replays
+from .sizes import check_sizes
 
 _MASK = "attention_mask"
 _TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}

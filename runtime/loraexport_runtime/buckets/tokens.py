@@ -7,8 +7,9 @@ import numpy as np
 import onnxruntime as ort
 
 from ..contract.manifest import Layer
-from ..device.providers import device_value
-from .bucket import Bucket, Replays
+from ..device.memory import device_value
+from .bucket import Bucket
+from .replays import Replays
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,17 @@ or a path that leaves the artifact is an ArtifactError.
 """
 
 import dataclasses
-import hashlib
 import json
-import types
-import typing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Literal
 
 from ..errors import ArtifactError
+from .files import MANIFEST_FILE, FileEntry, difference, resolve
 from .genai_config import GENAI_CONFIG
+from .json_values import parse
 
 FORMAT_VERSION = 4
-MANIFEST_FILE = "manifest.json"
 BIAS_ROWS = 8
 """Rows that the bias of an augmented layer takes in its stacks: itself, and zeros for alignment."""
 
@@ -199,12 +197,6 @@ class ParitySummary:
 
 
 @dataclass(frozen=True)
-class FileEntry:
-    sha256: str
-    size: int
-
-
-@dataclass(frozen=True)
 class Manifest:
     format_version: int
     name: str
@@ -255,7 +247,7 @@ class Manifest:
                 " the artifact again, or install the runtime that matches it"
             )
         try:
-            manifest: Manifest = _parse(cls, data, "manifest")
+            manifest: Manifest = parse(cls, data, "manifest")
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"{file}: {error}; build the artifact again") from error
         for path in manifest.paths():
@@ -317,7 +309,7 @@ class Manifest:
         for path, entry in self.files.items():
             file = resolve(folder, path)
             try:
-                problem = _difference(file, entry)
+                problem = difference(file, entry)
             except OSError as error:
                 raise ArtifactError(f"{folder}: a listed file cannot be read: {error}") from error
             if problem:
@@ -331,74 +323,3 @@ def cuda_reason(dtype: DType, packed: Packed | None) -> str | None:
     if packed == "cuda":
         return "onnxruntime's CPU provider has no PackedMultiHeadAttention"
     return None
-
-
-def resolve(folder: Path, path: str) -> Path:
-    """A manifest path as a file below `folder`; raises ArtifactError if it leaves the folder."""
-    pure = PurePosixPath(path)
-    unsafe = not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts
-    try:
-        # OSError: a name that is too long. RuntimeError: links that lead in a circle.
-        unsafe = unsafe or not (folder / path).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):
-        unsafe = True
-    if unsafe:
-        raise ArtifactError(
-            f"{folder}: the manifest's path {path!r} leaves the artifact's folder, so nothing is"
-            " read from it; do not use this artifact, build it again"
-        )
-    return folder / path
-
-
-def _difference(file: Path, entry: FileEntry) -> str:
-    """How a file differs from its entry; empty if it does not."""
-    if not file.is_file():
-        return f"listed in {MANIFEST_FILE} but missing"
-    size = file.stat().st_size
-    if size != entry.size:
-        return f"{size} bytes, but the manifest says {entry.size}"
-    if digest_file(file) != entry.sha256:
-        return "its sha256 differs from the manifest's: the file was changed or damaged"
-    return ""
-
-
-def digest_file(path: Path) -> str:
-    """sha256 of a file's bytes, as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """JSON value -> the annotated type; TypeError or ValueError says where it does not fit."""
-    origin, args = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object, got {value!r}")
-        hints = typing.get_type_hints(kind)
-        missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
-        if missing:
-            raise ValueError(f"{where}: key {missing[0]!r} is missing")
-        if unknown:
-            raise ValueError(f"{where}: unknown key {unknown[0]!r}")
-        values = {key: _parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
-        return kind(**values)  # type: ignore[operator]
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where}: expected one of {args}, got {value!r}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _parse(args[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list) or (args[-1] is not ... and len(value) != len(args)):
-            count = "" if args[-1] is ... else f" of {len(args)}"
-            raise TypeError(f"{where}: expected a list{count}, got {value!r}")
-        return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object, got {value!r}")
-        return {key: _parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value

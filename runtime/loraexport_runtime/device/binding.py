@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from .providers import NUMPY_DTYPES, ONNX_TYPES, device_value, host_value
+from .dtypes import NUMPY_DTYPES, ONNX_TYPES
+from .memory import device_value, host_value
 
 
 def run_bound(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProviderError
-from .sampling import Sampling
+from .engine import Sampling
 
 
 class GenaiEngine:

@@ -9,18 +9,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from ..contract.artifact import open_artifact
+from ..contract.files import resolve
 from ..contract.genai_config import end_tokens, read_genai_config
-from ..contract.manifest import Generator, Manifest, resolve
-from ..errors import ArtifactError, InputError, ProviderError, UnknownAdapterError
+from ..contract.manifest import Generator, Manifest
+from ..errors import InputError, UnknownAdapterError
 from ..slots.batch import read_rows
 from .captured.engine import DrivenEngine
+from .engine import Engine, Sampling
 from .genai import GenaiEngine, open_tokenizer
-from .sampling import Sampling
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or the messages of a chat: `[{"role": "user", "content": …}]`."""
@@ -43,62 +43,6 @@ class Completion:
     text: str
     tokens: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
-
-
-class Engine(Protocol):
-    """What gives a batch its next tokens."""
-
-    def start(
-        self, tokens: Sequence[list[int]], slots: np.ndarray, steps: int, sampling: Sampling
-    ) -> Iterator[np.ndarray]:
-        """Read the prompts; then the next token of every row at a time, int64 [batch].
-
-        Args:
-            tokens: of each prompt, one at least.
-            slots: int64 [batch], of each row's adapter.
-            steps: how many tokens at most; what follows the end of a row is not looked at.
-        """
-
-    def warm_up(self, rows: int, length: int) -> None:
-        """Prepare for batches of this size; length: prompt and new tokens together."""
-
-
-def load_generator(
-    path: str | Path,
-    provider: str = "cpu",
-    *,
-    cuda_graphs: bool = False,
-    allow_unverified: bool = False,
-) -> "TextGenerator":
-    """Open an artifact of `kind: causal_lm`.
-
-    Args:
-        path: the folder that `loraexport build` published.
-        provider: `"cpu"` or `"cuda"`.
-        cuda_graphs: capture each decode step as a CUDA graph, in an engine of our own, as
-            onnxruntime-genai cannot capture a batch. The first batch of a size captures its step
-            (rows are rounded up to a power of two, tokens to 256), later ones replay it; memory for
-            the largest cache so far is kept. A `seed` draws other tokens than onnxruntime-genai's.
-        allow_unverified: open an artifact whose parity failed or is still deferred.
-
-    Raises:
-        ArtifactError: it is no such artifact, a file is damaged, or parity has not passed.
-        ProviderError: onnxruntime-genai is not installed, or the provider cannot run here.
-    """
-    folder = Path(path)
-    if provider not in ("cpu", "cuda"):
-        raise ProviderError(f"provider: expected 'cpu' or 'cuda', got {provider!r}")
-    if cuda_graphs and provider != "cuda":
-        raise ProviderError(
-            f"CUDA graphs were asked for on {provider!r}; pass provider='cuda', or no cuda_graphs"
-        )
-
-    def make(manifest: Manifest) -> TextGenerator:
-        if manifest.generator is None:
-            raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
-        return TextGenerator(folder, manifest, manifest.generator, provider, cuda_graphs)
-
-    return open_artifact(folder, allow_unverified, make)
 
 
 class TextGenerator:

@@ -1,29 +1,8 @@
 """The likeliest tokens of every row -> the one of them that comes next, by chance."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, with onnxruntime-genai's meaning of every option."""
-
-    temperature: float = 0.0
-    """0 takes the likeliest token always."""
-    top_k: int = 50
-    """Of so many of the likeliest; 0: of all."""
-    top_p: float = 1.0
-    """Of the fewest of these that have this share of their probability."""
-    seed: int | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature <= 0 or self.top_k == 1
-
-    def num_candidates(self, vocabulary: int) -> int:
-        """How many of the likeliest tokens `choose` has to see."""
-        return min(self.top_k or vocabulary, vocabulary)
+from .engine import Sampling
 
 
 def choose(

@@ -1,86 +1,25 @@
 """An artifact -> a session that runs mixed batches on onnxruntime, and swaps adapters in place."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ..buckets.bucket import Replays, check_sizes
+from ..buckets.replays import Replays
+from ..buckets.sizes import check_sizes
 from ..buckets.tokens import TokenBuckets
-from ..contract.artifact import open_artifact
-from ..contract.manifest import Layer, Manifest, resolve
+from ..contract.files import resolve
+from ..contract.manifest import Layer, Manifest
 from ..device import providers as devices
 from ..device.binding import empty_output, run_bound
+from ..device.dtypes import NUMPY_DTYPES
+from ..device.memory import host_view
+from ..device.ort_session import open_session, require_device
 from ..errors import ArtifactError, InputError, SegmentsError
 from ..slots.batch import Segments, check_segments, read_segments, segment_arrays
 from ..slots.host import AdapterHost
-from .model import ModelSession
-
-
-def load(
-    path: str | Path,
-    providers: Sequence[devices.Provider] = (devices.CPU,),
-    *,
-    threads: int | None = None,
-    cuda_graphs: bool = False,
-    allow_unverified: bool = False,
-) -> "Session | ModelSession":
-    """Open an artifact: a Session for `kind: layers`, a ModelSession for a whole model.
-
-    Args:
-        path: the folder that `loraexport build` published.
-        providers: onnxruntime's names, or `"cpu"` and `"cuda"`, in order of preference, each with
-            options if need be: `[("CUDAExecutionProvider", {"device_id": 1})]`.
-        threads: onnxruntime's intra-op threads per layer; default: its own choice.
-        cuda_graphs: `warm_up` captures CUDA graphs, which later runs replay. Such a session makes
-            one run at a time, whatever the number of threads.
-        allow_unverified: open an artifact whose parity failed or is still deferred.
-
-    Raises:
-        ArtifactError: a file is missing or damaged, or parity has not passed.
-        ProviderError: a provider cannot run here; onnxruntime alone would fall back silently. Or
-            CUDA graphs were asked for where there are none.
-    """
-    folder, pairs = Path(path), devices.normalise_providers(providers)
-    devices.check_cuda_graphs(pairs, cuda_graphs)
-    return open_artifact(
-        folder,
-        allow_unverified,
-        lambda manifest: _open(folder, manifest, pairs, threads, cuda_graphs),
-    )
-
-
-def _open(
-    folder: Path,
-    manifest: Manifest,
-    providers: list[tuple[str, dict[str, Any]]],
-    threads: int | None,
-    cuda_graphs: bool,
-) -> "Session | ModelSession":
-    if manifest.generator is not None:
-        raise ArtifactError(
-            f"{folder}: its kind is {manifest.kind!r}; open it with"
-            " loraexport_runtime.generate.load_generator()"
-        )
-    return open_session(folder, manifest, providers, threads, cuda_graphs)
-
-
-def open_session(
-    folder: Path,
-    manifest: Manifest,
-    providers: list[tuple[str, dict[str, Any]]],
-    threads: int | None,
-    cuda_graphs: bool = False,
-) -> "Session | ModelSession":
-    """The session that fits an artifact's kind; checks nothing (see `load`).
-
-    `cuda_graphs` on another device than CUDA: the same buckets, run as they are.
-    """
-    if manifest.model is not None:
-        return ModelSession(folder, manifest, manifest.model, providers, threads, cuda_graphs)
-    return Session(folder, manifest, providers, threads, cuda_graphs)
 
 
 class Session(AdapterHost, Mapping[str, "LayerSession"]):
@@ -99,14 +38,14 @@ class Session(AdapterHost, Mapping[str, "LayerSession"]):
         cuda_graphs: bool = False,
     ) -> None:
         device = devices.session_device(providers[0])
-        devices.require_device(device)
+        require_device(device)
         super().__init__(folder, manifest, device, cuda_graphs)
         if self._replays is not None and self._replays.capture:
             providers = devices.with_cuda_graphs(providers)
         self._layers = {}
         for layer in manifest.layers:
             stacks = {stack.name: self._stacks[stack.name].value for stack in layer.stacks}
-            graph = devices.open_session(_graph_path(folder, layer), providers, stacks, threads)
+            graph = open_session(_graph_path(folder, layer), providers, stacks, threads)
             self._layers[layer.name] = LayerSession(layer, self, graph, device, self._replays)
 
     def warm_up(self, sizes: Iterable[int]) -> None:
@@ -209,7 +148,7 @@ class LayerSession:
                 self._buckets.warm_up(num_tokens)
             else:
                 shape: Any = num_tokens, self.layer.in_features
-                x = np.zeros(shape, devices.NUMPY_DTYPES[self.dtype])
+                x = np.zeros(shape, NUMPY_DTYPES[self.dtype])
                 if self.layer.kind == "embedding":
                     x = np.zeros(num_tokens, np.int64)
                 self.run(x, [(None, num_tokens)])
@@ -244,12 +183,12 @@ class LayerSession:
             raise self._refuse(f"has shape {list(shape)}; expected {expected}")
         wanted = "int64" if is_ids else self.dtype
         # The name of a dtype takes longer than a comparison.
-        if not isinstance(x, np.ndarray) or x.dtype != devices.NUMPY_DTYPES[wanted]:
+        if not isinstance(x, np.ndarray) or x.dtype != NUMPY_DTYPES[wanted]:
             found = x.data_type() if isinstance(x, ort.OrtValue) else str(x.dtype)
             found = {"tensor(float)": "float32"}.get(found, found.removeprefix("torch."))
             if found.removeprefix("tensor(").removesuffix(")") != wanted:
                 raise self._refuse(f"is {found}; this artifact takes {wanted}, so cast it first")
-        ids = devices.host_view(x) if is_ids and shape[0] else None
+        ids = host_view(x) if is_ids and shape[0] else None
         if ids is not None and (ids.min() < 0 or ids.max() >= size_in):
             raise self._refuse(
                 f"range from {ids.min()} to {ids.max()}; expected 0 to {size_in - 1}, the rows of"

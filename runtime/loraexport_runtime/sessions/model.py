@@ -9,9 +9,12 @@ import onnxruntime as ort
 
 from ..adapters.packing import lowest
 from ..buckets.rows import RowBuckets, read_sizes, sample_inputs
-from ..contract.manifest import Manifest, Model, Stack, resolve
+from ..contract.files import resolve
+from ..contract.manifest import Manifest, Model, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
+from ..device.dtypes import NUMPY_DTYPES
+from ..device.ort_session import open_session, require_device
 from ..errors import ArtifactError, InputError, ProviderError
 from ..slots.batch import Row, are_plain, read_rows, row_arrays, row_names
 from ..slots.host import AdapterHost
@@ -38,7 +41,7 @@ class ModelSession(AdapterHost):
                 f"{folder}: the model has no ONNX graph; add onnx to export.formats and build again"
             )
         self.model = model
-        self._input_dtypes = {one.name: devices.NUMPY_DTYPES[one.dtype] for one in model.inputs}
+        self._input_dtypes = {one.name: NUMPY_DTYPES[one.dtype] for one in model.inputs}
         self._device = devices.session_device(providers[0])
         if model.packed and cuda_graphs:
             raise ProviderError(
@@ -51,12 +54,12 @@ class ModelSession(AdapterHost):
                 f"{folder}: {manifest.needs_cuda}; pass providers=['cuda'], or build with export:"
                 " {tune: {device: cpu}}, or without export.packed"
             )
-        devices.require_device(self._device)
+        require_device(self._device)
         super().__init__(folder, manifest, self._device, cuda_graphs)
         if self._replays is not None and self._replays.capture:
             providers = devices.with_cuda_graphs(providers)
         stacks = {name: buffer.value for name, buffer in self._stacks.items()}
-        self._session: ort.InferenceSession = devices.open_session(
+        self._session: ort.InferenceSession = open_session(
             resolve(folder, model.onnx), providers, stacks, threads
         )
         headless = [layer.name for layer in manifest.layers if not layer.in_base]
@@ -158,7 +161,7 @@ class ModelSession(AdapterHost):
                     f"adapters[{index}] is a blend, which this graph has no input for; add"
                     " export: {blend: true} to the spec and build again"
                 )
-            largest = -lowest(devices.NUMPY_DTYPES[self.manifest.dtype])
+            largest = -lowest(NUMPY_DTYPES[self.manifest.dtype])
             for name, weight in row.items() if isinstance(row, Mapping) else ():
                 if abs(weight) > largest:
                     raise InputError(

@@ -11,13 +11,17 @@ import numpy as np
 
 from ..adapters import header as peft
 from ..adapters.dora import SCALES_FILE, dora_sites, find_base_weights, output_scales
-from ..adapters.header import ModuleWeights
-from ..adapters.packing import assemble, check_fit, pack
+from ..adapters.fit import check_fit
+from ..adapters.packing import assemble, pack
+from ..adapters.sites import check_base_copies, match_sites
 from ..adapters.tensor_files import read_header, read_tensors
-from ..buckets.bucket import Replays, check_capturable
-from ..contract.manifest import AdapterEntry, Manifest, Stack, resolve
-from ..device.providers import NUMPY_DTYPES, StackBuffer
+from ..adapters.tensors import ModuleWeights, read_site_weights
+from ..buckets.replays import Replays, check_capturable
+from ..contract.files import resolve
+from ..contract.manifest import AdapterEntry, Manifest, Stack
+from ..device.dtypes import NUMPY_DTYPES
 from ..errors import AdapterError, ArtifactError
+from .buffers import StackBuffer
 from .onnx_adapter import write_onnx_adapters
 from .pool import AdapterInfo, Blocks, Slots
 from .table import HostAdapter
@@ -183,10 +187,10 @@ class AdapterHost:
         """A PEFT directory -> one slot's rows of every stack."""
         header = peft.read_adapter(path)
         layers = self.manifest.layers
-        matched = peft.match_sites(header, [part.site for one in layers for part in one.slices])
+        matched = match_sites(header, [part.site for one in layers for part in one.slices])
         check_fit(header, matched, layers)
-        peft.check_base_copies(header, matched, self.manifest.base.weights)
-        weights = peft.read_site_weights(header, matched)
+        check_base_copies(header, matched, self.manifest.base.weights)
+        weights = read_site_weights(header, matched)
         scales = output_scales or self._output_scales(path, weights, scale, base)
         blocks: dict[str, np.ndarray] = {}
         for layer in layers:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..device.providers import host_value
+from ..device.memory import host_value
 
 SLOTS_FILE = "slots.json"
 SUFFIX = ".onnx_adapter"

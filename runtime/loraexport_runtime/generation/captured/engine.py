@@ -16,10 +16,14 @@ import numpy as np
 
 from ...contract.genai_config import read_genai_config
 from ...device import providers as devices
+from ...device.ort_session import open_session, require_device
 from ...errors import ProviderError
-from ..sampling import Sampling, choose
-from .cache import Cache, Prompts, Step, read_graph
+from ..engine import Sampling
+from ..sampling import choose
+from .cache import Cache
+from .decoder_graph import read_graph
 from .next_inputs import write_tail
+from .step import Prompts, Step
 from .top_tokens import BoundTopTokens, TopTokens
 
 _LENGTHS = 256
@@ -56,11 +60,11 @@ class DrivenEngine:
         decoder = config["model"]["decoder"]
         plain = devices.normalise_providers([provider])
         device = devices.session_device(plain[0])
-        devices.require_device(device)
+        require_device(device)
         pairs = devices.with_cuda_graphs(plain) if capture else plain
         try:
             tail = write_tail(decoder["inputs"].values())
-            session = devices.open_session(folder / decoder["filename"], pairs, {}, None, tail)
+            session = open_session(folder / decoder["filename"], pairs, {}, None, tail)
         except ProviderError as error:
             if not capture:
                 raise

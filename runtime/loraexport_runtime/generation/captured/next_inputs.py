@@ -6,7 +6,7 @@ model and then these are the model with a tail.
 
 from collections.abc import Collection
 
-from ...device.providers import ONNX_TYPES
+from ...device.dtypes import ONNX_TYPES
 from .onnx_bytes import field, graph, node, value
 
 ROWS = "loraexport/rows"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ...device.providers import ONNX_TYPES
+from ...device.dtypes import ONNX_TYPES
 
 
 def graph(nodes: Sequence[bytes], inputs: Sequence[bytes], outputs: Sequence[bytes]) -> bytes:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ...device.providers import ONNX_TYPES, host_value, session_device
+from ...device.dtypes import ONNX_TYPES
+from ...device.memory import host_value
+from ...device.providers import session_device
 from .onnx_bytes import field, graph, node, value
 
 _PARTS = 128

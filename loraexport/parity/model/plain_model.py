@@ -1,0 +1,124 @@
+"""The Hugging Face model in float64, with one row's adapters merged into its weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from loraexport_runtime.adapters.packing import lowest
+from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
+
+from ...hf.model import has_rotary_positions, headless_widths, load_plain_model, take_output
+from ...hf.pooling import SentencePooling
+from ...tensors import to_numpy, to_torch
+from ..oracle import ReferenceAdapter
+from .cases import Inputs, Mix, Outputs
+
+
+class PlainModel:
+    """The Hugging Face model without sites, into which adapters can be merged.
+
+    Labels that a head lacks are given as the graphs give them (see stacks.lowest).
+    """
+
+    source = "the float64 model, merged"
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        model: Model,
+        adapters: Mapping[int, ReferenceAdapter],
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        headless = headless_widths(manifest.layers)
+        self.model: Any = load_plain_model(directory, model.task, headless).to(dtype)
+        self.pooling = None
+        if model.task == "sentence-embedding":
+            self.pooling = SentencePooling.read(directory)
+        config: Any = self.model.config
+        self.label = f"a model of type {config.model_type!r}"
+        # A model of images has neither.
+        self.vocabulary = getattr(config, "vocab_size", 0)
+        self.pad = getattr(config, "pad_token_id", 0) or 0
+        self._adapters = adapters
+        self._output = model.outputs[0].name
+        self._dtype = dtype
+        self._labels = any(layer.labels for layer in manifest.layers)
+        self._width = model.outputs[0].shape[-1]
+        self._missing_label = lowest(NUMPY_DTYPES[manifest.dtype])
+
+    def __call__(self, inputs: Inputs, **arguments: Any) -> np.ndarray:
+        """The output for a batch, in the model's dtype; `arguments` go to the model as they are."""
+        tensors = {name: to_torch(value) for name, value in inputs.items()}
+        if "pixel_values" in tensors:
+            tensors["pixel_values"] = tensors["pixel_values"].to(self._dtype)
+        if "input_ids" in tensors and has_rotary_positions(self.model.config):
+            batch, sequence = tensors["input_ids"].shape
+            tensors["position_ids"] = torch.arange(sequence).expand(batch, -1)
+        with torch.no_grad():
+            y = take_output(self.model(**tensors, **arguments, return_dict=True))
+            if self.pooling is not None:
+                y = self.pooling(y, tensors["attention_mask"])
+        if self._labels:
+            lacking = (0, int(self._width) - y.shape[-1])
+            y = nn.functional.pad(y, lacking, value=self._missing_label)
+        return to_numpy(y)
+
+    def run(self, inputs: Inputs, mix: Mix) -> Outputs:
+        """See ReferenceModel."""
+        with merged_into(self.model, self._adapters, mix):
+            return {self._output: self(inputs)}
+
+
+@contextmanager
+def merged_into(model: Any, adapters: Mapping[int, ReferenceAdapter], mix: Mix) -> Iterator[None]:
+    """W + sum_i w_i (W_i - W) and its bias in every site of a float64 model, undone at the end."""
+    kept = {}
+    for site in {
+        site for slot, _ in mix for site in (*adapters[slot].sites, *adapters[slot].heads)
+    }:
+        module = model.get_submodule(site)
+        kept[site] = (module.weight, getattr(module, "bias", None))
+        weight, bias = _blend(module, site, adapters, mix)
+        # Parameters of its own: an embedding may be tied to this one, and stays as it is.
+        module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
+    try:
+        yield
+    finally:
+        for site, (own_weight, own_bias) in kept.items():
+            module = model.get_submodule(site)
+            module.weight = own_weight
+            if own_bias is not None or hasattr(module, "bias"):
+                module.bias = own_bias
+
+
+def _blend(
+    module: Any, site: str, adapters: Mapping[int, ReferenceAdapter], mix: Mix
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The merged (weight, bias) as the module stores them."""
+    # An embedding and a Conv1D store [in, out].
+    turned = isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+    weight = module.weight.detach().numpy()
+    weight = weight.T if turned else weight
+    bias = getattr(module, "bias", None)
+    own_bias = None if bias is None else bias.detach().numpy()
+    parts = [(adapters[slot].merge(site, weight, own_bias), factor) for slot, factor in mix]
+    if len(parts) == 1 and parts[0][1] == 1.0:  # exactly; a head may be of another width
+        merged, merged_bias = parts[0][0]
+    else:
+        merged = weight + sum(factor * (one - weight) for (one, _), factor in parts)
+        zero = np.zeros(len(weight))
+        start = zero if own_bias is None else own_bias
+        merged_bias = start + sum(
+            factor * ((zero if one is None else one) - start) for (_, one), factor in parts
+        )
+    merged = merged.T if turned else merged
+    return np.ascontiguousarray(merged), None if turned and own_bias is None else merged_bias

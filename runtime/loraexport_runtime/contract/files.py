@@ -1,0 +1,50 @@
+"""Paths that stay inside an artifact, and the digests of files."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from ..errors import ArtifactError
+
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    size: int
+
+
+def resolve(folder: Path, path: str) -> Path:
+    """A manifest path as a file below `folder`; raises ArtifactError if it leaves the folder."""
+    pure = PurePosixPath(path)
+    unsafe = not path or "\\" in path or "\0" in path or pure.is_absolute() or ".." in pure.parts
+    try:
+        # OSError: a name that is too long. RuntimeError: links that lead in a circle.
+        unsafe = unsafe or not (folder / path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):
+        unsafe = True
+    if unsafe:
+        raise ArtifactError(
+            f"{folder}: the manifest's path {path!r} leaves the artifact's folder, so nothing is"
+            " read from it; do not use this artifact, build it again"
+        )
+    return folder / path
+
+
+def difference(file: Path, entry: FileEntry) -> str:
+    """How a file differs from its entry; empty if it does not."""
+    if not file.is_file():
+        return f"listed in {MANIFEST_FILE} but missing"
+    size = file.stat().st_size
+    if size != entry.size:
+        return f"{size} bytes, but the manifest says {entry.size}"
+    if digest_file(file) != entry.sha256:
+        return "its sha256 differs from the manifest's: the file was changed or damaged"
+    return ""
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,14 @@
+"""One table of dtypes: numpy's, ONNX's, DLPack's."""
+
+import ml_dtypes
+import numpy as np
+
+NUMPY_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int64": np.dtype(np.int64),
+}
+# onnx.TensorProto.DataType, spelled out so that the runtime needs no onnx.
+ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+DLPACK_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int64": (0, 64)}

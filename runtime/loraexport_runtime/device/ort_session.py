@@ -1,0 +1,92 @@
+"""An onnxruntime session on the device that was asked for, or an error that says why not."""
+
+import ctypes
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from ..errors import ProviderError
+from .dtypes import ONNX_TYPES
+from .providers import CPU, CUDA
+
+
+def require_device(device: tuple[str, int]) -> None:
+    """Raise ProviderError unless memory can be had on a device; names what is missing."""
+    if device[0] == "cpu":
+        return
+    with _quiet():
+        with redirect_stdout(StringIO()):  # it prints what it does not find
+            ort.preload_dlls()  # the CUDA libraries that pip packages bring
+        try:
+            ort.OrtValue.ortvalue_from_shape_and_type([1], ONNX_TYPES["float32"], *device)
+        except Exception as error:
+            raise ProviderError(_missing(CUDA, str(error))) from error
+
+
+def open_session(
+    path: Path,
+    providers: list[tuple[str, dict[str, Any]]],
+    initializers: Mapping[str, ort.OrtValue],
+    threads: int | None,
+    tail: bytes = b"",
+) -> ort.InferenceSession:
+    """An InferenceSession that runs on the providers asked for, over the caller's initializers.
+
+    The initializers replace the graph's own of that name without a copy: what is written into
+    them later is seen by the next run. The tail is protobuf that follows that of the file.
+
+    Raises:
+        ProviderError: a provider cannot run here. onnxruntime alone falls back to the CPU.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # its warning that stacks are overridable is what we want
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    for name, value in initializers.items():
+        options.add_initializer(name, value)
+    names = [name for name, _ in providers]
+    try:
+        graph: Path | bytes = path
+        if tail:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(path.parent)
+            )
+            graph = path.read_bytes() + tail
+        with _quiet():
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        raise ProviderError(
+            f"{path}: onnxruntime {ort.__version__} cannot open this graph on"
+            f" {', '.join(names)}: {error}"
+        ) from error
+    for name in names:
+        if name not in session.get_providers():
+            raise ProviderError(_missing(name, "its libraries load, but it was not used"))
+    return session
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep onnxruntime from printing the failure that an exception is about to tell."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
+
+
+def _missing(provider: str, fallback_reason: str) -> str:
+    library = f"libonnxruntime_providers_{provider.removesuffix('ExecutionProvider').lower()}.so"
+    try:
+        ctypes.CDLL(str(Path(ort.__file__).parent / "capi" / library))
+        reason = fallback_reason
+    except OSError as error:
+        reason = str(error)
+    return (
+        f"{provider} was asked for but cannot run here: {reason}. Install what is missing"
+        f" (onnxruntime {ort.__version__} needs CUDA 13 and cuDNN 9), or pass providers=['{CPU}']"
+    )
