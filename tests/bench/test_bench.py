@@ -1,0 +1,610 @@
+"""`loraexport bench`: a tiny run through the command line, workload files, agreement, reports."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+
+from loraexport.bench import run as bench_run
+from loraexport.bench.contest import Contest, Contestant, check_agreement, run_contest
+from loraexport.bench.contestants.bound_graph import Graph
+from loraexport.bench.contestants.eager import wrap_with_peft
+from loraexport.bench.device import Device
+from loraexport.bench.floors import floor
+from loraexport.bench.report.markdown import to_markdown
+from loraexport.bench.results import Cell, Floor, Results, read_results
+from loraexport.bench.timing import time_works
+from loraexport.bench.work import CannotRun, Work
+from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_slot
+from loraexport.bench.workloads.projects import Lab, model_spec
+from loraexport.bench.workloads.schema import Workloads, read_workloads
+from loraexport.cli import app as cli
+from loraexport.errors import ParityError, ProviderError, SpecError, UsageError
+from loraexport.plan.costs import Shape, added, read_costs
+from loraexport.spec.schema import Costs
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+TINY: dict[str, Any] = {
+    "version": 1,
+    "name": "tiny",
+    "device": "cpu",
+    "threads": 1,
+    "rounds": 3,
+    "round_ms": 1,
+    "workloads": [
+        {
+            "kind": "layers",
+            "name": "layer",
+            "in_features": 32,
+            "out_features": 32,
+            "chain": 2,
+            "adapters": [2],
+            "ranks": [4],
+            "tokens": [7, 12],
+            "rows": 3,
+            "strategies": ["masked"],
+        },
+        {
+            "kind": "model",
+            "name": "bert",
+            "config": {
+                "model_type": "bert",
+                "vocab_size": 60,
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+            },
+            "adapters": [2],
+            "ranks": [4],
+            "shapes": [{"rows": 3, "tokens": 5}],
+            "fill": 0.6,
+            "leave_out": ["masked torch"],
+        },
+        {
+            "kind": "generation",
+            "name": "llama",
+            "config": {
+                "model_type": "llama",
+                "vocab_size": 80,
+                "hidden_size": 64,
+                "intermediate_size": 48,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 64,
+                "pad_token_id": 0,
+            },
+            "adapters": [2],
+            "ranks": [4],
+            "rows": [3],
+            "prompt_tokens": 5,
+            "new_tokens": 6,
+        },
+    ],
+}
+BASES = ["base", "base torch"]
+PEERS = ["PEFT", "one at a time"]
+CAPTURED = "CUDA graphs need a CUDA device"
+
+
+def write(folder: Path, data: Any) -> Path:
+    path = folder / "workloads.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def workloads(**changes: Any) -> Workloads:
+    return Workloads.model_validate_json(json.dumps(TINY | changes))
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the entry point in this process: (exit code, stdout, stderr)."""
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["loraexport", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run_command
+
+
+# A whole run
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command left in its folder for TINY, and what it printed, as printed.json."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = ["loraexport", "bench", str(write(folder, TINY)), "--out", str(folder / "out")]
+    printed = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr("sys.argv", [*command, "--json"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    assert not caught.value.code
+    (folder / "printed.json").write_text(printed.getvalue())
+    return folder / "out"
+
+
+def test_the_biases_of_a_random_model_are_not_0(tmp_path: Path) -> None:
+    """An exporter leaves out those that are, of some operators, and the others pay for them."""
+    bench = Workloads.model_validate_json(json.dumps(TINY))
+    workload = next(one for one in bench.workloads if one.kind == "model")
+    with Device("cpu", 1).active():
+        model_spec(workload, Lab(tmp_path, Device("cpu", 1), bench), 1, 2)
+    stored = load_file(tmp_path / "base/model.safetensors")
+    biases = [value for name, value in stored.items() if name.endswith("bias")]
+    assert biases
+    assert all(np.abs(value.astype(np.float32)).min() > 0 for value in biases)
+
+
+def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
+    cells = read_results(measured / "bench.json").cells
+    assert [(one.workload, one.phase, one.tokens) for one in cells] == [
+        ("layer", "", 7),
+        ("layer", "", 12),
+        ("bert", "", 15),
+        ("llama", "prefill", 15),
+        ("llama", "decode", 3),
+    ]
+    eager = ["segmented torch", "masked torch"]
+    decoders = ["base GenAI", "mixed GenAI"]
+    expected = {
+        "layer": {*BASES, *eager, *PEERS, "masked"},
+        "bert": {*BASES, "segmented torch", *PEERS, "mixed", "mixed packed"},
+        "llama": {*BASES, *PEERS, *decoders, "mixed"},
+    }
+    captured = {
+        "layer": {"base captured", "masked captured"},
+        "bert": {"base captured", "mixed captured"},
+    }
+    runtime = {"base runtime", "mixed runtime"}
+    for cell in cells:
+        extra = runtime if cell.phase == "decode" else set()
+        assert {one.name for one in cell.entries} == expected[cell.workload] | extra
+        graphs = captured.get(cell.workload, captured["bert"])
+        assert cell.left_out == ({} if cell.phase == "prefill" else dict.fromkeys(graphs, CAPTURED))
+        assert cell.ours in expected[cell.workload] | extra
+        for entry in cell.entries:
+            timing = entry.timing
+            assert 0 < timing.lower <= timing.median <= timing.upper
+            assert timing.wall > 0
+            assert timing.rounds == 3
+            assert entry.difference <= (0.5 if cell.phase == "decode" else 1e-3)
+
+
+def test_floors_are_the_plans_numbers(measured: Path) -> None:
+    layer, _, bert, *_ = read_results(measured / "bench.json").cells
+    base, mixed = layer.floors["base"], layer.floors["mixed"]
+    size, tokens, width, rank = 4, 7, 32, 4
+    assert base.bytes == size * (width * width + tokens * 2 * width)
+    assert base.flops == 2 * tokens * width * width
+    assert mixed.bytes - base.bytes == size * layer.used * rank * 2 * width
+    assert mixed.flops - base.flops == 2 * tokens * rank * 2 * width
+    assert base.seconds is None, "a CPU's peak is not known"
+    per_layer = 4 * 32 * 32 + 2 * 32 * 48  # attention, and the two of the feed-forward
+    assert bert.floors["base"].flops == 2 * 15 * (per_layer + 32 * 32)  # and the pooler
+
+
+def test_the_environment_is_recorded(measured: Path) -> None:
+    found = read_results(measured / "bench.json").environment
+    assert {"date", "device", "host", "python", "torch", "onnxruntime", "peft"} <= set(found)
+
+
+def test_the_table_has_a_row_for_each_cell_and_contestant(measured: Path) -> None:
+    text = (measured / "bench.md").read_text()
+    lines = text.splitlines()
+    starts = [line.split(" |")[0] for line in lines if line.startswith("| ")]
+    for row in ("| 7 tokens", "| 12 tokens", "| 3 x 5", "| prefill", "| decode"):
+        assert row in starts
+    for name in (*BASES, *PEERS, "masked", "mixed GenAI", "segmented torch"):
+        assert f"| {name}" in starts
+        assert f"- {name}: " in text
+    assert "| µs per layer | 7 tokens | 12 tokens |" in lines
+    assert "ours, tokens/s" in text
+    assert f"- not run: base captured, mixed captured: {CAPTURED}" in lines
+    ratios = next(line for line in lines if line.startswith("| 7 tokens | masked |"))
+    cell = read_results(measured / "bench.json").cells[0]
+    ours, base = cell.seconds("masked"), cell.seconds("base")
+    assert ours is not None
+    assert base is not None
+    assert ratios.split(" | ")[2] == f"{ours / base:.{2 if ours / base < 10 else 1}f}"
+
+
+def test_the_plots_are_png_files(measured: Path) -> None:
+    found = {path.name: path.read_bytes() for path in measured.glob("*.png")}
+    assert set(found) == {"layer-tokens.png", "overhead.png", "peers.png"}
+    for name, data in found.items():
+        assert data.startswith(PNG), name
+        assert len(data) > 5000, f"{name} shows something"
+
+
+def test_tables_and_plots_again_from_the_results(measured: Path, tmp_path: Path, run: Run) -> None:
+    code, out, err = run("--from", measured / "bench.json", "--out", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.rstrip() == (measured / "bench.md").read_text().rstrip()
+    for file in measured.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_json_is_what_the_file_holds(measured: Path) -> None:
+    printed = json.loads((measured.parent / "printed.json").read_text())
+    assert printed == json.loads((measured / "bench.json").read_text())
+    assert printed["workloads"]["workloads"][0]["tokens"] == [7, 12]
+
+
+def test_without_matplotlib_the_rest_is_written(
+    measured: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    results = read_results(measured / "bench.json")
+    missing = bench_run.write_report(results, tmp_path)
+    assert str(missing) == (
+        "plots need matplotlib; install 'loraexport[bench]', then 'loraexport bench --from"
+        f" {tmp_path}/bench.json --out {tmp_path}'"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.md"]
+    code, out, err = run("--from", measured / "bench.json", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert "UsageError: plots need matplotlib" in err
+
+
+def test_without_peft_no_model_can_be_made(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    path = write(tmp_path, TINY | {"workloads": [TINY["workloads"][1]]})
+    code, _, err = run(path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "workload 'bert' needs peft to make adapters; install 'loraexport[bench]'" in err
+    with pytest.raises(CannotRun, match=r"peft is not installed; install 'loraexport\[bench\]'"):
+        wrap_with_peft(torch.nn.Linear(1, 1), tmp_path, ["a1"])
+
+
+# Workload files
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(SpecError) as caught:
+        read_workloads(write(folder, text))
+    prefix = f"{folder}/workloads.yaml:"
+    return [line.removeprefix(prefix) for line in str(caught.value).splitlines()]
+
+
+def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
+    text = """\
+version: 1
+name: bad
+device: gpu
+rounds: 2
+workloads:
+  - kind: layers
+    name: a
+    in_features: 64
+    out_features: 32
+    chain: 2
+    adapters: 8
+    tokens: [8, "64"]
+    tokns: [8]
+  - name: a
+    adapters: [1]
+  - kind: model
+    name: m
+    config: {model_type: bert, hiden_size: 3}
+    adapters: [1]
+    shapes: [{rows: 1, token: 2}]
+  - kind: other
+    name: o
+  - kind: generation
+    name: g
+    config: {model_type: lama}
+    adapters: [1]
+    rows: []
+  - kind: generation
+    name: h
+    config: {}
+    adapters: [1]
+    rows: [1]
+    rows: [2]
+    zzz: 1
+"""
+    import transformers
+
+    known = f"transformers {transformers.__version__} knows no model of type 'lama'"
+    kinds = "kind: layers, kind: model, kind: generation"
+    assert problems(tmp_path, text) == [
+        "3: device: expected 'cpu' or 'cuda', got 'gpu' (choose one)",
+        "4: rounds: should be greater than or equal to 3, got 2",
+        "10: workloads[0].chain: 2 layers of which each takes what the one before it gives (make"
+        " in_features and out_features equal, or leave chain out)",
+        "11: workloads[0].adapters: expected list, got 8 (start each item with '- ')",
+        "12: workloads[0].tokens[1]: expected integer, got '64' (write it without quotes)",
+        "13: workloads[0].tokns: unknown key (did you mean 'tokens'?)",
+        "14: workloads[1].name: two are named 'a', the first on line 7 (give each its own name)",
+        f"14: workloads[1].kind: required key is missing (add one of {kinds})",
+        "18: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
+        "20: workloads[2].shapes[0].tokens: required key is missing (add it)",
+        "20: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
+        "21: workloads[3].kind: expected 'layers', 'model', 'generation', got 'other' (choose one)",
+        f"25: workloads[4].config.model_type: {known} (write it as a config.json does)",
+        "27: workloads[4].rows: empty (give at least one)",
+        "30: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",
+        "33: workloads[5].rows: duplicate key, first given on line 32 (remove one of the two)",
+        "34: workloads[5].zzz: unknown key (remove it; specs/bench/ has examples)",
+    ]
+
+
+def test_a_file_that_is_not_there_or_empty(tmp_path: Path, run: Run) -> None:
+    code, _, err = run(tmp_path / "none.yaml")
+    assert code == 2
+    assert "1: no such file (give the path of a file of workloads, as specs/bench/cpu.yaml)" in err
+    assert problems(tmp_path, "") == ["1: the file is empty (specs/bench/ has examples)"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "h200", "padding"])
+def test_the_files_of_the_repository_can_be_read(name: str) -> None:
+    assert read_workloads(ROOT / f"specs/bench/{name}.yaml").name == name
+
+
+def test_usage(tmp_path: Path, run: Run) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert "give either a file of workloads, as specs/bench/cpu.yaml, or --from" in err
+    (tmp_path / "bench.json").write_text('{"format": 2}')
+    with pytest.raises(UsageError, match=r"no results of this version of 'loraexport bench': "):
+        read_results(tmp_path / "bench.json")
+    with pytest.raises(UsageError, match="No such file or directory; give the bench"):
+        read_results(tmp_path / "none.json")
+
+
+def test_cuda_that_cannot_run_is_an_error(tmp_path: Path, run: Run) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it can")
+    code, _, err = run(write(tmp_path, TINY | {"device": "cuda"}), "--out", tmp_path / "out")
+    assert code == 2
+    assert "ProviderError: CUDAExecutionProvider" in err
+    with pytest.raises(ProviderError):
+        Device("cuda", None)
+
+
+# The rows of a batch
+
+
+def test_distributions() -> None:
+    assert draw_slots("one", 3, 8, 0) == [1, 1, 1]
+    assert draw_slots("distinct", 5, 3, 0) == [1, 2, 3, 1, 2]
+    uniform, zipf = (draw_slots(one, 6000, 4, 0) for one in ("uniform", "zipf"))  # type: ignore[arg-type]
+    assert draw_slots("uniform", 6000, 4, 0) == uniform
+    shares = [np.bincount(slots, minlength=5)[1:] / 6000 for slots in (uniform, zipf)]
+    assert np.abs(shares[0] - 0.25).max() < 0.03
+    harmonic = 1 / np.arange(1, 5)
+    assert np.abs(shares[1] - harmonic / harmonic.sum()).max() < 0.03
+
+
+def test_bounds_and_groups() -> None:
+    assert even_bounds(7, 3) == [0, 2, 4, 7]
+    assert even_bounds(12, 3) == [0, 4, 8, 12]
+    assert rows_by_slot([2, 1, 2, 3]) == {1: [1], 2: [0, 2], 3: [3]}
+
+
+# Contestants
+
+
+def cell() -> Cell:
+    least = Floor(bytes=1, flops=1, seconds=None)
+    return Cell(
+        workload="w",
+        kind="layers",
+        phase="",
+        unit="layer",
+        adapters=2,
+        used=2,
+        rank=4,
+        rows=2,
+        tokens=6,
+        ours=None,
+        floors={"base": least, "mixed": least},
+        entries=(),
+        left_out={},
+    )
+
+
+def contestant(name: str, y: np.ndarray, units: int = 1) -> Contestant:
+    group = "base" if name.startswith("base") else "mixed"
+    return Contestant(name, group, lambda: Work([lambda: None], lambda: y, units))  # type: ignore[arg-type]
+
+
+BASE, MIXED = np.ones((6, 3), np.float32), np.linspace(1, 3, 18, dtype=np.float32).reshape(6, 3)
+
+
+def test_a_wrong_contestant_is_an_error() -> None:
+    """One row of six as the base has it: no time of it is taken."""
+    wrong = MIXED.copy()
+    wrong[4] = BASE[4]
+    both = [contestant("base", BASE), contestant("segmented torch", MIXED)]
+    contest = Contest(cell(), [*both, contestant("masked", wrong)], ["masked"])
+    expected = (
+        r"workload 'w', 2 adapters of rank 4, 2 rows, 6 tokens: 'masked' disagrees with 'segmented"
+        r" torch': difference 5\.5e-01, allowed 1e-03; a time of wrong numbers says nothing"
+    )
+    with pytest.raises(ParityError, match=expected):
+        run_contest(contest, workloads(), Device("cpu", 1))
+    passed = run_contest(Contest(cell(), both, ["masked"]), workloads(), Device("cpu", 1))
+    assert [one.name for one in passed.entries] == ["base", "segmented torch"]
+    assert passed.ours is None
+
+
+def test_a_run_with_a_wrong_contestant_fails(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraexport.bench.contestants import layers
+
+    monkeypatch.setattr(layers, "rows_by_slot", lambda slots: {1: list(range(len(slots)))})
+    layer = TINY["workloads"][0] | {"tokens": [12], "leave_out": ["PEFT", "masked torch"]}
+    path = write(tmp_path, TINY | {"workloads": [layer]})
+    code, out, err = run(path, "--out", tmp_path)
+    assert code == 3
+    assert "ParityError: workload 'layer'" in err
+    assert "'one at a time' disagrees with 'segmented torch'" in err
+    assert "- not timed: workload 'layer'" in out
+    results = read_results(tmp_path / "bench.json")
+    assert results.cells == ()
+    assert len(results.disagreements) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_disagree(bad: float) -> None:
+    wrong = MIXED.copy()
+    wrong[0, 0] = bad
+    with pytest.raises(ParityError, match="'b' disagrees with 'a'"):
+        check_agreement("here", {"a": MIXED, "b": wrong}, {"a": "mixed", "b": "mixed"}, "float32")
+
+
+def test_shapes_tokens_and_adapters_that_do_nothing() -> None:
+    groups: Any = {"base": "base", "a": "mixed", "b": "mixed"}
+    with pytest.raises(ParityError, match="difference inf"):
+        check_agreement("here", {"a": MIXED, "b": MIXED[:2]}, groups, "float32")
+    tokens = np.arange(8).reshape(4, 2)
+    other = tokens.copy()
+    other[:2] += 1
+    assert check_agreement("here", {"a": tokens, "b": other}, groups, "float32")["b"] == 0.5
+    other[2] += 1
+    with pytest.raises(ParityError, match=r"difference 7\.5e-01, allowed 5e-01"):
+        check_agreement("here", {"a": tokens, "b": other}, groups, "float32")
+    with pytest.raises(ParityError, match=r"move the base's output by 0\.0e\+00 only"):
+        check_agreement("here", {"base": BASE, "a": BASE}, groups, "float32")
+
+
+def test_who_cannot_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    device = Device("cpu", 1)
+
+    def refuse() -> Work:
+        raise RuntimeError("/tmp/loraexport-bench-x1/base.onnx: no such kernel\nand more")
+
+    def capture() -> Work:
+        Graph(tmp_path / "none.onnx", device, captured=True)
+        raise AssertionError("not reached")
+
+    contestants = [
+        contestant("base", BASE),
+        Contestant("base torch", "base", refuse),
+        Contestant("masked captured", "mixed", capture),
+        contestant("masked", MIXED),
+    ]
+    found = run_contest(
+        Contest(cell(), contestants, ["masked captured", "masked"]), workloads(), device
+    )
+    assert found.left_out == {
+        "base torch": "RuntimeError: base.onnx: no such kernel",
+        "masked captured": CAPTURED,
+    }
+    assert found.ours == "masked"
+    results = Results(environment={"device": "d"}, workloads=workloads(), cells=(found,))
+    text = to_markdown(results)
+    assert "- not run: base torch: RuntimeError: base.onnx: no such kernel" in text
+    assert f"- not run: masked captured: {CAPTURED}" in text
+
+
+def test_rounds_alternate_and_turn_the_order() -> None:
+    order: list[str] = []
+
+    def work(name: str, **options: Any) -> Work:
+        calls = [lambda copy=copy: order.append(f"{name}{copy}") for copy in (0, 1)]
+        return Work(calls, lambda: BASE, **options)
+
+    started: list[str] = []
+    works = {
+        "a": work("a"),
+        "b": work("b", prepare=lambda: started.append("b"), units=5),
+        "c": work("c"),
+    }
+    found = time_works(works, 3, 0.0, Device("cpu", 1))
+    # Warm-up: both copies and one more; then a round each, the inputs in turn.
+    assert order[:9] == ["a0", "a1", "a0", "b0", "b1", "b0", "c0", "c1", "c0"]
+    assert [one[0] for one in order[9:]] == list("abcbcacab")
+    assert [one for one in order[9:] if one[0] == "a"] == ["a1", "a0", "a1"]
+    assert len(started) == 6
+    assert all(timing.rounds == 3 and timing.calls == 1 for timing in found.values())
+
+
+def test_copies_exceed_the_l2() -> None:
+    device = Device("cpu", 1)
+    assert device.num_copies(1) == 2
+    device._l2_bytes = 50 << 20
+    assert device.num_copies(200 << 20) == 2
+    assert device.num_copies(20 << 20) == 5
+    assert device.num_copies(1) == 8
+
+
+def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
+    device = Device("cpu", 1)
+    assert floor(device, 10, 10, "float16") == Floor(bytes=10, flops=10, seconds=None)
+    device.kind, device.name = "cuda", "NVIDIA H200"
+    assert floor(device, 4_800_000, 1, "float16").seconds == pytest.approx(1e-6)
+    assert floor(device, 1, 989_000_000, "float16").seconds == pytest.approx(1e-6)
+    device.name = "another"
+    assert floor(device, 1, 1, "float16").seconds is None
+
+
+# Calibration
+
+
+def _shape(tokens: int, adapters: int) -> Shape:
+    return Shape(tokens, 32, 32, adapters, 4, 4, has_bias=True)
+
+
+def _captured(results: Path, costs: Costs) -> Path:
+    """A bench.json whose layers were captured, at what `costs` say."""
+    data = json.loads(results.read_text())
+    layer = next(cell for cell in data["cells"] if cell["kind"] == "layers")
+    entry = layer["entries"][0]
+    data["cells"], data["environment"]["device"] = [], "made up"
+    for tokens in (8, 512, 8192):
+        added = {
+            f"{one} captured": added(costs, one, _shape(tokens, layer["adapters"]))
+            for one in ("masked", "augmented", "chunked")
+        }
+        entries = [
+            {**entry, "name": name, "timing": {**entry["timing"], "median": (50 + extra) / 1e6}}
+            for name, extra in {"base captured": 0.0, **added}.items()
+        ]
+        data["cells"].append({**layer, "tokens": tokens, "entries": entries})
+    results.with_name("captured.json").write_text(json.dumps(data))
+    return results.with_name("captured.json")
+
+
+def test_calibrate_fits_the_costs_of_a_run(measured: Path, run: Run, tmp_path: Path) -> None:
+    costs = Costs(device="made up", launch=2.5, gbyte=300.0, gflop=40.0)
+    kept = _captured(measured / "bench.json", costs)
+    code, _, said = run("--from", kept, "--out", tmp_path / "out", "--calibrate")
+    assert code == 0
+    found = read_costs(tmp_path / "out/costs.json")
+    for name in ("launch", "gbyte", "gflop"):
+        assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=0.02)
+    lines = yaml.safe_load(said.split("For the spec of a build:\n", 1)[1])
+    assert lines["export"]["tune"]["costs"] == found.model_dump()
+
+
+def test_nothing_to_calibrate_with(measured: Path, run: Run, tmp_path: Path) -> None:
+    code, _, said = run("--from", measured / "bench.json", "--out", tmp_path, "--calibrate")
+    assert code == 2
+    assert "no layer of this run was captured" in said

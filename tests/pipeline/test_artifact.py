@@ -1,0 +1,499 @@
+"""An artifact is whole or not there: publishing, kills, two builds at once, and determinism."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.adapters import write_adapter
+from support.builds import Project, write_tenants
+from support.models import write_base
+
+from loraexport.artifact import mark_verified, staging
+from loraexport.cli import app as cli
+from loraexport.errors import BuildBusyError, ParityError, UsageError
+from loraexport.pipeline.build import build
+from loraexport.spec.reader import read_spec
+from loraexport_runtime import load
+from loraexport_runtime.contract.files import MANIFEST_FILE
+from loraexport_runtime.contract.manifest import Manifest, ParitySummary
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = [{"name": "up", "type": "linear", "site": "blocks.0.up"}]
+
+
+def write_small(folder: Path, **changes: Any) -> Path:
+    """A project of one layer and one adapter, named `tiny`; the spec's path."""
+    write_base(folder / "base")
+    write_adapter(folder / "sql", {"blocks.0.up": (32, 48)}, rank=2)
+    data: dict[str, Any] = {
+        "base": {"kind": "layers", "path": "base", "layers": LAYERS},
+        "adapters": [{"name": "sql", "path": "sql"}],
+        "export": {"strategy": "masked"},
+    }
+    return Project(folder).spec(**(data | changes))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of `write_small`, built once. Copy it before you change it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("small")
+    return build(write_small(folder), folder / "out")[0]
+
+
+def start_build(spec: Path, out: Path, **environment: str) -> "subprocess.Popen[str]":
+    """`loraexport build` as a process of its own; its progress is on stderr."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "loraexport", "build", str(spec), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+    )
+
+
+def read_until(process: "subprocess.Popen[str]", stage: str) -> None:
+    """Read the progress up to the line of a stage."""
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if f": {stage}" in line:
+            return
+    raise AssertionError(f"never came to {stage!r}: {seen}")
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | str | None:
+    """`loraexport ARGUMENTS` in this process; gives the exit code."""
+    monkeypatch.setattr(sys, "argv", ["loraexport", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    return exit_info.value.code
+
+
+def left_over(out: Path) -> list[str]:
+    """What a build should not leave beside its artifacts."""
+    return sorted(path.name for path in out.iterdir() if "staging" in path.name)
+
+
+def check_whole(folder: Path) -> Manifest:
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    return manifest
+
+
+class TestStaging:
+    """What a build does with folders, without the build."""
+
+    def test_nothing_is_seen_before_publish(self, small: Path, tmp_path: Path) -> None:
+        with staging(tmp_path, "new") as stage:
+            (stage.folder / "file").write_text("1")
+            assert not (tmp_path / "new").exists()
+            stage.publish(replace(Manifest.read(small), layers=()))
+            assert list(check_whole(tmp_path / "new").files) == ["file"]
+        assert left_over(tmp_path) == []
+
+    def test_an_error_leaves_the_old_artifact(self, small: Path, tmp_path: Path) -> None:
+        shutil.copytree(small, tmp_path / "tiny")
+        with pytest.raises(FileNotFoundError), staging(tmp_path, "tiny") as stage:
+            (stage.folder / "no folder/file").write_text("1")
+        assert check_whole(tmp_path / "tiny") == Manifest.read(small)
+        assert left_over(tmp_path) == []
+
+    def test_publish_replaces_all_of_the_old_one(self, small: Path, tmp_path: Path) -> None:
+        shutil.copytree(small, tmp_path / "tiny")
+        with staging(tmp_path, "tiny") as stage:
+            (stage.folder / "file").write_text("1")
+            stage.publish(replace(Manifest.read(small), name="other", layers=()))
+        assert check_whole(tmp_path / "tiny").name == "other"
+        names = {path.name for path in (tmp_path / "tiny").iterdir()}
+        assert names == {"file", MANIFEST_FILE}
+        assert left_over(tmp_path) == []
+
+    def test_a_reader_never_finds_a_gap(self, small: Path, tmp_path: Path) -> None:
+        manifest = Manifest.read(small)
+        shutil.copytree(small, tmp_path / "tiny")
+        finished = threading.Event()
+        seen: list[str] = []
+
+        def read() -> None:
+            while not finished.is_set() and len(seen) < 100_000:
+                try:
+                    text = (tmp_path / "tiny" / MANIFEST_FILE).read_text(encoding="utf-8")
+                    seen.append(json.loads(text)["name"])
+                except Exception as error:
+                    seen.append(repr(error))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for index in range(60):
+                with staging(tmp_path, "tiny") as stage:
+                    stage.publish(replace(manifest, name=f"build-{index}"))
+        finally:
+            finished.set()
+            reader.join()
+        assert set(seen) <= {"tiny", *(f"build-{index}" for index in range(60))}
+        assert seen
+
+    def test_a_failed_one_replaces_an_older_failed_one(self, small: Path, tmp_path: Path) -> None:
+        shutil.copytree(small, tmp_path / "tiny.failed")
+        with staging(tmp_path, "tiny") as stage:
+            kept = stage.keep_failed(replace(Manifest.read(small), name="other", layers=()))
+        assert kept == tmp_path / "tiny.failed"
+        assert check_whole(kept).name == "other"
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny.failed"]
+
+    def test_left_over_folders_go_and_those_of_other_names_stay(self, tmp_path: Path) -> None:
+        for name in (".tiny.staging-1", ".tiny.staging-22", ".tiny.staging-x.staging-1"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text("1")
+        with staging(tmp_path, "tiny") as stage:
+            assert left_over(tmp_path) == [stage.folder.name, ".tiny.staging-x.staging-1"]
+        assert left_over(tmp_path) == [".tiny.staging-x.staging-1"]
+
+    def test_mark_verified(self, small: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(small, tmp_path / "tiny"))
+        manifest = Manifest.read(folder)
+        mark_verified(folder, manifest, ParitySummary("passed", ("onnx-cuda",), 0.25, 1.0))
+        again = check_whole(folder)
+        assert again.parity.checked == ("onnx-cuda",)
+        assert replace(again, parity=manifest.parity) == manifest
+        with pytest.raises(UsageError, match="tiny: a build replaced it while it was verified; ve"):
+            mark_verified(folder, manifest, manifest.parity)
+        assert check_whole(folder) == again
+
+
+def make_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "thesis.tex").write_text("mine")
+
+
+def make_link(path: Path) -> None:
+    elsewhere = path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / MANIFEST_FILE).write_text("{}")
+    path.symlink_to(elsewhere)
+
+
+def make_dangling_link(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+class TestTargetsThatAreNotOurs:
+    """A build touches nothing but artifacts, and says so before it has worked for long."""
+
+    NO_ARTIFACT = r"{} exists and is no artifact \(it has no manifest.json\); it is not overwritten"
+    LINK = r"{} is a symbolic link; a build would replace the link and not what it leads to"
+
+    @pytest.mark.parametrize("name", ["tiny", r"tiny.failed"])
+    @pytest.mark.parametrize(
+        ("make", "text"),
+        [
+            (make_file, NO_ARTIFACT),
+            (make_folder, NO_ARTIFACT),
+            (make_link, LINK),
+            (make_dangling_link, LINK),
+        ],
+    )
+    def test_is_left_alone(
+        self, tmp_path: Path, make: Callable[[Path], None], text: str, name: str
+    ) -> None:
+        make(tmp_path / name)
+        before = sorted(str(path) for path in tmp_path.rglob("*"))
+        pattern = text.format(re.escape(str(tmp_path / name)))
+        with pytest.raises(UsageError, match=pattern), staging(tmp_path, "tiny"):
+            pass
+        assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+    def test_out_is_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("mine")
+        text = r"--out .*out: cannot be written \(.*File exists.*\); choose another"
+        with pytest.raises(UsageError, match=text), staging(tmp_path / "out", "tiny"):
+            pass
+
+    def test_a_name_that_a_failed_build_would_take(self, tmp_path: Path) -> None:
+        text = r"tiny\.failed: a folder of this name is kept for the report of a build that fails;"
+        with pytest.raises(UsageError, match=text), staging(tmp_path, "tiny.failed"):
+            pass
+
+    def test_through_a_build(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        spec = write_small(tmp_path)
+        (tmp_path / "out").mkdir()
+        make_folder(tmp_path / "out/tiny")
+        assert run_cli(monkeypatch, "build", spec, "--out", tmp_path / "out") == 2
+        assert "exists and is no artifact" in capsys.readouterr().err
+        assert (tmp_path / "out/tiny/thesis.tex").read_text() == "mine"
+
+
+PUBLISH_AND_DIE = """
+import os, shutil, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from loraexport import artifact
+from loraexport_runtime.contract.manifest import Manifest
+
+out, moment = Path(sys.argv[1]), sys.argv[2]
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after(function):
+    return lambda *arguments, **options: (function(*arguments, **options), die())
+
+if moment == "before the manifest":
+    Path.write_text = die
+elif moment == "half a manifest":
+    write = Path.write_text
+    Path.write_text = lambda path, text, **options: (write(path, text[:99], **options), die())
+elif moment == "before the switch":
+    artifact._exchange = die
+elif moment == "after the switch":
+    artifact._exchange = after(artifact._exchange)
+elif moment == "while the old one is removed":
+    os.unlink = after(os.unlink)
+
+manifest = Manifest.read(out / "tiny")
+with artifact.staging(out, "tiny") as stage:
+    (stage.folder / "graphs").mkdir()
+    (stage.folder / "graphs/new").write_bytes(b"new")
+    if moment == "before publish":
+        die()
+    stage.publish(replace(manifest, name="new", layers=()))
+"""
+
+
+class TestKilled:
+    """SIGKILL: afterwards the old artifact or the new one is there, whole."""
+
+    @pytest.mark.parametrize(
+        ("moment", "found"),
+        [
+            ("before publish", "tiny"),
+            ("before the manifest", "tiny"),
+            ("half a manifest", "tiny"),
+            ("before the switch", "tiny"),
+            ("after the switch", "new"),
+            ("while the old one is removed", "new"),
+        ],
+    )
+    def test_at_every_step_of_publishing(
+        self, small: Path, tmp_path: Path, moment: str, found: str
+    ) -> None:
+        shutil.copytree(small, tmp_path / "tiny")
+        command = [sys.executable, "-c", PUBLISH_AND_DIE, str(tmp_path), moment]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert check_whole(tmp_path / "tiny").name == found
+        assert len(left_over(tmp_path)) == 1
+        with staging(tmp_path, "tiny") as stage:
+            assert left_over(tmp_path) == [stage.folder.name]
+
+    @pytest.mark.parametrize(
+        ("stage", "delay"),
+        [
+            ("read weights", 0.0),
+            ("export up to ONNX", 0.0),
+            ("export up to ONNX", 0.7),
+            ("verify", 0.0),
+            ("verify", 0.05),
+            ("publish", 0.0),
+        ],
+    )
+    def test_a_real_build(self, small: Path, tmp_path: Path, stage: str, delay: float) -> None:
+        """The delay only varies the moment: what must hold holds at every one."""
+        out = tmp_path / "out"
+        shutil.copytree(small, out / "tiny")
+        spec = write_small(tmp_path, parity={"seed": 7})
+        digests = (Manifest.read(small).spec_digest, read_spec(spec).digest())
+        process = start_build(spec, out)
+        read_until(process, stage)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), "killed, or faster than the kill"
+        assert check_whole(out / "tiny").spec_digest in digests
+        assert load(out / "tiny", threads=1).adapters == {"sql": 1}
+        new = build(write_small(tmp_path, parity={"seed": 8}), out)[0]
+        assert check_whole(new).spec_digest not in digests
+        assert sorted(path.name for path in out.iterdir()) == [".tiny.lock", "tiny"]
+
+
+class TestTwoBuildsAtOnce:
+    TEXT = "another build of .*tiny is running; wait for it, or build with another --out"
+
+    def test_the_lock_is_held(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        spec, out = write_small(tmp_path), tmp_path / "out"
+        out.mkdir()
+        with (out / ".tiny.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(BuildBusyError, match=self.TEXT):
+                build(spec, out)
+            assert run_cli(monkeypatch, "build", spec, "--out", out) == 2
+        assert re.search(f"BuildBusyError: {self.TEXT}", capsys.readouterr().err)
+        assert sorted(path.name for path in out.iterdir()) == [".tiny.lock"]
+
+    def test_another_name_is_free(self, tmp_path: Path) -> None:
+        with staging(tmp_path, "a"), staging(tmp_path, "b") as stage:
+            assert stage.folder.is_dir()
+            with pytest.raises(BuildBusyError), staging(tmp_path, "a"):
+                pass
+
+    def test_two_real_builds(self, tmp_path: Path) -> None:
+        spec, out = write_small(tmp_path), tmp_path / "out"
+        first = start_build(spec, out)
+        read_until(first, "read weights")  # it holds the lock now
+        first.send_signal(signal.SIGSTOP)
+        second = start_build(spec, out)
+        _, error = second.communicate(timeout=120)
+        first.send_signal(signal.SIGCONT)
+        first.communicate(timeout=120)
+        assert (first.returncode, second.returncode) == (0, 2)
+        assert re.search(f"BuildBusyError: {self.TEXT}", error)
+        check_whole(out / "tiny")
+        assert left_over(out) == []
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One project, copied to two folders and built there, each by a checkout of its own."""
+    folders = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second-and-longer")]
+    export = {"formats": ["torchscript", "onnx"], "strategy": "augmented"}
+    specs = [write_tenants(folder, export=export) for folder in folders]
+    processes = []
+    for seed, (folder, spec) in enumerate(zip(folders, specs, strict=True)):
+        shutil.copytree(ROOT / "loraexport", folder / "code/loraexport")
+        shutil.copytree(ROOT / "runtime", folder / "code/runtime")
+        path = os.pathsep.join((str(folder / "code"), str(folder / "code/runtime")))
+        out = folder / "artifacts"
+        processes.append(start_build(spec, out, PYTHONHASHSEED=str(seed), PYTHONPATH=path))
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    first, second = (folder / "artifacts/tiny" for folder in folders)
+    return first, second
+
+
+class TestDeterminism:
+    def test_files(self, twins: tuple[Path, Path]) -> None:
+        first, second = (
+            {path.relative_to(one): path for path in one.rglob("*") if path.is_file()}
+            for one in twins
+        )
+        assert set(first) == set(second)
+        differing = {
+            str(name) for name in first if first[name].read_bytes() != second[name].read_bytes()
+        }
+        may_differ = {str(name) for name in first if name.suffix == ".ts"}
+        reports = {"parity/parity.json", "parity/parity.md"}
+        assert differing <= may_differ | reports | {MANIFEST_FILE}
+        same = {"graphs/qkv.onnx", "spec.yaml", "parity/cases.safetensors"}
+        assert same <= {str(name) for name in first} - differing
+        assert {path.suffix for path in first} >= {".onnx", ".safetensors", ".ts"}
+
+    def test_manifest(self, twins: tuple[Path, Path]) -> None:
+        data = [json.loads((one / MANIFEST_FILE).read_text(encoding="utf-8")) for one in twins]
+        for one in data:
+            assert one.pop("created")
+            assert one.pop("parity")["status"] == "passed"
+            for name, entry in one["files"].items():
+                if name.endswith((".ts", "parity.json", "parity.md")):
+                    entry.clear()
+        assert data[0] == data[1]
+        assert list(data[0]["files"]) == list(data[1]["files"])
+
+    def test_graphs_name_no_place_on_this_machine(self, twins: tuple[Path, Path]) -> None:
+        marks = ["site-packages", ".py", "/root", "/home", "/tmp", "/usr", os.getcwd()]
+        marks += [str(folder.parent.parent) for folder in twins] + [sys.prefix]
+        graphs = [path for path in twins[0].rglob("*") if path.suffix in (".onnx", ".ts")]
+        assert len(graphs) == 6
+        for graph in graphs:
+            records = {graph.name: graph.read_bytes()}
+            if graph.suffix == ".ts":  # an archive: its code has .py in names, not in texts
+                with zipfile.ZipFile(graph) as archive:
+                    records = {name: archive.read(name) for name in archive.namelist()}
+                assert not any("debug_pkl" in name for name in records)
+            for name, data in records.items():
+                found = [mark for mark in marks if mark.encode() in data]
+                assert not found, f"{graph.name}, {name}: {found}"
+
+
+class TestFailedParity:
+    """No graph is within 1e-30 of float64."""
+
+    IMPOSSIBLE = {"tolerance": 1e-30}  # noqa: RUF012  read only
+
+    def test_the_report_is_kept_and_nothing_is_published(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        out, failed = tmp_path / "out", tmp_path / "out/tiny.failed"
+        spec = write_small(tmp_path, parity=self.IMPOSSIBLE)
+        text = (
+            r"\d+ of \d+ comparisons failed; nothing was published\. Worst: [\w-]+, layer 'up',"
+            r" site 'blocks\.0\.up', adapter '\w+': error .* \(tolerance 1e-30\).*"
+            r"Report and inputs: .*tiny\.failed/parity\. Repeat: loraexport verify .*tiny\.failed"
+        )
+        with pytest.raises(ParityError, match=text):
+            build(spec, out)
+        assert sorted(path.name for path in out.iterdir()) == [".tiny.lock", "tiny.failed"]
+        assert check_whole(failed).parity.status == "failed"
+        assert "FAILED" in (failed / "parity/parity.md").read_text(encoding="utf-8")
+        assert json.loads((failed / "parity/parity.json").read_text())["status"] == "failed"
+
+        assert run_cli(monkeypatch, "verify", failed) == 3
+        assert re.search(r"ParityError: \d+ of \d+ comparisons failed", capsys.readouterr().err)
+        assert Manifest.read(failed).parity.status == "failed"
+
+    def test_an_older_artifact_and_an_older_report(
+        self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        shutil.copytree(small, out / "tiny")
+        shutil.copytree(small, out / "tiny.failed")
+        spec = write_small(tmp_path, parity=self.IMPOSSIBLE)
+        assert run_cli(monkeypatch, "build", spec, "--out", out) == 3
+        assert check_whole(out / "tiny") == Manifest.read(small)
+        assert check_whole(out / "tiny.failed").parity.tolerance == 1e-30
+        assert left_over(out) == []
+
+
+def test_others_may_read_what_the_umask_allows(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        folder, _ = build(write_small(tmp_path), tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {path: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o640}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o750}

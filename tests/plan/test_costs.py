@@ -1,0 +1,72 @@
+"""The cost model: the work of a strategy by hand, and a fit that finds what it was made from."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from loraexport.bench.results import read_results
+from loraexport.errors import UsageError
+from loraexport.plan.costs import Measured, Shape, added, fit, read_costs, work
+from loraexport.spec.schema import Costs
+from loraexport_runtime.contract.manifest import Strategy
+
+ROOT = Path(__file__).resolve().parents[2]
+STRATEGIES: tuple[Strategy, ...] = ("masked", "augmented", "chunked")
+SHAPES = [
+    Shape(tokens, 4096, size_out, slots, 16, 2)
+    for tokens, size_out, slots in product((8, 512, 8192), (1024, 4096), (2, 8, 128))
+]
+
+
+CELLS = list(product(STRATEGIES, SHAPES))
+
+
+def test_the_work_of_one_layer() -> None:
+    """10 tokens, 4 features to 6, 2 slots of 3 rows, 2 bytes: every term written out."""
+    shape = Shape(10, 4, 6, 2, 3, 2)
+    select = 10 * 4 + 3.5 * 10 * 6 + 6 * 4 + 6 * 6
+    flops = 2 * 10 * 6 * (4 + 6) / 1e9
+    assert work("masked", shape) == (4, (select + 10 * 6 + 4 * 10 * 6) * 2 / 1e9, flops)
+    assert work("augmented", shape) == (3, (select + 2 * 10 * 10 + 10 * 6) * 2 / 1e9, flops)
+    with_bias = work("augmented", Shape(10, 4, 6, 2, 3, 2, has_bias=True))
+    assert with_bias[0] == 2
+    assert with_bias[1] == pytest.approx(work("augmented", shape)[1] - 2 * 10 * 6 * 2 / 1e9)
+    places, chunks = 128, 2
+    moved = places * (12 + 6 + 6) + 7 * 10 * 6 + 3 * chunks * 3 * 10
+    assert work("chunked", shape) == (9, moved * 2 / 1e9, 2 * places * 3 * 10 / 1e9)
+    with pytest.raises(ValueError, match="segmented"):
+        work("segmented", shape)
+
+
+def test_a_fit_finds_the_costs_that_made_the_measurements() -> None:
+    made = Costs(device="one", launch=2.5, gbyte=300.0, gflop=4.0)
+    measured = [Measured(one, shape, added(made, one, shape), 50.0) for one, shape in CELLS]
+    assert fit("one", measured) == made
+
+
+def test_a_fit_is_never_below_zero() -> None:
+    """Flops that seem to save time are noise: they cost nothing then."""
+    made = Costs(device="one", launch=2.5, gbyte=300.0, gflop=-0.05)
+    measured = [Measured(one, shape, added(made, one, shape), 50.0) for one, shape in CELLS]
+    found = fit("one", measured)
+    assert found.gflop == 0
+    assert found.launch > 0 < found.gbyte
+
+
+def test_too_few_measurements() -> None:
+    with pytest.raises(UsageError, match="1 measured layers are too few to calibrate; run workl"):
+        fit("one", [Measured("masked", SHAPES[0], 3.0, 50.0)])
+
+
+def test_the_costs_that_come_along_choose_as_the_measurements_do() -> None:
+    """On every captured layer of docs/bench: within 10 % of the best that was measured."""
+    costs, results = read_costs(), read_results(ROOT / "docs/bench/bench.json")
+    layers = [cell for cell in results.cells if cell.kind == "layers"]
+    assert len(layers) >= 6
+    for cell in layers:
+        shape = Shape(cell.tokens, 4096, 4096, cell.adapters, cell.rank, 2, has_bias=True)
+        found = {one: cell.seconds(f"{one} captured") for one in STRATEGIES}
+        measured = {one: seconds for one, seconds in found.items() if seconds is not None}
+        chosen = min(measured, key=lambda one: added(costs, one, shape))
+        assert measured[chosen] <= 1.1 * min(measured.values()), cell

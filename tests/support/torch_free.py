@@ -1,0 +1,3 @@
+"""What a service does not have."""
+
+BLOCKED = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "loraexport")

@@ -1,0 +1,30 @@
+"""Conditions that other threads bring about."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from loraexport_runtime.slots.pool import Slots
+from loraexport_runtime.slots.table import HostAdapter
+
+DEADLINE = 30.0
+"""Seconds after which a thread that should have moved counts as stuck."""
+
+
+def weights(value: float) -> HostAdapter:
+    """An adapter of one number."""
+    return HostAdapter({"site": 1}, {"stack": np.array([value])})
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Let other threads run until the condition holds; fail if it never does."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "no thread brought this about"
+        time.sleep(0.001)
+
+
+def num_waiting(slots: Slots) -> int:
+    """Threads that sit in one of its waits."""
+    return len(slots._changed._waiters)  # type: ignore[attr-defined]
