@@ -476,7 +476,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ImportError("blocked: " + name)
 
 sys.meta_path.insert(0, Block())
-from loraexport_runtime.generation.generator import load_generator
+from loraexport_runtime.generation.load import load_generator
 
 generator = load_generator(sys.argv[1])
 found = generator.generate(
