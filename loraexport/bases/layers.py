@@ -12,10 +12,9 @@ from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ..errors import BaseModelError
 from ..lora import STRATEGIES
-from ..lora.embedding import MultiLoraEmbedding
-from ..lora.linear import MultiLoraLinear
+from ..lora.layer import MultiLoraEmbedding, MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
-from ..lora.strategy import EmbeddingBase, LinearBase, Sizes
+from ..lora.strategy import EmbeddingBase, LinearBase, StackSizes
 from ..plan.layer import LayerPlan, SiteSource
 from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_torch
@@ -126,7 +125,7 @@ def _build(
         for stack in layer.stacks
     }
     torch_dtype = TORCH_DTYPES[plan.spec.export.dtype]
-    strategy = STRATEGIES[layer.strategy](Sizes.of(layer, plan.num_slots, torch_dtype))
+    strategy = STRATEGIES[layer.strategy](StackSizes.of(layer, plan.num_slots, torch_dtype))
     make_base = EmbeddingBase if layer.kind == "embedding" else LinearBase
     torch_bias = None if bias is None else to_torch(bias)
     whole_base = make_base(to_torch(weight), torch_bias)

@@ -28,8 +28,7 @@ from ..lora import STRATEGIES
 from ..lora.blended import Blended
 from ..lora.model_sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
 from ..lora.rows import RowBlend, RowSlots
-from ..lora.strategy import Base as SiteBase
-from ..lora.strategy import LinearBase, Sizes
+from ..lora.strategy import LinearBase, SiteBase, StackSizes
 from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
 from .adapters import put_base
@@ -199,7 +198,7 @@ def _replace_sites(
     lora = None
     if "lora_A" in roles:
         make = Blended if blend else STRATEGIES[layer.strategy]
-        lora = make(Sizes.of(layer, num_slots, weight.dtype))
+        lora = make(StackSizes.of(layer, num_slots, weight.dtype))
     factor = float(getattr(modules[0], "embed_scale", 1.0))
     whole = ModelSite(base, lora, layer, context, factor, biases_behind)
     for index, part in enumerate(layer.slices):

@@ -21,7 +21,7 @@ from ..errors import ExportError
 from ..graphs.products import Graft, Layout, take_place
 from ..lora.augmented import Augmented
 from ..lora.masked import Masked
-from ..lora.strategy import Base, Sizes
+from ..lora.strategy import SiteBase, StackSizes
 from ..tensors import TORCH_DTYPES
 from .onnx import export_program, make_overridable
 
@@ -31,7 +31,7 @@ _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _ROWS = torch.export.Dim("rows")
 
 
-class _Given(Base):
+class _Given(SiteBase):
     """The base's output, which the graph has computed."""
 
     def __init__(self, y: Tensor) -> None:
@@ -46,7 +46,7 @@ class _Given(Base):
 class _Site(nn.Module):
     """y' = y + where(own, x A^T, 0) B for one layer, y in one part or one per slice."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
         self.lora = Masked(sizes)
 
@@ -67,7 +67,7 @@ class _Site(nn.Module):
 class _AugmentedSite(nn.Module):
     """y' = [x | where(own, x A^T, 0)] [W^T ; B] of every product of one layer."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
         self.lora = Augmented(sizes)
 
@@ -79,7 +79,7 @@ class _AugmentedSite(nn.Module):
 class _Route(nn.Module):
     """Which columns of the stacks are each row's own."""
 
-    def __init__(self, sizes: Sizes, layout: Layout) -> None:
+    def __init__(self, sizes: StackSizes, layout: Layout) -> None:
         super().__init__()
         self.lora = Masked(sizes)
         self._layout = layout
@@ -186,10 +186,10 @@ class _Parts:
         self._numbers: dict[tuple[int, ...], int] = {}
         model.opset_imports[_DOMAIN] = 1
 
-    def sizes(self, layer: Layer) -> Sizes:
-        return Sizes.of(layer, self._num_slots, self._dtype)
+    def sizes(self, layer: Layer) -> StackSizes:
+        return StackSizes.of(layer, self._num_slots, self._dtype)
 
-    def _number(self, sizes: Sizes) -> int:
+    def _number(self, sizes: StackSizes) -> int:
         """Of the rows of the slots, for the names of functions."""
         return self._numbers.setdefault(sizes.slot_rows, len(self._numbers))
 

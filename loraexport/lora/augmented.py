@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .masked import Masked
-from .strategy import Base, Routing, Sizes
+from .strategy import Routing, SiteBase, StackSizes
 
 
 class BaseExpand(nn.Module):
@@ -29,11 +29,11 @@ class BaseExpand(nn.Module):
 class Augmented(Masked):
     """See the module's formula; routing as in Masked. An embedding has no such product."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__(sizes)
         self.base_expand = BaseExpand()
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         assert base.bias is None, "it is in the stack, or added behind the product"
         return self.slices(x, routing, a, [b])[0]
 
@@ -43,5 +43,7 @@ class Augmented(Masked):
         ys: list[Tensor] = self.base_expand(x, self.shrink_own(x, routing, a), bs)
         return ys
 
-    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def embedding(
+        self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
+    ) -> Tensor:
         raise NotImplementedError("the plan gives embeddings another strategy")

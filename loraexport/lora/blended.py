@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .masked import Masked
-from .strategy import Base, Routing, Sizes
+from .strategy import Routing, SiteBase, StackSizes
 
 
 class Weigh(nn.Module):
@@ -19,7 +19,7 @@ class Weigh(nn.Module):
 class Blended(Masked):
     """See the module's formula. Routing: (weights of the stack's columns [T, S * W],)."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__(sizes)
         self.weigh = Weigh()
 
@@ -29,10 +29,12 @@ class Blended(Masked):
         columns = per_token.unsqueeze(2).expand(-1, -1, self.rows_per_slot)
         return (columns.flatten(1),)
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         return self.expand(base(x), self.weigh(self.shrink(x, a), routing[0]), b)
 
-    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def embedding(
+        self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
+    ) -> Tensor:
         slots = torch.arange(1, self.num_slots + 1, device=ids.device).repeat(ids.shape[0], 1)
         every = ids.unsqueeze(1).expand_as(slots)
         h = self.gather(every.flatten(), slots.flatten(), a).view(ids.shape[0], -1)

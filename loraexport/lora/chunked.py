@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .segments import TokenSegments
-from .strategy import Base, Gather, Routing, Sizes, Strategy
+from .strategy import Gather, LoraStrategy, Routing, SiteBase, StackSizes
 
 CHUNK = 64
 
@@ -85,10 +85,10 @@ class ChunkExpand(nn.Module):
         return y + torch.where((slots > 0).unsqueeze(1), own, zero)
 
 
-class Chunked(Strategy):
+class Chunked(LoraStrategy):
     """See the module's formula. Routing: what ChunkLayout gives."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__(sizes)
         self.layout = ChunkLayout(CHUNK)
         self.gather = Gather(sizes.in_features)
@@ -98,12 +98,14 @@ class Chunked(Strategy):
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         return self.layout(seg_indptr, seg_slots, num_tokens)
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         slots, places, held, chunk_slots = routing
         h = self.shrink(F.embedding(held, x), a, chunk_slots)
         return self.expand(base(x), h, b, slots, places, chunk_slots)
 
-    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def embedding(
+        self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
+    ) -> Tensor:
         slots, places, held, chunk_slots = routing
         h = F.embedding(held, self.gather(ids, slots, a))
         return self.expand(base(ids), h, b, slots, places, chunk_slots)

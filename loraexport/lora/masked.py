@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from loraexport_runtime.contract.manifest import BIAS_ROWS
 
 from .segments import TokenSlots
-from .strategy import Base, Expand, Gather, Routing, Shrink, Sizes, Strategy
+from .strategy import Expand, Gather, LoraStrategy, Routing, Shrink, SiteBase, StackSizes
 
 
 class Own(nn.Module):
     """own[t, j] = column j of the stack belongs to token t's slot."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
         owners = torch.arange(1, sizes.num_slots + 1)
         owners = owners.repeat_interleave(torch.tensor(sizes.slot_rows))
@@ -33,7 +33,7 @@ class Own(nn.Module):
 class Rest(nn.Module):
     """What h is where it is not a token's own: 0, but 1 in the bias's column."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
         row = torch.zeros((), dtype=sizes.dtype)
         if sizes.has_bias:
@@ -55,13 +55,13 @@ class Select(nn.Module):
         return torch.where(own, h, rest)
 
 
-class Masked(Strategy):
+class Masked(LoraStrategy):
     """See the module's formula.
 
     Routing: (slots int64 [T], own bool [T, S * W], the rest, a scalar or [T, S * W]).
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__(sizes)
         self.slots = TokenSlots()
         self.own = Own(sizes)
@@ -85,10 +85,12 @@ class Masked(Strategy):
         h: Tensor = self.select(self.shrink(x, a), *routing[1:])
         return h
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         return self.expand(base(x), self.shrink_own(x, routing, a), b)
 
-    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def embedding(
+        self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
+    ) -> Tensor:
         slots, own, rest = routing
         h = self.gather(ids, slots, a).repeat(1, self.num_slots)
         return self.expand(base(ids), self.select(h, own, rest), b)

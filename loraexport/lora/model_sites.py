@@ -16,7 +16,7 @@ from loraexport_runtime.contract.manifest import Layer
 from ..errors import BaseModelError
 from .augmented import Augmented
 from .rows import RowSlots
-from .strategy import Base, Routing, Strategy
+from .strategy import LoraStrategy, Routing, SiteBase
 
 
 class RowContext:
@@ -36,7 +36,7 @@ class RowContext:
         self.selector, self.stacks = self.rows(adapter_ids, adapter_weights), stacks
         self._routings, self._whole = {}, {}
 
-    def routing(self, lora: Strategy, per_row: int, is_sequence: bool) -> Routing:
+    def routing(self, lora: LoraStrategy, per_row: int, is_sequence: bool) -> Routing:
         """Rows of one token, or of `per_row`: a model has one sequence length."""
         key = (is_sequence, lora.rows_per_slot, lora.has_bias)
         if key not in self._routings:
@@ -55,7 +55,7 @@ class RowContext:
         return known[1]
 
 
-class RowLinear(Base):
+class RowLinear(SiteBase):
     """y = g W x + b for every token, with the output scale g and the bias b of its row.
 
     Where the layer has no stack of a role, g is 1 and b the base's own.
@@ -109,8 +109,8 @@ class ModelSite(nn.Module):
 
     def __init__(
         self,
-        base: Base,
-        lora: Strategy | None,
+        base: SiteBase,
+        lora: LoraStrategy | None,
         layer: Layer,
         context: RowContext,
         factor: float,

@@ -23,7 +23,7 @@ from loraexport_runtime.contract.manifest import Layer
 
 from ..tensors import to_torch
 from .segments import TokenSlots
-from .strategy import Base, Expand, Gather, Routing, Shrink, Sizes, Strategy
+from .strategy import Expand, Gather, LoraStrategy, Routing, Shrink, SiteBase, StackSizes
 
 
 def add_segmented_lora(
@@ -152,7 +152,7 @@ class SegmentedLoop(nn.Module):
 class SegmentedLayer(nn.Module):
     """A base and the loop over it: what the TorchScript artifact holds. Segments on the CPU."""
 
-    def __init__(self, base: Base, lora: SegmentedLoop) -> None:
+    def __init__(self, base: SiteBase, lora: SegmentedLoop) -> None:
         super().__init__()
         self.base = base
         self.lora = lora
@@ -211,13 +211,13 @@ class Reorder(nn.Module):
         return torch.cat(parts).index_select(0, place_of)
 
 
-class Segmented(Strategy):
+class Segmented(LoraStrategy):
     """The ONNX form: for each slot s, y[rows] = y[rows] + (x[rows] A[s]^T) B[s].
 
-    Routing: (slots int64 [T],). Sizes depend on values, so CUDA graphs cannot capture it.
+    Routing: (slots int64 [T],). StackSizes depend on values, so CUDA graphs cannot capture it.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__(sizes)
         self.slots = TokenSlots()
         self.rows = OwnRows()
@@ -229,13 +229,15 @@ class Segmented(Strategy):
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         return (self.slots(seg_indptr, seg_slots, num_tokens),)
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         def shrink(rows: Tensor, block: slice) -> Tensor:
             return self.shrink(x.index_select(0, rows), a[block])
 
         return self._slot_by_slot(base(x), routing[0], b, shrink)
 
-    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def embedding(
+        self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
+    ) -> Tensor:
         h = self.gather(ids, routing[0], a)
         return self._slot_by_slot(base(ids), routing[0], b, lambda rows, _: F.embedding(rows, h))
 

@@ -18,7 +18,7 @@ Routing = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StackSizes:
     """What a strategy knows of its layer and its stacks."""
 
     num_slots: int
@@ -33,7 +33,7 @@ class Sizes:
     """Whether the stacks begin with rows for the base's bias (augmented)."""
 
     @classmethod
-    def of(cls, layer: Layer, num_slots: int, dtype: torch.dtype) -> "Sizes":
+    def of(cls, layer: Layer, num_slots: int, dtype: torch.dtype) -> "StackSizes":
         a, rows = layer.stack("lora_A"), len(layer.slices) * layer.max_rank
         assert a is not None, "a strategy is for layers with LoRA"
         slot_rows = a.slot_rows or (rows,) * num_slots
@@ -41,7 +41,7 @@ class Sizes:
         return cls(num_slots, rows, slot_rows, layer.in_features, dtype, has_bias)
 
 
-class Base(nn.Module):
+class SiteBase(nn.Module):
     """W x + b, or E[ids] for an embedding. The augmented strategy keeps W in its stack."""
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -52,7 +52,7 @@ class Base(nn.Module):
         self.bias: Tensor | None
 
 
-class LinearBase(Base):
+class LinearBase(SiteBase):
     """y = x W^T + b."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class LinearBase(Base):
         return F.linear(x, self.weight, self.bias)
 
 
-class EmbeddingBase(Base):
+class EmbeddingBase(SiteBase):
     """y = E[ids]."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -70,10 +70,10 @@ class EmbeddingBase(Base):
         return F.embedding(ids, self.weight)
 
 
-class Strategy(nn.Module):
+class LoraStrategy(nn.Module):
     """How a mixed batch is computed: `route` once per batch, then any number of layers."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
         self.num_slots = sizes.num_slots
         self.rows_per_slot = sizes.rows_per_slot
@@ -89,10 +89,12 @@ class Strategy(nn.Module):
         bounds = torch.arange(slots.shape[0] + 1, device=slots.device) * per_row
         return self.route(bounds, slots, slots.shape[0] * per_row)
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def embedding(self, ids: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def embedding(
+        self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
+    ) -> Tensor:
         raise NotImplementedError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...bases.layers import LayerModules
 from ...export.example import example_inputs
 from ...export.onnx import export_program, make_overridable
-from ...lora.linear import MultiLoraLinear
+from ...lora.layer import MultiLoraLinear
 from ...lora.strategy import Expand, Shrink
 from ...tensors import to_torch
 

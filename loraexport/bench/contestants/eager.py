@@ -12,25 +12,25 @@ from loraexport_runtime.contract.manifest import Layer
 from ...hf.quiet import quiet_models
 from ...lora.model_sites import ModelSite
 from ...lora.segmented import add_segmented_lora
-from ...lora.strategy import Base, Routing, Sizes, Strategy
+from ...lora.strategy import LoraStrategy, Routing, SiteBase, StackSizes
 from ..work import CannotRun
 
 
-class LoopOverStacks(Strategy):
+class LoopOverStacks(LoraStrategy):
     """The seed's loop over the stacks of a site: a segment for each row.
 
     Routing: (seg_indptr, seg_slots), on the CPU. B holds the scaling, so that every alpha is 1.
     """
 
     def __init__(self, num_slots: int, layer: Layer, dtype: torch.dtype) -> None:
-        super().__init__(Sizes.of(layer, num_slots, dtype))
+        super().__init__(StackSizes.of(layer, num_slots, dtype))
         self._rank = layer.max_rank
         self._columns = [part.offset for part in layer.slices] + [layer.out_features]
 
     def route(self, seg_indptr: Tensor, seg_slots: Tensor, num_tokens: int) -> Routing:
         return seg_indptr, seg_slots
 
-    def linear(self, x: Tensor, base: Base, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
+    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
         columns, width, slots = self._columns, self.rows_per_slot, range(self.num_slots)
         slices = range(len(columns) - 1)
         return add_segmented_lora(
