@@ -1,6 +1,7 @@
 """What many tests start from: a project, and an artifact of one."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from support.adapters import write_adapter
 from support.builds import Project, write_tenants
+from support.home import Home
 from support.models import write_base
 
 
@@ -33,12 +35,14 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def tenants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of `write_tenants`, built once. Copy it before you change a file of it."""
-    import torch
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """What is built once a test run. Copy an artifact before you change a file of it."""
+    home = Home.of_run(tmp_path_factory)
+    yield home
+    home.check()
 
-    from loraexport.pipeline.build import build
 
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("tenants")
-    return build(write_tenants(folder), folder / "artifacts")[0]
+@pytest.fixture(scope="session")
+def tenants(home: Home) -> Path:
+    """The artifact of `write_tenants`."""
+    return home.artifact(write_tenants)

@@ -1,17 +1,13 @@
 """What the tests of PEFT's features share."""
 
-import os
-
 import pytest
 import torch
+from support.home import Home
 from support.peft_features import World
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+@pytest.fixture(scope="session")
+def world(home: Home) -> World:
+    """The bases, adapters and artifacts of PEFT's features, each made when first asked for."""
     torch.set_num_threads(1)
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = tmp_path_factory.getbasetemp().parent / "peft-features"
-        shared.mkdir(exist_ok=True)
-        return World(shared)
-    return World(tmp_path_factory.mktemp("peft-features"))
+    return World(home)

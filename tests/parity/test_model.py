@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 from support.adapters import write_adapter
 from support.builds import write_model_project, write_vit_project
+from support.home import Home
 from support.models import write_bert
 
 import loraexport.bases.model as transformers_module
@@ -27,9 +28,8 @@ from loraexport_runtime.contract.manifest import Layer, Manifest
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    return build(write_model_project(folder), folder / "artifacts")[0]
+def artifact(home: Home) -> Path:
+    return home.artifact(write_model_project)
 
 
 def test_every_implementation_and_peft_agree(artifact: Path) -> None:

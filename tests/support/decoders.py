@@ -138,6 +138,11 @@ def write_decoder(folder: Path, family: Family, **changes: Any) -> Path:
     return Project(folder).spec(**(data | changes))
 
 
+def write_family(folder: Path, name: str, **changes: Any) -> Path:
+    """The same, of a family by its name."""
+    return write_decoder(folder, FAMILIES[name], **changes)
+
+
 def _load_base(folder: Path) -> Any:
     return tf.AutoModelForCausalLM.from_pretrained(folder / "base").eval()
 

@@ -1,8 +1,6 @@
 """Bases, adapters and builds that show every feature of PEFT, and what PEFT itself gives."""
 
-import fcntl
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 
 import loraexport_runtime
 from loraexport.hf.quiet import quiet_models
-from loraexport.pipeline.build import build
 from loraexport_runtime import (
     ModelSession,
 )
+from support.home import Home
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPLEMENTATIONS = ("eager", "peft", "torchscript-cpu", "onnx-cpu", "onnx-cpu-plain")
@@ -368,36 +366,33 @@ PROVEN = tuple(dict.fromkeys(key for feature in FEATURES for key in feature.proo
 
 
 class World:
-    """The models, adapters and artifacts of this file, each made when first asked for.
+    """The models, adapters and artifacts of this file, each made when first asked for."""
 
-    Two workers of pytest-xdist share them: who comes second waits for the first.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self.root = home.root / "peft"
         self._sessions: dict[str, ModelSession] = {}
         self._merged: dict[Any, Any] = {}
 
     def base(self, name: str) -> Path:
-        with self._once(name + "/base") as path:
-            if path is not None:
-                torch.manual_seed(0)
-                BASES[name].saved(BASES[name].config).save_pretrained(path)
-        return self.root / name / "base"
+        def save(folder: Path) -> None:
+            torch.manual_seed(0)
+            BASES[name].saved(BASES[name].config).save_pretrained(folder)
+
+        return self._home.once(f"peft/{name}/base", save)
 
     def adapter(self, key: str) -> Path:
         """A PEFT directory in which no tensor is zero."""
-        name, config = key.split("/")[0], dict(ADAPTERS[key])
-        self.base(name)
-        with self._once(key) as path:
-            if path is not None:
-                with quiet_models():
-                    model = self.load(key)
-                    del config["labels"]
-                    wrapped = get_peft_model(model, LoraConfig(**config))
-                    _randomise(wrapped, list(ADAPTERS).index(key))
-                    wrapped.save_pretrained(str(path))
-        return self.root / key
+        config = dict(ADAPTERS[key])
+        del config["labels"]
+
+        def save(folder: Path) -> None:
+            with quiet_models():
+                wrapped = get_peft_model(self.load(key), LoraConfig(**config))
+                _randomise(wrapped, list(ADAPTERS).index(key))
+                wrapped.save_pretrained(str(folder))
+
+        return self._home.once(f"peft/{key}", save)
 
     def load(self, key: str) -> Any:
         """The plain model that an adapter was trained on; `bert/` alone is the base."""
@@ -427,6 +422,7 @@ class World:
     def spec(self, name: str, base: str, adapters: Sequence[str], **changes: Any) -> Path:
         task = changes.pop("task", BASES[base].task)
         folder = changes.pop("folder", self.root)
+        folder.mkdir(parents=True, exist_ok=True)
         data = {
             "version": 1,
             "name": name,
@@ -441,12 +437,13 @@ class World:
         return path
 
     def artifact(self, name: str) -> Path:
-        with self._once(f"artifacts/{name}") as path:
-            if path is not None:
-                adapters, changes = BUILDS[name]
-                base = adapters[0].split("/")[0]
-                build(self.spec(name, base, adapters, **changes), path.parent)
-        return self.root / "artifacts" / name
+        adapters, changes = BUILDS[name]
+        base = adapters[0].split("/")[0]
+        folder = self._home.once(
+            f"peft/specs/{name}",
+            lambda folder: self.spec(name, base, adapters, folder=folder, **changes),
+        )
+        return self._home.build(folder / f"{name}.yaml")
 
     def open(self, name: str) -> ModelSession:
         """A session of its own."""
@@ -459,15 +456,6 @@ class World:
         if name not in self._sessions:
             self._sessions[name] = self.open(name)
         return self._sessions[name]
-
-    @contextmanager
-    def _once(self, name: str) -> Iterator[Path | None]:
-        """The path to make, or None where it is there."""
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (self.root / f"{name.replace('/', '-')}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield None if path.exists() else path
 
 
 def _randomise(model: Any, seed: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from support.adapters import write_adapter
 from support.builds import write_model_project, write_tenants, write_vit_project
 from support.families import FAMILIES, write_model, write_spec
+from support.home import Home
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
@@ -59,18 +60,12 @@ def near(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None
 
 
 @pytest.fixture(scope="module")
-def layers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def layers(home: Home) -> Callable[..., Path]:
     """(strategy, dtype) -> the artifact of a fused layer, a plain one and an embedding."""
-    built: dict[tuple[str, str], Path] = {}
 
     def artifact(strategy: str, dtype: str = "float32") -> Path:
-        if (strategy, dtype) not in built:
-            folder = tmp_path_factory.mktemp("layers")
-            export = {"formats": ["onnx"], "strategy": strategy, "dtype": dtype}
-            torch.set_num_threads(1)
-            spec = write_tenants(folder, export=export, slots=3)
-            built[strategy, dtype] = build(spec, folder / "artifacts")[0]
-        return built[strategy, dtype]
+        export = {"formats": ["onnx"], "strategy": strategy, "dtype": dtype}
+        return home.artifact(write_tenants, export=export, slots=3)
 
     return artifact
 
@@ -201,14 +196,8 @@ def test_a_strategy_that_cannot_be_captured(layers: Callable[..., Path]) -> None
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Path:
-    export = {"formats": ["onnx"], "blend": True}
-    return build(write_model_project(folder, export=export), folder / "artifacts")[0]
+def model(home: Home) -> Path:
+    return home.artifact(write_model_project, export={"formats": ["onnx"], "blend": True})
 
 
 def texts(batch: int, sequence: int) -> dict[str, np.ndarray]:

@@ -13,10 +13,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from support.decoders import CONTEXT, FAMILIES, PAD, VOCABULARY, open_driven, write_decoder
+from support.decoders import CONTEXT, PAD, VOCABULARY, open_driven, write_family
+from support.home import Home
 
 import loraexport_runtime as lr
-from loraexport.pipeline.build import build
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.memory import host_value
 from loraexport_runtime.generation.captured import engine as driven
@@ -34,9 +34,8 @@ NAMES = (None, "first", "second")
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driven")
-    return build(write_decoder(folder, FAMILIES["Qwen2"]), folder / "out")[0]
+def artifact(home: Home) -> Path:
+    return home.artifact(write_family, "Qwen2")
 
 
 @pytest.fixture(scope="module")

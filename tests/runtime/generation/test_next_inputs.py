@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support.decoders import FAMILIES, write_decoder
+from support.decoders import write_family
+from support.home import Home
 
 import loraexport_runtime as lr
-from loraexport.pipeline.build import build
 from loraexport_runtime.contract.genai_config import read_genai_config
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES, ONNX_TYPES
 from loraexport_runtime.device.ort_session import open_session
@@ -156,9 +156,9 @@ def test_a_model_with_the_tail_is_onnx(tmp_path: Path, masks: tuple[str, ...]) -
     _check(merged, onnx.load(path), masks)
 
 
-def test_a_decoder_with_the_tail(tmp_path: Path) -> None:
+def test_a_decoder_with_the_tail(home: Home) -> None:
     """One of onnxruntime-genai's builder: with operators that are not ONNX's own."""
-    folder = build(write_decoder(tmp_path, FAMILIES["Llama"]), tmp_path / "out")[0] / "generator"
+    folder = home.artifact(write_family, "Llama") / "generator"
     taken = read_genai_config(folder)["model"]["decoder"]["inputs"].values()
     path = folder / "model.onnx"
     merged = onnx.load_from_string(path.read_bytes() + write_tail(taken))

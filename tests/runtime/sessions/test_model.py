@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.builds import write_model_project, write_vit_project
+from support.home import Home
 
 from loraexport.hf.model import load_plain_model
 from loraexport.pipeline.build import build
@@ -25,13 +26,14 @@ from loraexport_runtime.slots.batch import read_rows, row_arrays, row_names
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
+def artifact(home: Home) -> Path:
+    return home.artifact(write_model_project)
 
 
 @pytest.fixture(scope="module")
-def artifact(folder: Path) -> Path:
-    return build(write_model_project(folder), folder / "artifacts")[0]
+def folder(artifact: Path) -> Path:
+    """The project of the artifact: its base and adapters."""
+    return artifact.parents[1]
 
 
 @pytest.fixture
@@ -225,10 +227,10 @@ def test_images_are_of_the_models_size_and_dtype(tmp_path: Path) -> None:
             session.run({"pixel_values": pixels.astype(dtype)})
 
 
-def test_a_model_without_an_onnx_graph(folder: Path) -> None:
-    spec = write_model_project(folder, name="script", export={"formats": ["torchscript"]})
+def test_a_model_without_an_onnx_graph(tmp_path: Path) -> None:
+    spec = write_model_project(tmp_path, name="script", export={"formats": ["torchscript"]})
     # Project.spec takes `name` as the file's name.
-    artifact, report = build(spec, folder / "script-only")
+    artifact, report = build(spec, tmp_path / "script-only")
     assert report.skipped == {"onnx": "the spec does not ask for it"}
     with pytest.raises(ArtifactError, match="the model has no ONNX graph"):
         load(artifact)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from support.builds import write_tenants
+from support.home import Home
 
 import loraexport_runtime as lr
 from loraexport_runtime.slots import onnx_adapter
@@ -19,22 +19,12 @@ CASES = [("masked", "float32"), ("augmented", "float16"), ("chunked", "float32")
 
 
 @pytest.fixture(scope="module")
-def built(tenants: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def built(home: Home) -> Callable[[str, str], Path]:
     """(strategy, dtype) -> an artifact of two slots and three adapters."""
-    known = {("masked", "float32"): tenants}
 
     def artifact(strategy: str, dtype: str) -> Path:
-        import torch
-
-        from loraexport.pipeline.build import build
-
-        if (strategy, dtype) not in known:
-            torch.set_num_threads(1)
-            folder = tmp_path_factory.mktemp(f"{strategy}-{dtype}")
-            export: dict[str, Any] = {"formats": ["onnx"], "strategy": strategy, "dtype": dtype}
-            spec = write_tenants(folder, export=export)
-            known[strategy, dtype] = build(spec, folder / "artifacts")[0]
-        return known[strategy, dtype]
+        export = {"formats": ["onnx"], "strategy": strategy, "dtype": dtype}
+        return home.artifact(write_tenants, export=export)
 
     return artifact
 

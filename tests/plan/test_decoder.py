@@ -1,0 +1,221 @@
+"""Plans of decoders, and the bases and keys that a plan or a build refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers as tf
+from support.adapters import write_adapter
+from support.builds import Project
+from support.decoders import (
+    BOS,
+    EOS,
+    FAMILIES,
+    PAD,
+    SIZES,
+    VOCABULARY,
+    Family,
+    open_driven,
+    write_decoder,
+    write_tokenizer,
+)
+
+import loraexport_runtime as lr
+from loraexport.bases.genai_folder import adapt_config
+from loraexport.errors import BaseModelError, SpecError
+from loraexport.pipeline.build import build
+from loraexport.plan.plan import make_plan
+from loraexport.spec.reader import read_spec
+from loraexport_runtime.generation.generator import TextGenerator
+from loraexport_runtime.generation.load import load_generator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", params=["genai", "driven"])
+def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
+    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
+
+
+def test_int4_beside_bfloat16_is_refused(tmp_path: Path) -> None:
+    base = {"kind": "causal_lm", "path": "base", "weights": "int4"}
+    spec = _spec_of_skeleton(tmp_path, base=base, export={"dtype": "bfloat16"})
+    with pytest.raises(SpecError, match=r"export.dtype: int4 weights beside bfloat16 \(take float"):
+        read_spec(spec)
+
+
+def _spec_of_skeleton(folder: Path, **changes: Any) -> Path:
+    """A base without weights and one adapter: what a plan reads."""
+    FAMILIES["Llama"].config().save_pretrained(folder / "base")
+    write_adapter(folder / "sql", {"model.layers.0.self_attn.q_proj": (64, 64)})
+    data = {
+        "base": {"kind": "causal_lm", "path": "base"},
+        "adapters": [{"name": "sql", "path": "sql"}],
+    }
+    return Project(folder).spec(**(data | changes))
+
+
+def test_the_plan_of_one_site_has_all_that_share_its_input(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path)
+    plan = make_plan(read_spec(spec), tmp_path)
+    assert plan.model is None
+    assert plan.generator is not None
+    assert [[part.site for part in one.layer.slices] for one in plan.layers] == [
+        [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    ]
+    (why,) = {one.strategy_reason for one in plan.layers}
+    assert why.startswith("least by the costs of one NVIDIA H200 for 32 tokens and 1 slots")
+
+
+@pytest.mark.parametrize(
+    ("export", "strategy", "why"),
+    [
+        ({"strategy": "chunked"}, "masked", "it joins a graph that exists, which chunked cannot"),
+        ({"strategy": "augmented"}, "augmented", "the spec asks for it"),
+        ({"tune": {"device": "cpu"}}, "masked", "on a CPU masked costs least"),
+        ({"tune": {"tokens": 65536}}, "augmented", "for 65536 tokens and 1 slots"),
+    ],
+)
+def test_the_strategy(tmp_path: Path, export: dict[str, Any], strategy: str, why: str) -> None:
+    spec = _spec_of_skeleton(tmp_path, export=export)
+    (layer,) = make_plan(read_spec(spec), tmp_path).layers
+    assert layer.layer.strategy == strategy
+    assert why in layer.strategy_reason
+
+
+def test_sites_all_linear(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path, sites="all-linear", slots=3, max_rank=8)
+    plan = make_plan(read_spec(spec), tmp_path)
+    names = [[part.name for part in one.layer.slices] for one in plan.layers]
+    block = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert names == block * 2
+    assert {one.layer.max_rank for one in plan.layers} == {8}
+    for stack in [stack for one in plan.layers for stack in one.layer.stacks]:
+        assert (stack.shape[0] - stack.row_offset) % (3 * 8) == 0
+
+
+@pytest.mark.parametrize("room", [{}, {"slots": 2}, {"max_rank": 16}, {"sites": ["q_proj"]}])
+def test_an_adapter_takes_rows_of_its_own_rank(tmp_path: Path, room: dict[str, Any]) -> None:
+    """Unless the spec asks for room for later ones."""
+    layer = "model.layers.0.self_attn"
+    sites = {f"{layer}.q_proj": (64, 64)}
+    write_adapter(tmp_path / "low", sites, rank=3)
+    write_adapter(tmp_path / "high", sites | {f"{layer}.v_proj": (64, 32)}, rank=12)
+    adapters = [{"name": name, "path": name} for name in ("low", "high")]
+    spec = _spec_of_skeleton(tmp_path, adapters=adapters, **room)
+    a, *bs = make_plan(read_spec(spec), tmp_path).layers[0].layer.stacks
+    whole = 3 * room.get("max_rank", 12)
+    if not room:
+        assert (a.slot_rows, a.rows(1), a.rows(2)) == ((8, 24), slice(0, 8), slice(8, 32))
+        assert {stack.slot_rows for stack in bs} == {(8, 24)}
+        assert {stack.shape[0] - stack.row_offset for stack in (a, *bs)} == {32}
+    else:
+        assert (a.slot_rows, a.rows(2)) == (None, slice(whole, 2 * whole))
+
+
+def test_dora_is_refused_by_name(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path)
+    site = "model.layers.0.self_attn.q_proj"
+    magnitude = f"base_model.model.{site}.lora_magnitude_vector"
+    write_adapter(
+        tmp_path / "sql",
+        {site: (64, 64)},
+        config={"use_dora": True},
+        tensors={magnitude: np.ones(64, np.float32)},
+    )
+    with pytest.raises(
+        lr.AdapterConfigError,
+        match=r"sql: it uses dora .*a decoder that generates \(base.kind: causal_lm\) has no place",
+    ):
+        make_plan(read_spec(spec), tmp_path)
+
+
+def test_keys_that_a_decoder_has_no_place_for(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path, features=["dora"], export={"blend": True})
+    with pytest.raises(SpecError) as caught:
+        read_spec(spec)
+    lines = {one.path: (one.message, one.hint) for one in caught.value.problems}
+    hint = "remove it, or take the whole model as base.kind: transformers"
+    assert lines == dict.fromkeys(("features", "export.blend"), ("for whole models only", hint))
+
+
+def test_a_wrong_base_in_a_spec(tmp_path: Path) -> None:
+    spec = _spec_of_skeleton(tmp_path, base={"kind": "causal_lm", "paht": "base"})
+    with pytest.raises(SpecError) as caught:
+        read_spec(spec)
+    found = {(one.line, one.path, one.message, one.hint) for one in caught.value.problems}
+    assert found == {
+        (3, "base.path", "required key is missing", "add it"),
+        (5, "base.paht", "unknown key", "did you mean 'path'?"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        pytest.param(
+            Family(
+                lambda: tf.GPT2Config(
+                    vocab_size=VOCABULARY,
+                    n_embd=32,
+                    n_layer=1,
+                    n_head=2,
+                    bos_token_id=BOS,
+                    eos_token_id=EOS,
+                ),
+                (["c_attn"], ["c_attn"]),
+            ),
+            "NotImplementedError",
+            id="GPT-2",
+        ),
+        # onnxruntime-genai 0.18 asks for position_ids in a layer without RoPE, as SmolLM3 has.
+        pytest.param(
+            Family(lambda: tf.SmolLM3Config(**SIZES, no_rope_layers=[1, 0])),
+            "KeyError: 'position_ids'",
+            id="SmolLM3-without-RoPE",
+        ),
+    ],
+)
+def test_a_model_that_the_builder_cannot_take(tmp_path: Path, family: Family, reason: str) -> None:
+    with pytest.raises(
+        BaseModelError,
+        match=f"base: onnxruntime-genai's model builder cannot take this model: {reason}",
+    ):
+        build(write_decoder(tmp_path, family), tmp_path / "out")
+    assert not (tmp_path / "out/tiny").exists()
+
+
+def test_the_schema_knows_decoders() -> None:
+    schema = json.loads((ROOT / "specs/spec.schema.json").read_text())
+    assert "CausalLmSpec" in schema["$defs"]
+
+
+def test_a_padding_token_for_a_base_without_its_own(tmp_path: Path) -> None:
+    """Not the token that ends a text, and none that a chat template writes."""
+    write_tokenizer(tmp_path)
+    config = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS, "decoder": {}}
+
+    def choose(pad: int | None) -> int:
+        file = tmp_path / "genai_config.json"
+        file.write_text(json.dumps({"model": config | {"pad_token_id": pad}}))
+        found = adapt_config(tmp_path)
+        assert json.loads(file.read_text())["model"]["pad_token_id"] == found
+        return found
+
+    assert choose(7) == 7
+    for pad in (None, EOS):
+        assert choose(pad) == PAD  # the tokenizer's
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<spare>"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert choose(EOS) == tokenizer.convert_tokens_to_ids("<spare>")
+
+
+def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    spec = write_decoder(tmp_path, FAMILIES["Llama"])
+    (tmp_path / "base/tokenizer.json").unlink()
+    with pytest.raises(BaseModelError, match=r"no tokenizer.json, which onnxruntime-genai needs"):
+        build(spec, tmp_path / "artifacts")
+    assert not (tmp_path / "artifacts/decoder").exists()

@@ -1,0 +1,323 @@
+"""A generator: what a call takes and refuses, and what it opens."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from support.decoders import (
+    PAD,
+    VOCABULARY,
+    make_prompts,
+    open_driven,
+    write_family,
+)
+from support.home import Home
+from support.torch_free import BLOCKED
+
+import loraexport_runtime as lr
+from loraexport.errors import exit_code
+from loraexport_runtime.generation.generator import Completion, TextGenerator
+from loraexport_runtime.generation.load import load_generator
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def artifact(home: Home) -> Path:
+    """Llama's, with a tokenizer. Copy it before you change a file of it."""
+    return home.artifact(write_family, "Llama")
+
+
+@pytest.fixture(scope="module", params=["genai", "driven"])
+def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
+    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
+
+
+def test_one_prompt_and_no_adapter(generator: TextGenerator) -> None:
+    prompt = make_prompts(6)
+    assert generator.adapters == {"first": 1, "second": 2}
+    alone = generator.generate(prompt, max_new_tokens=6)
+    assert alone == generator.generate(prompt, adapters=[None], max_new_tokens=6)
+    mixed = generator.generate(prompt * 2, adapters=["second", None], max_new_tokens=6)
+    assert mixed[1] == alone[0]
+    assert mixed[0].tokens != mixed[1].tokens
+
+
+def test_max_new_tokens(generator: TextGenerator) -> None:
+    prompts, adapters = make_prompts(3, 9), ["first", "second"]
+    long = generator.generate(prompts, adapters=adapters, max_new_tokens=7)
+    short = generator.generate(prompts, adapters=adapters, max_new_tokens=3)
+    assert [one.tokens for one in short] == [one.tokens[:3] for one in long]
+    assert [(len(one.tokens), one.finish_reason) for one in short] == [(3, "length")] * 2
+
+
+def test_streaming_gives_the_same_tokens(generator: TextGenerator) -> None:
+    prompts, adapters = make_prompts(3, 9, 5), ["first", None, "second"]
+    texts = [""] * 3
+    tokens: list[tuple[int, ...]] = [()] * 3
+    order = []
+    for piece in generator.stream(prompts, adapters, max_new_tokens=6):
+        texts[piece.row] += piece.text
+        tokens[piece.row] += (piece.token,)
+        order.append(piece.row)
+    assert order[:6] == [0, 1, 2, 0, 1, 2]
+    found = generator.generate(prompts, adapters=adapters, max_new_tokens=6)
+    assert [(one.text, one.tokens) for one in found] == list(zip(texts, tokens, strict=True))
+
+
+def test_sampling_with_a_seed_repeats(generator: TextGenerator) -> None:
+    prompts, adapters = make_prompts(3, 9), ["first", "second"]
+
+    def sample(seed: int | None, **options: Any) -> list[tuple[int, ...]]:
+        found = generator.generate(
+            prompts, adapters=adapters, max_new_tokens=10, temperature=5.0, seed=seed, **options
+        )
+        return [one.tokens for one in found]
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+    greedy = generator.generate(prompts, adapters=adapters, max_new_tokens=10)
+    assert sample(3, top_k=1) == [one.tokens for one in greedy]
+    assert sample(3, top_p=1e-6) == [one.tokens for one in greedy]
+    assert sample(3, top_k=0) == sample(3, top_k=0) != sample(4, top_k=0)
+
+
+def test_a_stop_string_is_cut(generator: TextGenerator) -> None:
+    prompts, adapters = make_prompts(5, 9), ["first", None]
+    whole = generator.generate(prompts, adapters=adapters, max_new_tokens=16)
+    assert all(len(one.text) > 4 for one in whole), whole
+    stop = next(text for text in whole[0].text[2:] if text not in whole[1].text)
+    cut = generator.generate(prompts, adapters=adapters, max_new_tokens=16, stop=[stop])
+    assert cut[0].text == whole[0].text.split(stop)[0]
+    assert cut[0].finish_reason == "stop"
+    assert len(cut[0].tokens) < 16
+    assert cut[1] == whole[1]
+
+
+def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(artifact.parents[1] / "base")
+
+    def run(prompt: Any, **options: Any) -> Completion:
+        return generator.generate([prompt], adapters=["first"], max_new_tokens=6, **options)[0]
+
+    messages = [{"role": "user", "content": "hello"}]
+    written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert written == "<user>hello<assistant>"
+    chat, plain = run(tokenizer(written)["input_ids"]), run(tokenizer("hello")["input_ids"])
+    assert chat.tokens != plain.tokens
+    assert run("hello") == run(messages) == run(messages, chat=False) == chat
+    assert run("hello", chat=False) == plain
+    # special tokens are not shown, nor is half a character
+    decoded = tokenizer.decode(plain.tokens)
+    assert plain.text == decoded[: len(plain.text)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        pytest.param(
+            [[5]],
+            {"adapters": ["third"]},
+            lr.UnknownAdapterError,
+            "adapter 'third' is not in this artifact; it has first, second",
+            id="unknown-adapter",
+        ),
+        pytest.param(
+            [[5], [6]],
+            {"adapters": ["first"]},
+            lr.InputError,
+            "adapters names 1 rows, but the inputs have 2; give one name, or None for the base",
+            id="too-few-adapters",
+        ),
+        pytest.param(
+            [[5]],
+            {"adapters": "first"},
+            lr.InputError,
+            "adapters is 'first'; expected a list with an entry for each of the 1 rows",
+            id="adapters-no-list",
+        ),
+        pytest.param(
+            [[5]],
+            {"adapters": [{"first": 1.0}]},
+            lr.InputError,
+            r"adapters\[0\] is a blend; a decoder takes one name per row",
+            id="blend",
+        ),
+        pytest.param([], {}, lr.InputError, "no prompt; give one at least", id="no-prompt"),
+        pytest.param(
+            "hello",
+            {},
+            lr.InputError,
+            r"prompts is one text; expected a list of prompts",
+            id="prompts-no-list",
+        ),
+        pytest.param([[5], []], {}, lr.InputError, r"prompts\[1\] has no tokens", id="no-tokens"),
+        pytest.param(
+            [""], {"chat": False}, lr.InputError, r"prompts\[0\] has no tokens", id="empty-text"
+        ),
+        pytest.param(
+            [[5, PAD, 6]],
+            {},
+            lr.InputError,
+            r"prompts\[0\]: tokens range from 0 to 6; expected 0 to 319 without 0, which stands",
+            id="padding",
+        ),
+        pytest.param(
+            [[5, VOCABULARY]],
+            {},
+            lr.InputError,
+            r"prompts\[0\]: tokens range from 5 to 320; expected 0 to 319",
+            id="vocabulary",
+        ),
+        pytest.param(
+            [[5], [5] * 120],
+            {"max_new_tokens": 9},
+            lr.InputError,
+            "a prompt of 120 tokens and 9 new ones are more than the model's 128; shorten",
+            id="too-long",
+        ),
+        pytest.param(
+            [[5]],
+            {"max_new_tokens": 0},
+            lr.InputError,
+            "max_new_tokens is 0; expected 1 or more",
+            id="no-new-tokens",
+        ),
+        pytest.param(
+            [[5]],
+            {"stop": "x"},
+            lr.InputError,
+            "stop is 'x'; expected a list of texts, none of them empty",
+            id="stop-no-list",
+        ),
+        pytest.param(
+            [[5]],
+            {"top_k": -1},
+            lr.InputError,
+            "top_k is -1 and top_p 1.0; expected a top_k of 0",
+            id="top-k",
+        ),
+        pytest.param(
+            [[5]],
+            {"top_p": 0.0},
+            lr.InputError,
+            "top_k is 50 and top_p 0.0; expected .* a top_p above 0, up to 1",
+            id="top-p",
+        ),
+        pytest.param(
+            [[5]],
+            {"stop": [""]},
+            lr.InputError,
+            r"stop is \[''\]; expected a list of texts, none of them empty",
+            id="stop-empty",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_run(
+    generator: TextGenerator, prompts: Any, options: dict[str, Any], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        generator.generate(prompts, **options)
+    assert isinstance(caught.value, lr.BatchError)
+    assert exit_code(caught.value) == 2
+    with pytest.raises(error, match=message):
+        next(generator.stream(prompts, **options))
+    good = generator.generate([[5]], adapters=["first"], max_new_tokens=2)
+    assert len(good[0].tokens) == 2
+
+
+def test_the_longest_prompt(generator: TextGenerator) -> None:
+    found = generator.generate([[5] * 120, [7]], adapters=["first", None], max_new_tokens=8)
+    assert [len(one.tokens) for one in found] == [8, 8]
+
+
+def test_a_provider_that_cannot_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime_genai
+
+    monkeypatch.setattr(onnxruntime_genai, "is_cuda_available", lambda: False)
+    with pytest.raises(lr.ProviderError, match="CUDA was asked for, but this onnxruntime-genai"):
+        load_generator(artifact, "cuda")
+    with pytest.raises(lr.ProviderError, match="expected 'cpu' or 'cuda', got 'npu'"):
+        load_generator(artifact, "npu")
+    with pytest.raises(lr.ProviderError, match="CUDA graphs were asked for on 'cpu'; pass prov"):
+        load_generator(artifact, cuda_graphs=True)
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    with pytest.raises(lr.ProviderError, match=r"pip install 'loraexport-runtime\[genai\]'"):
+        load_generator(artifact)
+
+
+def test_cuda_where_there_is_no_device(artifact: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(lr.ProviderError, match=r"CUDA was asked for|cannot open it on cuda"):
+        load_generator(artifact, "cuda")
+    with pytest.raises(lr.ProviderError, match=r"CUDAExecutionProvider was asked for but cannot"):
+        load_generator(artifact, "cuda", cuda_graphs=True)
+
+
+def test_each_kind_has_its_own_loader(artifact: Path, tenants: Path) -> None:
+    with pytest.raises(
+        lr.ArtifactError, match=r"its kind is 'causal_lm'; open it with .*load_generator\(\)"
+    ):
+        lr.load(artifact)
+    with pytest.raises(lr.ArtifactError, match=r"its kind is 'layers'; open it with load\(\)"):
+        load_generator(tenants)
+
+
+def test_a_damaged_or_unproven_artifact(artifact: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(artifact, copy)
+    graph = copy / "generator/model.onnx.data"
+    data = bytearray(graph.read_bytes())
+    data[100] ^= 1
+    graph.write_bytes(data)
+    with pytest.raises(lr.ArtifactError, match=r"model.onnx.data: its sha256 differs"):
+        load_generator(copy)
+    (copy / "generator/genai_config.json").unlink()
+    with pytest.raises(lr.ArtifactError, match=r"genai_config.json: listed in .* but missing"):
+        load_generator(copy)
+
+    unproven = tmp_path / "unproven"
+    shutil.copytree(artifact, unproven)
+    manifest = json.loads((unproven / "manifest.json").read_text())
+    manifest["parity"]["status"] = "deferred"
+    (unproven / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(lr.ArtifactError, match="parity is 'deferred', so its numbers are not pro"):
+        load_generator(unproven)
+    opened = load_generator(unproven, allow_unverified=True)
+    assert len(opened.generate([[5]], max_new_tokens=2)[0].tokens) == 2
+
+
+SERVICE = f"""
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED}:
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Block())
+from loraexport_runtime.generation.load import load_generator
+
+generator = load_generator(sys.argv[1])
+found = generator.generate(
+    ["hello", "the world", "a"], adapters=["first", None, "second"], max_new_tokens=5
+)
+print([one.tokens for one in found])
+assert not set(sys.modules) & set({BLOCKED})
+"""
+
+
+def test_a_service_without_torch(artifact: Path, generator: TextGenerator) -> None:
+    command = [sys.executable, "-W", "error", "-c", SERVICE, str(artifact)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    prompts, adapters = ["hello", "the world", "a"], ["first", None, "second"]
+    found = generator.generate(prompts, adapters=adapters, max_new_tokens=5)
+    assert done.stdout.strip() == str([one.tokens for one in found])
