@@ -38,11 +38,11 @@ from .decoders import (
     GenaiDecoder,
     GenaiModel,
     GroupedDecoder,
-    PlainDecoder,
     Prompts,
     RuntimeDecoder,
 )
 from .eager import wrap_with_peft
+from .plain_decoder import PlainDecoder
 
 _COMPARED = 2
 """New tokens: the prefill's, and one of a step; the more, the likelier is a tie in one of them."""
