@@ -9,9 +9,15 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from support.adapters import write_adapter
-from support.builds import Project, write_tenants
+from support.builds import Project, write_small, write_tenants
+from support.collected import COLLECTED
 from support.home import Home
 from support.models import write_base
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = list(items)
 
 
 @pytest.fixture
@@ -46,3 +52,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
 def tenants(home: Home) -> Path:
     """The artifact of `write_tenants`."""
     return home.artifact(write_tenants)
+
+
+@pytest.fixture(scope="session")
+def small(home: Home) -> Path:
+    """The artifact of `write_small`."""
+    return home.artifact(write_small)

@@ -1,4 +1,4 @@
-"""An artifact is whole or not there: publishing, kills, two builds at once, and determinism."""
+"""An artifact is whole or not there: publishing, two builds at once, and determinism."""
 
 import fcntl
 import json
@@ -6,75 +6,25 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from support.adapters import write_adapter
-from support.builds import Project, write_tenants
-from support.models import write_base
+from support.builds import write_small, write_tenants
+from support.processes import check_whole, left_over, read_until, start_build
 
 from loraexport.artifact import mark_verified, staging
 from loraexport.cli import app as cli
 from loraexport.errors import BuildBusyError, ParityError, UsageError
 from loraexport.pipeline.build import build
-from loraexport.spec.reader import read_spec
-from loraexport_runtime import load
 from loraexport_runtime.contract.files import MANIFEST_FILE
 from loraexport_runtime.contract.manifest import Manifest, ParitySummary
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = [{"name": "up", "type": "linear", "site": "blocks.0.up"}]
-
-
-def write_small(folder: Path, **changes: Any) -> Path:
-    """A project of one layer and one adapter, named `tiny`; the spec's path."""
-    write_base(folder / "base")
-    write_adapter(folder / "sql", {"blocks.0.up": (32, 48)}, rank=2)
-    data: dict[str, Any] = {
-        "base": {"kind": "layers", "path": "base", "layers": LAYERS},
-        "adapters": [{"name": "sql", "path": "sql"}],
-        "export": {"strategy": "masked"},
-    }
-    return Project(folder).spec(**(data | changes))
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of `write_small`, built once. Copy it before you change it."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("small")
-    return build(write_small(folder), folder / "out")[0]
-
-
-def start_build(spec: Path, out: Path, **environment: str) -> "subprocess.Popen[str]":
-    """`loraexport build` as a process of its own; its progress is on stderr."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "loraexport", "build", str(spec), "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
-    )
-
-
-def read_until(process: "subprocess.Popen[str]", stage: str) -> None:
-    """Read the progress up to the line of a stage."""
-    assert process.stderr is not None
-    seen = []
-    for line in process.stderr:
-        seen.append(line)
-        if f": {stage}" in line:
-            return
-    raise AssertionError(f"never came to {stage!r}: {seen}")
 
 
 def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | str | None:
@@ -83,17 +33,6 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int | st
     with pytest.raises(SystemExit) as exit_info:
         cli.main()
     return exit_info.value.code
-
-
-def left_over(out: Path) -> list[str]:
-    """What a build should not leave beside its artifacts."""
-    return sorted(path.name for path in out.iterdir() if "staging" in path.name)
-
-
-def check_whole(folder: Path) -> Manifest:
-    manifest = Manifest.read(folder)
-    manifest.check_files(folder)
-    return manifest
 
 
 class TestStaging:
@@ -247,99 +186,6 @@ class TestTargetsThatAreNotOurs:
         assert run_cli(monkeypatch, "build", spec, "--out", tmp_path / "out") == 2
         assert "exists and is no artifact" in capsys.readouterr().err
         assert (tmp_path / "out/tiny/thesis.tex").read_text() == "mine"
-
-
-PUBLISH_AND_DIE = """
-import os, shutil, signal, sys
-from dataclasses import replace
-from pathlib import Path
-from loraexport import artifact
-from loraexport_runtime.contract.manifest import Manifest
-
-out, moment = Path(sys.argv[1]), sys.argv[2]
-
-def die(*arguments, **options):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def after(function):
-    return lambda *arguments, **options: (function(*arguments, **options), die())
-
-if moment == "before the manifest":
-    Path.write_text = die
-elif moment == "half a manifest":
-    write = Path.write_text
-    Path.write_text = lambda path, text, **options: (write(path, text[:99], **options), die())
-elif moment == "before the switch":
-    artifact._exchange = die
-elif moment == "after the switch":
-    artifact._exchange = after(artifact._exchange)
-elif moment == "while the old one is removed":
-    os.unlink = after(os.unlink)
-
-manifest = Manifest.read(out / "tiny")
-with artifact.staging(out, "tiny") as stage:
-    (stage.folder / "graphs").mkdir()
-    (stage.folder / "graphs/new").write_bytes(b"new")
-    if moment == "before publish":
-        die()
-    stage.publish(replace(manifest, name="new", layers=()))
-"""
-
-
-class TestKilled:
-    """SIGKILL: afterwards the old artifact or the new one is there, whole."""
-
-    @pytest.mark.parametrize(
-        ("moment", "found"),
-        [
-            ("before publish", "tiny"),
-            ("before the manifest", "tiny"),
-            ("half a manifest", "tiny"),
-            ("before the switch", "tiny"),
-            ("after the switch", "new"),
-            ("while the old one is removed", "new"),
-        ],
-    )
-    def test_at_every_step_of_publishing(
-        self, small: Path, tmp_path: Path, moment: str, found: str
-    ) -> None:
-        shutil.copytree(small, tmp_path / "tiny")
-        command = [sys.executable, "-c", PUBLISH_AND_DIE, str(tmp_path), moment]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert check_whole(tmp_path / "tiny").name == found
-        assert len(left_over(tmp_path)) == 1
-        with staging(tmp_path, "tiny") as stage:
-            assert left_over(tmp_path) == [stage.folder.name]
-
-    @pytest.mark.parametrize(
-        ("stage", "delay"),
-        [
-            ("read weights", 0.0),
-            ("export up to ONNX", 0.0),
-            ("export up to ONNX", 0.7),
-            ("verify", 0.0),
-            ("verify", 0.05),
-            ("publish", 0.0),
-        ],
-    )
-    def test_a_real_build(self, small: Path, tmp_path: Path, stage: str, delay: float) -> None:
-        """The delay only varies the moment: what must hold holds at every one."""
-        out = tmp_path / "out"
-        shutil.copytree(small, out / "tiny")
-        spec = write_small(tmp_path, parity={"seed": 7})
-        digests = (Manifest.read(small).spec_digest, read_spec(spec).digest())
-        process = start_build(spec, out)
-        read_until(process, stage)
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        assert process.returncode in (-signal.SIGKILL, 0), "killed, or faster than the kill"
-        assert check_whole(out / "tiny").spec_digest in digests
-        assert load(out / "tiny", threads=1).adapters == {"sql": 1}
-        new = build(write_small(tmp_path, parity={"seed": 8}), out)[0]
-        assert check_whole(new).spec_digest not in digests
-        assert sorted(path.name for path in out.iterdir()) == [".tiny.lock", "tiny"]
 
 
 class TestTwoBuildsAtOnce:

@@ -1,6 +1,5 @@
-"""Contract 1: one strict YAML file; every problem at once, each with its line, path and a hint."""
+"""YAML -> Spec: what is read, and every problem at once."""
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,44 +8,13 @@ import jsonschema
 import pytest
 import yaml
 from support.builds import Project
+from support.specs import GOOD, problems, read
 
 from loraexport.errors import SpecError
 from loraexport.spec.reader import json_schema, read_spec
-from loraexport.spec.schema import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))
-
-GOOD = """\
-version: 1
-name: tiny
-base:
-  kind: layers
-  path: base
-  layers:
-    - name: up
-      type: linear
-      site: blocks.0.up
-adapters:
-  - {name: sql, path: sql}
-"""
-
-
-def read(folder: Path, text: str) -> Spec:
-    file = folder / "spec.yaml"
-    file.write_text(text)
-    return read_spec(file)
-
-
-def problems(folder: Path, text: str) -> list[str]:
-    """Each problem as `line: path: message (hint)`, and the promise that the text lists them."""
-    with pytest.raises(SpecError) as caught:
-        read(folder, text)
-    lines = str(caught.value).splitlines()
-    prefix = f"{folder / 'spec.yaml'}:"
-    assert all(line.startswith(prefix) for line in lines)
-    assert len(lines) == len(caught.value.problems)
-    return [line.removeprefix(prefix) for line in lines]
 
 
 def test_good_spec_and_its_defaults(tmp_path: Path) -> None:
@@ -397,47 +365,6 @@ def test_anchors_may_be_used(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- files that are no spec
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "1: the file is empty ('loraexport schema' lists the keys)"),
-        ("# only a comment\n", "1: the file is empty"),
-        ("version: 1\nname: [\n", "3: not YAML: "),
-        ("version: 1\n\tname: x\n", "2: not YAML: "),
-        ("a: 'open\n", "2: not YAML: "),
-        ("version: 1\n---\nversion: 1\n", "2: not YAML: but found another document"),
-        ("just words\n", "1: expected mapping, got 'just words' (write it as key: value)"),
-        ("- 1\n", "1: expected mapping, got [1]"),
-        ("? [a]\n: b\n", "1: found unhashable key"),
-        ("a: \x01\n", "1: not YAML: unacceptable character"),
-        ("version: 1\nname: !!python/object:os.system x\n", "2: tag "),
-        ("version: 1\nname: !!python/name:os.system\n", "2: tag "),
-        (
-            "version: 1\nname: !local x\n",
-            "2: tag '!local' is not allowed in a spec; write the plain",
-        ),
-        ("version: 1\nname: !!set {x}\n", "2: tag "),
-        ("version: 1\nname: !!timestamp 2020-01-01\n", "2: tag "),
-        ("version: 1\nslots: !!int x\n", "1: not YAML: invalid literal for int()"),
-        ("a: &a [*a]\n", "1: not YAML: nested too deeply"),
-        ("[" * 3000, "1: not YAML: nested too deeply"),
-    ],
-)
-def test_file_that_is_no_spec(tmp_path: Path, text: str, expected: str) -> None:
-    (problem,) = problems(tmp_path, text)
-    assert problem.startswith(expected)
-
-
-def test_aliases_that_multiply(tmp_path: Path) -> None:
-    """Nine lines of ten aliases each would be a billion values."""
-    names = "abcdefghij"
-    rows = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
-    for before, name in itertools.pairwise(names):
-        rows.append(f"{name}: &{name} [{', '.join(['*' + before] * 10)}]")
-    (problem,) = problems(tmp_path, "\n".join(rows))
-    assert problem.endswith("more than 100,000 values, aliases written out")
 
 
 def test_missing_file(tmp_path: Path) -> None:

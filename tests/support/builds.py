@@ -45,6 +45,19 @@ class Project:
         return path
 
 
+def write_small(folder: Path, **changes: Any) -> Path:
+    """A project of one layer and one adapter, named `tiny`; the spec's path."""
+    write_base(folder / "base")
+    write_adapter(folder / "sql", {"blocks.0.up": (32, 48)}, rank=2)
+    layers = [{"name": "up", "type": "linear", "site": "blocks.0.up"}]
+    data: dict[str, Any] = {
+        "base": {"kind": "layers", "path": "base", "layers": layers},
+        "adapters": [{"name": "sql", "path": "sql"}],
+        "export": {"strategy": "masked"},
+    }
+    return Project(folder).spec(**(data | changes))
+
+
 def write_tenants(folder: Path, **changes: Any) -> Path:
     """A project of a fused layer, a plain one and an embedding; the spec's path.
 
