@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.home import Home
 
 from loraexport.parity.implementations import has_cuda
-from loraexport.pipeline.build import build
 from loraexport_runtime import ArtifactError, ModelSession, load
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.load import load_generator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,22 +20,25 @@ SPECS = sorted((ROOT / "specs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
-def test_spec_builds_and_serves_a_mixed_batch(spec: Path, tmp_path: Path) -> None:
+def test_spec_builds_and_serves_a_mixed_batch(spec: Path, home: Home, tmp_path: Path) -> None:
     if spec.stem == "smollm2" and not (ROOT / "smollm2/config.json").is_file():
         pytest.skip("its base is made by specs/make/smollm2.py")
     if spec.stem == "minilm-onnx":
         spec = beside_its_graph(spec, tmp_path)
-    folder, report = build(spec, tmp_path / "out")
+    folder = home.build(spec)
     if spec.stem == "smollm2":
         check_generator(folder)
         return
     if spec.stem == "bfloat16" and not has_cuda():
-        assert report.status == "deferred"
+        assert Manifest.read(folder).parity.status == "deferred"
         with pytest.raises(ArtifactError, match="not proven"):
             load(folder)
         return
-    assert report.status == "passed"
-    assert report.silent_adapters == ()
+    report = json.loads((folder / "parity/parity.json").read_text())
+    assert report["status"] == "passed"
+    moving = [row for row in report["rows"] if row["gain"] is not None]
+    names = {adapter.name for adapter in Manifest.read(folder).adapters}
+    assert {row["adapter"] for row in moving} == names
     session = load(folder)
     names = list(session.adapters)
     if isinstance(session, ModelSession):
@@ -96,8 +100,8 @@ def check_generator(folder: Path) -> None:
     assert "Ahoy" not in texts[3]
 
 
-def test_demonstration_needs_no_torch(tmp_path: Path) -> None:
-    folder, _ = build(ROOT / "specs/synthetic.yaml", tmp_path)
+def test_demonstration_needs_no_torch(home: Home) -> None:
+    folder = home.build(ROOT / "specs/synthetic.yaml")
     command = [sys.executable, str(ROOT / "examples/mixed_batch.py"), str(folder)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "torch was never imported" in printed
