@@ -133,12 +133,19 @@ def test_a_model_that_cannot_run_without_values_shares_nothing(
     assert all(len(one.layer.slices) == 1 for one in plan.layers)
 
 
-def test_every_strategy_serves_fused_sites(tmp_path: Path) -> None:
-    for strategy in ("segmented", "augmented", "chunked"):
-        export: dict[str, Any] = {"formats": ["torchscript", "onnx"], "strategy": strategy}
-        export["tune"] = {"costs": BYTES_ALONE}
-        spec = write_model_project(tmp_path / strategy, **(EVERYWHERE | {"export": export}))
-        folder, report = build(spec, tmp_path / "out")
-        assert report.status == "passed"
-        layers = json.loads((folder / "manifest.json").read_text())["layers"]
-        assert {(len(one["slices"]), one["strategy"]) for one in layers} >= {(3, strategy)}
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "augmented",
+        pytest.param("segmented", marks=pytest.mark.slow),
+        pytest.param("chunked", marks=pytest.mark.slow),
+    ],
+)
+def test_every_strategy_serves_fused_sites(strategy: str, tmp_path: Path) -> None:
+    export: dict[str, Any] = {"formats": ["torchscript", "onnx"], "strategy": strategy}
+    export["tune"] = {"costs": BYTES_ALONE}
+    spec = write_model_project(tmp_path, **(EVERYWHERE | {"export": export}))
+    folder, report = build(spec, tmp_path / "out")
+    assert report.status == "passed"
+    layers = json.loads((folder / "manifest.json").read_text())["layers"]
+    assert {(len(one["slices"]), one["strategy"]) for one in layers} >= {(3, strategy)}

@@ -47,10 +47,15 @@ def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
     return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
 
 
+FAST = ("Llama", "Qwen2")
+"""Families whose artifacts other tests take too."""
 IMPLEMENTATIONS = ("peft", "onnx-cpu", "onnx-genai-cpu")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+)
 def test_a_family(name: str, home: Home) -> None:
     """Parity passes, and a mixed batch gives token for token what PEFT gives for each prompt."""
     artifact = home.artifact(write_family, name)

@@ -24,6 +24,8 @@ from support.families import (
     DECODER_SITES,
     FAMILIES,
     FEATURES,
+    IMAGE_CLASSES,
+    IMAGE_EMBEDDING,
     LONGROPE,
     ROBERTA,
     VOCABULARY,
@@ -42,8 +44,16 @@ from loraexport.pipeline.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPLEMENTATIONS = ("eager", "peft", "torchscript-cpu", "onnx-cpu", "onnx-cpu-plain")
-_SLOW_FAMILIES = ("GPT-NeoX",)
-_FAST_DECODER_TASKS = (("GPT-2", CAUSAL), ("Llama", CAUSAL))
+_FAST = (
+    ("BERT", FEATURES),
+    ("BERT", "sequence-classification"),
+    ("BERT", "token-classification"),
+    ("Llama", FEATURES),
+    ("GPT-2", CAUSAL),
+    ("ViT", IMAGE_CLASSES),
+    ("CLIP (vision)", IMAGE_EMBEDDING),
+)
+"""One build of every task, and of a text encoder, a decoder, Conv1D and images."""
 _SLOW = [pytest.mark.slow]
 _PACKED: dict[str, Any] = {"packed": True, "tune": {"device": "cpu"}}
 
@@ -55,20 +65,12 @@ def _builds() -> list[Any]:
             name,
             task,
             id=f"{name}-{task}",
-            marks=_SLOW if _is_slow(name, task) else [],
+            marks=[] if (name, task) in _FAST else _SLOW,
         )
         for name, family in FAMILIES.items()
         for task in family.tasks
         if task != "sentence-embedding"
     ]
-
-
-def _is_slow(name: str, task: str) -> bool:
-    """A second task of a decoder is seldom what breaks, and GPT-NeoX is much like GPT-2."""
-    second = FAMILIES[name].sites == DECODER_SITES or name == "Phi-3"
-    return name in _SLOW_FAMILIES or (
-        second and task != FEATURES and (name, task) not in _FAST_DECODER_TASKS
-    )
 
 
 @pytest.mark.parametrize(("name", "task"), _builds())
@@ -116,12 +118,18 @@ def test_sentence_embedding_pools_as_declared(
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [("RoBERTa", FEATURES), ("BERT", FEATURES), ("BERT", "token-classification")]
+    ("name", "task"),
+    [
+        pytest.param("RoBERTa", FEATURES, marks=_SLOW),
+        ("BERT", FEATURES),
+        pytest.param("BERT", "token-classification", marks=_SLOW),
+    ],
 )
 def test_a_family_without_its_padding(name: str, task: str, tmp_path: Path) -> None:
     _prove(FAMILIES[name], task, tmp_path, **_PACKED)
 
 
+@pytest.mark.slow
 def test_xlm_roberta_without_its_padding(tmp_path: Path) -> None:
     family = replace(FAMILIES["RoBERTa"], config=lambda: tf.XLMRobertaConfig(**ROBERTA))
     _prove(family, FEATURES, tmp_path, **_PACKED)
@@ -130,7 +138,11 @@ def test_xlm_roberta_without_its_padding(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning")
 @pytest.mark.parametrize(
     ("name", "tied"),
-    [("Llama", True), pytest.param("Llama", False, marks=_SLOW), ("GPT-2", True)],
+    [
+        ("Llama", True),
+        pytest.param("Llama", False, marks=_SLOW),
+        pytest.param("GPT-2", True, marks=_SLOW),
+    ],
 )
 def test_lm_head_is_a_site_and_a_tied_embedding_stays(
     name: str, tied: bool, tmp_path: Path
