@@ -1,8 +1,6 @@
 """A decoder's graph in a plain session -> the logits of prompts and the steps after them."""
 
-import ctypes
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import onnxruntime as ort
 from ..contract.files import resolve
 from ..contract.genai_config import read_genai_config
 from ..contract.manifest import Generator, Manifest
-from ..device.dtypes import NUMPY_DTYPES
+from ..device.dtypes import FLOAT_TYPES, NUMPY_DTYPES, ONNX_TYPES
 from ..device.memory import host_value
 from ..device.ort_session import open_session
 
@@ -47,7 +45,6 @@ def open_runner(
     session = open_session(resolve(folder, generator.onnx), [provider], {}, None)
     names = [entry.name for entry in session.get_inputs()]
     past = [name for name in names if name.startswith("past_key_values.")]
-    outputs = [entry.name for entry in session.get_outputs()]
     config = read_config(folder, manifest)
 
     def run(prompts: list[list[int]], tokens: np.ndarray, adapter_ids: np.ndarray) -> np.ndarray:
@@ -66,28 +63,32 @@ def open_runner(
                 feeds["position_ids"] = first + np.arange(ids.shape[1]) + np.zeros_like(ids)
             # As OrtValues: numpy has no bfloat16 that onnxruntime takes.
             fed = {name: host_value(array, "int64") for name, array in feeds.items()}
-            values = session.run_with_ort_values(outputs, {**fed, **cache})
-            by_name = dict(zip(outputs, values, strict=True))
+            logits, cache = _run_step(session, {**fed, **cache}, past, ids.shape)
             last = lengths - 1 if step == 0 else np.zeros_like(lengths)
-            logits = _to_numpy(by_name["logits"])
             steps.append(logits[np.arange(len(prompts)), last])
-            for name in past:
-                cache[name] = by_name[name.replace("past_key_values.", "present.")]
             ids = np.ascontiguousarray(tokens[:, step : step + 1])
         return np.stack(steps, axis=1)
 
     return run
 
 
-def _to_numpy(value: ort.OrtValue) -> np.ndarray:
-    """A copy of an output, which a plain run leaves on the host.
-
-    onnxruntime itself converts no bfloat16 to numpy, so that is read where it lies.
-    """
-    if value.data_type() != "tensor(bfloat16)":
-        array: np.ndarray = value.numpy()
-        return array
-    assert value.device_name() == "cpu", "what is read below is memory of the host"
-    shape = value.shape()
-    content = ctypes.string_at(value.data_ptr(), 2 * math.prod(shape))
-    return np.frombuffer(content, NUMPY_DTYPES["bfloat16"]).reshape(shape)
+def _run_step(
+    session: ort.InferenceSession,
+    inputs: Mapping[str, ort.OrtValue],
+    past: Sequence[str],
+    shape: tuple[int, ...],
+) -> tuple[np.ndarray, dict[str, ort.OrtValue]]:
+    """Logits [*shape, vocabulary] in host memory, and the cache that the next step takes."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
+    entry = next(entry for entry in session.get_outputs() if entry.name == "logits")
+    # Into numpy's own memory: onnxruntime converts no bfloat16 to numpy.
+    dtype = FLOAT_TYPES[entry.type]
+    logits = np.empty((*shape, entry.shape[2]), NUMPY_DTYPES[dtype])
+    place = ONNX_TYPES[dtype], logits.shape, logits.ctypes.data
+    binding.bind_output("logits", "cpu", 0, *place)
+    for name in past:
+        binding.bind_output(name.replace("past_key_values.", "present."), "cpu")
+    session.run_with_iobinding(binding)
+    return logits, dict(zip(past, binding.get_outputs()[1:], strict=True))
