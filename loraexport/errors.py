@@ -17,14 +17,8 @@ LoraexportError                     runtime's root; exit code 1 if nothing below
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loraexport_runtime.errors import (
-    AdapterError,
-    ArtifactError,
-    BatchError,
-    LoraexportError,
-    ProviderError,
-    WeightsError,
-)
+from loraexport_runtime import errors as runtime
+from loraexport_runtime.errors import LoraexportError
 
 
 @dataclass(frozen=True)
@@ -72,16 +66,12 @@ class ExportError(LoraexportError):
 _EXIT_CODES: tuple[tuple[type[LoraexportError], int], ...] = (
     (SpecError, 2),
     (UsageError, 2),
-    (ProviderError, 2),
-    (BatchError, 2),
     (ParityError, 3),
     (BaseModelError, 4),
-    (WeightsError, 4),
-    (AdapterError, 4),
-    (ArtifactError, 5),
+    *runtime.EXIT_CODES,
 )
 
 
 def exit_code(error: LoraexportError) -> int:
     """The process exit code that stands for an error."""
-    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    return runtime.exit_code(error, _EXIT_CODES)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loraexport_runtime.adapters.config import CONFIG_FILE
 from loraexport_runtime.adapters.header import read_adapter
-from loraexport_runtime.contract.files import MANIFEST_FILE
+from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.errors import LoraexportError
 
@@ -61,9 +61,9 @@ def build(
         folder, report = run_build(spec, out, progress)
     for name in report.silent_adapters:
         err_console.print(f"warning: adapter {name!r} changes nothing: all its B are zero")
-    summary = report.summary()
+    summary, digest = report.summary(), digest_file(folder / MANIFEST_FILE)
     if as_json:
-        print_json({"artifact": str(folder), "parity": report_dict(report)})
+        print_json({"artifact": str(folder), "digest": digest, "parity": report_dict(report)})
         return
     out_console.print(
         Text("published", style="green"),
@@ -71,6 +71,7 @@ def build(
         f" {summary.max_error or 0:.1e} (tolerance {summary.tolerance:.0e}) over"
         f" {', '.join(summary.checked)}",
     )
+    out_console.print(f"digest, to pin it: {digest}")
     if summary.status == "deferred":
         err_console.print(
             "The ONNX graphs are unverified: run 'loraexport verify' on a CUDA machine."
@@ -113,6 +114,7 @@ def verify(
         report = verify_artifact(artifact, manifest, base, chosen)
     if manifest.parity.status == "deferred" and report.status == "passed":
         mark_verified(artifact, manifest, report.summary())
+        err_console.print(f"verified; digest, to pin it: {digest_file(artifact / MANIFEST_FILE)}")
     if as_json:
         print_json(report_dict(report))
     else:
@@ -224,7 +226,7 @@ def inspect(
     if is_artifact:
         manifest = Manifest.read(path)
         manifest.check_files(path)
-        data = json.loads(manifest.to_json())
+        data = {"digest": digest_file(path / MANIFEST_FILE), **json.loads(manifest.to_json())}
     elif path.is_file():
         from ..spec.reader import read_spec
 

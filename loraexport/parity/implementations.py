@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from loraexport_runtime import ProviderError
+from loraexport_runtime.checking.check import why_no_cuda
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.device.ort_session import require_device
-from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers
+from loraexport_runtime.device.providers import CPU, CUDA
 
 
 def open_torchscript(path: Path, device: str) -> Any:
@@ -22,12 +21,7 @@ def open_torchscript(path: Path, device: str) -> Any:
 
 def has_cuda() -> bool:
     """Whether onnxruntime's CUDA provider can run here."""
-    try:
-        normalise_providers([CUDA])
-        require_device(("cuda", 0))
-    except ProviderError:
-        return False
-    return True
+    return why_no_cuda() is None
 
 
 def default_providers(manifest: Manifest) -> list[str]:

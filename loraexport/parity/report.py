@@ -5,64 +5,16 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
+from loraexport_runtime.checking.check import without_nan
+from loraexport_runtime.checking.rows import Row, Tolerance
 from loraexport_runtime.contract.manifest import Manifest, ParityStatus, ParitySummary
 
 from ..spec.schema import Spec
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a graph may be from the float64 oracle."""
-
-    error: float
-    """Of max |y - ref| / max |ref|, per adapter and site."""
-    gain: float
-    """Of |gain - 1|; gain = <d, d_ref> / <d_ref, d_ref>, d what the adapter adds to the base."""
-    epsilon: float
-    """Half the spacing of the dtype at 1: what rounding y alone costs, relatively."""
-
-
-LAYER_TOLERANCES = {
-    # Sums of a few thousand float32 products in another order: 1e-6 is common.
-    "float32": Tolerance(error=2e-5, gain=1e-4, epsilon=2.0**-24),
-    # Weights, x A^T and y are rounded to 11 bits each; sums are float32 inside.
-    "float16": Tolerance(error=4e-3, gain=5e-3, epsilon=2.0**-11),
-    # The same with 8 bits.
-    "bfloat16": Tolerance(error=3e-2, gain=4e-2, epsilon=2.0**-8),
-}
-MODEL_TOLERANCES = {
-    # A dozen layers add up what one layer rounds (see above), and gain is not linear.
-    "float32": Tolerance(error=1e-4, gain=1e-3, epsilon=2.0**-24),
-    "float16": Tolerance(error=2e-2, gain=3e-2, epsilon=2.0**-11),
-    "bfloat16": Tolerance(error=1e-1, gain=1e-1, epsilon=2.0**-8),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One implementation, one site, one adapter, over all tokens of all cases that use it."""
-
-    implementation: str
-    layer: str
-    site: str
-    adapter: str
-    """`base` for the tokens of slot 0."""
-    num_tokens: int
-    max_abs_error: float
-    mean_abs_error: float
-    error: float
-    cosine: float | None
-    """Between what the adapter adds and what it should add; None for the base."""
-    gain: float | None
-    moved: float | None
-    """How far the adapter moves the output, as it should: |y_ref - base_ref| / |base_ref|."""
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -101,7 +53,7 @@ class Report:
 
     def to_json(self) -> str:
         data = {"status": self.status, **dataclasses.asdict(self)}
-        return json.dumps(_without_nan(data), indent=1, allow_nan=False) + "\n"
+        return json.dumps(without_nan(data), indent=1, allow_nan=False) + "\n"
 
     def to_markdown(self) -> str:
         lines = [
@@ -129,65 +81,6 @@ class Report:
         lines += ["", *(f"Not run: {name}: {why}" for name, why in self.skipped.items())]
         lines += [f"{key}: {value}" for key, value in self.environment.items()]
         return "\n".join(lines) + "\n"
-
-
-def _without_nan(data: Any) -> Any:
-    """JSON knows no NaN and no Inf: null stands for them."""
-    if isinstance(data, dict):
-        return {key: _without_nan(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_without_nan(value) for value in data]
-    return None if isinstance(data, float) and not np.isfinite(data) else data
-
-
-def compare(
-    labels: tuple[str, str, str, str],
-    output: np.ndarray,
-    expected: np.ndarray,
-    base_output: np.ndarray,
-    base_expected: np.ndarray,
-    tolerance: Tolerance,
-) -> Row:
-    """Hold one adapter's outputs at one site, [tokens, width] each, to the reference.
-
-    Args:
-        labels: implementation, layer, site, adapter.
-        base_output: what the same implementation gives for these tokens with slot 0.
-        base_expected: what the reference gives with slot 0; equal to expected for slot 0 itself.
-    """
-    output, base_output = output.astype(np.float64), base_output.astype(np.float64)
-    errors = np.abs(output - expected)
-    error = float(errors.max() / max(float(np.abs(expected).max()), 1e-30))
-    passed = bool(error <= tolerance.error)  # NaN does not pass
-    added, wanted = output - base_output, expected - base_expected
-    norm = float(np.linalg.norm(wanted))
-    cosine = gain = None
-    if norm > 0:
-        dot = float((added * wanted).sum())
-        gain = dot / norm**2
-        cosine = dot / max(norm * float(np.linalg.norm(added)), 1e-30)
-        # Rounding y blurs a small difference: per value by epsilon, in the projection by less.
-        noise = tolerance.epsilon * float(np.linalg.norm(expected)) / norm / np.sqrt(wanted.size)
-        passed = passed and bool(abs(gain - 1) <= tolerance.gain + 6 * noise)
-    return Row(
-        *labels,
-        num_tokens=len(output),
-        max_abs_error=float(errors.max()),
-        mean_abs_error=float(errors.mean()),
-        error=error,
-        cosine=cosine,
-        gain=gain,
-        moved=norm / max(float(np.linalg.norm(base_expected)), 1e-30) if norm > 0 else None,
-        passed=passed,
-    )
-
-
-CASES_FILE = "parity/cases.safetensors"
-
-
-def slot_names(manifest: Manifest) -> dict[int, str]:
-    """Adapter name by slot, for the adapters that start loaded."""
-    return {entry.slot: entry.name for entry in manifest.adapters if entry.slot is not None}
 
 
 def tolerance_of(spec: Spec, table: Mapping[str, Tolerance]) -> Tolerance:

@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraexport_runtime import AdapterError, ArtifactError, WeightsError
+from loraexport_runtime.checking import decoder as stored_decoder
+from loraexport_runtime.checking import layers as stored_layers
+from loraexport_runtime.checking import model as stored_model
 from loraexport_runtime.contract.manifest import Manifest, Model
 
 from ..bases.adapters import load_adapters
@@ -13,7 +16,7 @@ from ..bases.weights import Base
 from ..errors import BaseModelError, UsageError
 from ..parity.implementations import default_providers
 from ..parity.layers.check import check
-from ..parity.layers.reference import load_reference, make_reference
+from ..parity.layers.reference import make_reference
 from ..parity.report import Report
 from ..plan.plan import Plan, make_plan
 from ..spec.reader import read_spec
@@ -56,21 +59,22 @@ def verify_artifact(
         source = f"the stored cases (no base here: {error}; give it with --base)"
     if manifest.generator is not None:
         from ..parity.decoder import check as verify_decoder
-        from ..parity.decoder import reference as decoder_reference
 
-        kept = replace(decoder_reference.load_reference(folder), source=source)
+        kept = replace(stored_decoder.load_reference(folder, manifest), source=source)
         return verify_decoder.check_decoder(
             folder, manifest, spec, kept, "the base is not here", chosen
         )
     if manifest.model is not None:
         from ..parity.model import check as verify_model
-        from ..parity.model import reference as model_reference
 
-        stored = replace(model_reference.load_reference(folder), source=source)
+        stored = replace(
+            stored_model.load_reference(folder, manifest, manifest.model), source=source
+        )
         return verify_model.check_model(
             folder, manifest, manifest.model, spec, stored, "the base is not here", chosen
         )
-    return check(folder, manifest, spec, replace(load_reference(folder), source=source), (), chosen)
+    segments = replace(stored_layers.load_reference(folder, manifest), source=source)
+    return check(folder, manifest, spec, segments, (), chosen)
 
 
 def _check_with_base(

@@ -11,10 +11,13 @@ LoraexportError
     ├── UnknownAdapterError     it names an adapter that is not loaded
     ├── SlotsExceededError      it needs more slots than there are, or none is free
     ├── SegmentsError           its segments do not describe its tokens
-    └── InputError              an array has the wrong dtype, width or device
+    └── InputError              an array has the wrong dtype, width or device, or an argument (a
+                                size, a pinned digest) is not of the form it must have
 
 Every message says what is wrong, where, and what to do about it.
 """
+
+from collections.abc import Sequence
 
 
 class LoraexportError(Exception):
@@ -62,4 +65,20 @@ class SegmentsError(BatchError):
 
 
 class InputError(BatchError):
-    """An input array has the wrong dtype, width or device."""
+    """An array has the wrong dtype, width or device; or an argument is not of its form."""
+
+
+EXIT_CODES: tuple[tuple[type[LoraexportError], int], ...] = (
+    (ProviderError, 2),
+    (BatchError, 2),
+    (WeightsError, 4),
+    (AdapterError, 4),
+    (ArtifactError, 5),
+)
+
+
+def exit_code(
+    error: LoraexportError, codes: Sequence[tuple[type[LoraexportError], int]] = EXIT_CODES
+) -> int:
+    """The process exit code that stands for an error; 1 for a kind that the codes leave out."""
+    return next((code for kind, code in codes if isinstance(error, kind)), 1)

@@ -21,6 +21,7 @@ from loraexport.cli import console
 from loraexport.errors import ExportError, exit_code
 from loraexport.pipeline.build import build
 from loraexport.spec.reader import json_schema
+from loraexport_runtime.contract.files import digest_file
 
 torch.set_num_threads(1)
 
@@ -276,6 +277,8 @@ def test_build_in_plain_lines(run: Run, tmp_path: Path) -> None:
     done = run("build", spec, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.out.startswith(f"published {tmp_path / 'out/tiny'}: parity passed, largest error ")
+    digest = digest_file(tmp_path / "out/tiny/manifest.json")
+    assert done.out.splitlines()[-1] == f"digest, to pin it: {digest}"
     stages = [line.removeprefix(f"building {spec}: ") for line in done.err.splitlines()]
     assert stages == ["plan", "read weights", "export q to TorchScript", "verify", "publish"]
 
@@ -284,6 +287,7 @@ def test_build_as_json(run: Run, tmp_path: Path) -> None:
     done = run("build", tiny_spec(tmp_path), "--out", tmp_path / "out", "--json")
     assert (done.code, done.err) == (0, "")
     assert done.data["artifact"] == str(tmp_path / "out/tiny")
+    assert done.data["digest"] == digest_file(tmp_path / "out/tiny/manifest.json")
     assert done.data["parity"]["status"] == "passed"
 
 
@@ -305,6 +309,8 @@ def test_inspect_artifact(run: Run, published: Path) -> None:
     assert (done.data["name"], done.data["num_slots"]) == ("tiny", 1)
     text = run("inspect", published)
     assert (text.code, yaml.safe_load(text.out)["name"]) == (0, "tiny")
+    assert done.data["digest"] == digest_file(published / "manifest.json")
+    assert yaml.safe_load(text.out) == done.data
 
 
 def test_inspect_adapter(run: Run, tmp_path: Path) -> None:
@@ -365,6 +371,18 @@ def test_verify_as_json(run: Run, published: Path) -> None:
     done = run("verify", published, "--providers", "cpu", "--json")
     assert (done.code, done.err) == (0, "")
     assert done.data["status"] == "passed"
+
+
+def test_verify_of_what_was_deferred(run: Run, published: Path, tmp_path: Path) -> None:
+    """The manifest says so from then on, so that its digest is another."""
+    copy = shutil.copytree(published, tmp_path / "copy")
+    text = (copy / "manifest.json").read_text(encoding="utf-8")
+    deferred = text.replace('"status": "passed"', '"status": "deferred"')
+    (copy / "manifest.json").write_text(deferred, encoding="utf-8")
+    done = run("verify", copy, "--providers", "cpu")
+    assert done.code == 0, done.err
+    digest = digest_file(copy / "manifest.json")
+    assert done.err.splitlines()[-1] == f"verified; digest, to pin it: {digest}"
 
 
 def test_verify_damaged_artifact(run: Run, published: Path, tmp_path: Path) -> None:

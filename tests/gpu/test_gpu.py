@@ -16,10 +16,7 @@ from support.models import write_base
 from loraexport.bases.adapters import load_adapters
 from loraexport.bases.layers import LayerModules, build_modules, load_base
 from loraexport.lora.segmented import SegmentedLayer
-from loraexport.parity.decoder.check import _compare_tokens
-from loraexport.parity.decoder.reference import load_reference
 from loraexport.parity.implementations import open_torchscript
-from loraexport.parity.report import MODEL_TOLERANCES, tolerance_of
 from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
@@ -27,6 +24,8 @@ from loraexport.tensors import to_numpy
 from loraexport_runtime import InputError, ModelSession, ProviderError, Session, load
 from loraexport_runtime.buckets.bucket import Bucket
 from loraexport_runtime.buckets.replays import Replays
+from loraexport_runtime.checking.decoder import compare_tokens, load_reference
+from loraexport_runtime.checking.rows import MODEL_TOLERANCES, stored_tolerance
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.memory import host_value
 from loraexport_runtime.generation.captured import engine as driven
@@ -327,9 +326,9 @@ def test_captured_steps_give_the_reference_tokens(
     """Or others whose logits are as near as rounding explains, as a build asks of GenAI's."""
     artifact = decoder(family, dtype)
     generator = load_generator(artifact, "cuda", cuda_graphs=True)
-    tolerance = tolerance_of(read_spec(artifact.parents[1] / "spec.yaml"), MODEL_TOLERANCES)
-    reference = load_reference(artifact)
-    rows = _compare_tokens("captured", generator, generator.manifest, reference, tolerance)
+    tolerance = stored_tolerance(generator.manifest, MODEL_TOLERANCES)
+    reference = load_reference(artifact, generator.manifest)
+    rows = compare_tokens("captured", generator, generator.manifest, reference, tolerance)
     assert {row.adapter for row in rows} == {"base", "first", "second"}
     assert all(row.passed for row in rows), rows
 

@@ -21,10 +21,10 @@ from loraexport.bases.layers import LayerModules, build_modules, load_base
 from loraexport.export.onnx import export_onnx
 from loraexport.export.torchscript import export_torchscript
 from loraexport.parity.oracle import read_reference_adapter, reference_output
-from loraexport.parity.report import LAYER_TOLERANCES
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_numpy, to_torch
+from loraexport_runtime.checking.rows import LAYER_TOLERANCES
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -39,8 +39,8 @@ from support.families import (
 import loraexport_runtime
 from loraexport.errors import BaseModelError, ExportError, LoraexportError, exit_code
 from loraexport.hf.quiet import quiet_models
-from loraexport.parity.model.reference import load_reference
 from loraexport.pipeline.build import build
+from loraexport_runtime.checking.model import load_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPLEMENTATIONS = ("eager", "peft", "torchscript-cpu", "onnx-cpu", "onnx-cpu-plain")
@@ -313,8 +313,8 @@ def _check(
     pool: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> None:
     """Parity saw batches, both paddings and the window; and the runtime gives what PEFT gives."""
-    cases = load_reference(artifact).inputs.values()
     session: Any = loraexport_runtime.load(artifact)
+    cases = load_reference(artifact, session.manifest, session.model).inputs.values()
     images = session.model.inputs[0].name == "pixel_values"
     if images:
         # The example of the export has three rows.

@@ -16,10 +16,10 @@ from support.models import write_base
 import loraexport.bases.layers as layers_module
 from loraexport.errors import BaseModelError, ParityError, UsageError
 from loraexport.lora import segmented, segments
-from loraexport.parity.report import LAYER_TOLERANCES, compare
 from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
 from loraexport_runtime import Session
+from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Piece, compare
 from loraexport_runtime.contract.manifest import Manifest
 
 
@@ -226,7 +226,9 @@ def rows_of(change: Callable[[np.ndarray], np.ndarray]) -> bool:
     delta = generator.standard_normal((40, 32)) * 0.02
     labels = ("test", "layer", "site", "adapter")
     output = base + change(delta)
-    row = compare(labels, output, base + delta, base, base, LAYER_TOLERANCES["bfloat16"])
+    row = compare(
+        labels, [Piece("case", output, base + delta, base, base)], LAYER_TOLERANCES["bfloat16"]
+    )
     return row.passed
 
 

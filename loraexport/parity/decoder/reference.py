@@ -2,40 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
-from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.checking.decoder import DecoderReference, make_cases
+from loraexport_runtime.checking.decoder_steps import read_config
+from loraexport_runtime.checking.model import BASE, Mix
+from loraexport_runtime.checking.stored import CASES_FILE
 from loraexport_runtime.contract.genai_config import end_tokens
 from loraexport_runtime.contract.manifest import Manifest
 
-from ..model.cases import BASE, Mix
-from ..report import CASES_FILE
-from .cases import make_cases, make_prompts, read_config
+from .cases import make_prompts
 
 _MOST_COLUMNS = 8192
 _TOP = 16
-
-
-@dataclass(frozen=True)
-class DecoderReference:
-    """By case: the prompts, and for each row its tokens [STEPS] and logits [STEPS, columns]."""
-
-    source: str
-    columns: np.ndarray
-    """int64: tokens whose logits are compared; of a large vocabulary some, the likeliest too."""
-    prompts: dict[str, list[list[int]]]
-    tokens: dict[str, np.ndarray]
-    """int64 [batch, STEPS]"""
-    logits: dict[str, np.ndarray]
-    """[batch, STEPS, columns]: step s is what token s is the likeliest of."""
-    base_logits: dict[str, np.ndarray]
-    """What the base alone gives for the same tokens, [batch, STEPS, columns]."""
 
 
 class Decoder(Protocol):
@@ -117,22 +101,3 @@ def save_reference(reference: DecoderReference, folder: Path) -> None:
         arrays[f"{case}/base"] = reference.base_logits[case].astype(np.float32, order="C")
     (folder / CASES_FILE).parent.mkdir(exist_ok=True)
     (folder / CASES_FILE).write_bytes(save(arrays))
-
-
-def load_reference(folder: Path) -> DecoderReference:
-    """The reference that a build kept."""
-    arrays = load_file(resolve(folder, CASES_FILE))
-    columns = arrays.pop("columns")
-    names = dict.fromkeys(name.split("/")[0] for name in arrays)
-    prompts = {
-        case: [arrays[f"{case}/x/{row}"].tolist() for row in range(len(arrays[f"{case}/tokens"]))]
-        for case in names
-    }
-    return DecoderReference(
-        "the stored cases",
-        columns,
-        prompts,
-        {case: arrays[f"{case}/tokens"] for case in names},
-        {case: arrays[f"{case}/y"] for case in names},
-        {case: arrays[f"{case}/base"] for case in names},
-    )

@@ -10,16 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from loraexport_runtime.checking.decoder import STEPS
+from loraexport_runtime.checking.decoder_steps import empty_cache, read_config
+from loraexport_runtime.checking.model import Mix
 from loraexport_runtime.contract.manifest import Manifest
 
 from ...bases.grafted import find_sites, load_graph, plain_directory
 from ...hf.model import load_plain_model
 from ...plan.plan import Plan
-from ..model.cases import Mix
 from ..model.graph_model import SOURCE, GraphModel
 from ..model.plain_model import merged_into
 from ..oracle import ReferenceAdapter, read_adapters
-from .cases import STEPS, empty_cache, read_config
 from .reference import Decoder, read_logits
 
 

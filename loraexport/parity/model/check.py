@@ -4,40 +4,31 @@ Padding is not compared.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from loraexport_runtime import ModelSession
-from loraexport_runtime.adapters.packing import lowest
+from loraexport_runtime.checking.model import (
+    Inputs,
+    ModelReference,
+    Outputs,
+    RowCase,
+    Run,
+    compare_model,
+    open_runner,
+)
+from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Row, label_of
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.manifest import Manifest, Model
-from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.providers import CPU, normalise_providers
-from loraexport_runtime.slots.batch import Row as Names
 
 from ...bases.model import ModelModules
 from ...graphs.sessions import open_plain_onnx
 from ...spec.schema import Spec
 from ...tensors import to_numpy, to_torch
 from ..implementations import open_torchscript, torch_devices
-from ..report import (
-    MODEL_TOLERANCES,
-    Report,
-    Row,
-    Tolerance,
-    compare,
-    make_report,
-    slot_names,
-    tolerance_of,
-)
-from .cases import BASE, Inputs, Mix, Outputs, RowCase, kept_tokens, make_cases, only
-from .reference import ModelReference
-
-Run = Callable[[Inputs, RowCase], Outputs]
-"""(inputs by name, what each row uses) -> the model's outputs by name."""
+from ..report import Report, make_report, tolerance_of
 
 
 def check_model(
@@ -59,61 +50,10 @@ def check_model(
     rows: list[Row] = []
     every = _implementations(folder, manifest, model, plain, providers, skipped)
     for name, run in every:
-        rows += _compare(name, run, manifest, model, reference, tolerance)
+        blends = name != "peft"  # PEFT blends by other rules
+        rows += compare_model(name, run, manifest, model, reference, tolerance, blends)
     has_onnx = model.onnx is not None
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx)
-
-
-def _compare(
-    name: str,
-    run: Run,
-    manifest: Manifest,
-    model: Model,
-    reference: ModelReference,
-    tolerance: Tolerance,
-) -> list[Row]:
-    names: dict[Mix, str] = {BASE: "base"}
-    names |= {only(slot): adapter for slot, adapter in sorted(slot_names(manifest).items())}
-    has_base = all(layer.in_base for layer in manifest.layers)
-    parts: dict[tuple[str, str], list[list[np.ndarray]]] = {
-        (entry.name, who): [] for entry in model.outputs for who in (*names.values(), "blend")
-    }
-    for case in make_cases(manifest, model):
-        inputs = reference.inputs[case.name]
-        expected, base = reference.expected[case.name], reference.base_expected[case.name]
-        found = run(inputs, case)
-        base_case = RowCase(case.name, (BASE,) * len(case.rows), case.lengths, case.left)
-        base_found = run(inputs, base_case) if has_base else base
-        for entry in model.outputs:
-            four = [one[entry.name] for one in (found, expected, base_found, base)]
-            if any(layer.labels for layer in manifest.layers):
-                missing = lowest(NUMPY_DTYPES[manifest.dtype])
-                four[:2] = _without_missing_labels(four[0], four[1], missing)
-                four[2:] = _without_missing_labels(four[2], four[3], missing)
-            for mix in set(case.rows):
-                if name == "peft" and mix not in names:
-                    continue  # PEFT blends by other rules
-                tokens = kept_tokens(inputs, entry)
-                own = np.array([row == mix for row in case.rows])
-                keep = (tokens.T & own).T
-                parts[entry.name, names.get(mix, "blend")].append([one[keep] for one in four])
-    rows = []
-    for (output, who), pieces in parts.items():
-        if pieces:
-            y, ref, y_base, ref_base = (np.concatenate(one) for one in zip(*pieces, strict=True))
-            labels = (name, model.task, output, who)
-            rows.append(compare(labels, y, ref, y_base, ref_base, tolerance))
-    return rows
-
-
-def _without_missing_labels(
-    y: np.ndarray, expected: np.ndarray, missing: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Zeros for the labels that a row's head lacks, NaN where y gives one to such a row."""
-    lacks = expected == np.float32(missing)
-    wrong = lacks & (y.astype(np.float32) != np.float32(missing))
-    zeroed = np.where(lacks, 0, y.astype(np.float64))
-    return np.where(wrong, np.nan, zeroed), np.where(lacks, 0, expected)
 
 
 def _implementations(
@@ -124,7 +64,7 @@ def _implementations(
     providers: Sequence[str],
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Run]]:
-    names = [name for name, _ in normalise_providers(providers)] if providers else []
+    pairs = normalise_providers(providers) if providers else []
     output = model.outputs[0].name
     if isinstance(plain, str):
         skipped |= {"eager": plain, "peft": plain}
@@ -139,20 +79,18 @@ def _implementations(
             yield "peft", lambda inputs, case: {output: peft.run(inputs, case)}
     if model.torchscript is not None:
         path = resolve(folder, model.torchscript)
-        for device in torch_devices(names):
+        for device in torch_devices([name for name, _ in pairs]):
             yield f"torchscript-{device}", _torchscript_runner(path, manifest, model, device)
     else:
         skipped["torchscript"] = "the spec does not ask for it"
     if model.onnx is None:
         skipped["onnx"] = "the spec does not ask for it"
         return
-    if not names:
+    if not pairs:
         skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"
-    for name in names:
-        short = name.removesuffix("ExecutionProvider").lower()
-        session = ModelSession(folder, manifest, model, normalise_providers([name]), None)
-        yield f"onnx-{short}", _session_runner(session, slot_names(manifest))
-        if name == CPU:
+    for pair in pairs:
+        yield f"onnx-{label_of(pair[0])}", open_runner(folder, manifest, model, pair)
+        if pair[0] == CPU:
             yield "onnx-cpu-plain", _plain_runner(resolve(folder, model.onnx), manifest, model)
 
 
@@ -183,22 +121,6 @@ def _torchscript_runner(path: Path, manifest: Manifest, model: Model, device: st
         return {model.outputs[0].name: to_numpy(y)}
 
     return run
-
-
-def _session_runner(session: ModelSession, names: Mapping[int, str]) -> Run:
-    def run(inputs: Inputs, case: RowCase) -> Outputs:
-        rows = [_row_names(row, names) for row in case.rows]
-        return session.run(inputs, rows)
-
-    return run
-
-
-def _row_names(row: Mix, names: Mapping[int, str]) -> Names:
-    if row == BASE:
-        return None
-    if row == only(row[0][0]):
-        return names[row[0][0]]
-    return {names[slot]: weight for slot, weight in row}
 
 
 def _plain_runner(path: Path, manifest: Manifest, model: Model) -> Run:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from loraexport_runtime.checking.model import Inputs, Mix, Outputs
 from loraexport_runtime.contract.manifest import Manifest
 
 from ...bases.grafted import find_sites
@@ -19,7 +20,6 @@ from ...graphs.products import Graft, take_place
 from ...graphs.sessions import open_graph
 from ...plan.plan import Plan
 from ..oracle import ReferenceAdapter, read_adapters
-from .cases import Inputs, Mix, Outputs
 
 SOURCE = "the base's own graph, the adapter's product added in float64"
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
 from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.checking.model import Inputs, RowCase
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.manifest import AdapterEntry, Manifest, Model
 
 from ...hf.quiet import quiet_models
-from .cases import Inputs, RowCase
 from .plain_model import PlainModel
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from loraexport_runtime.adapters.packing import lowest
+from loraexport_runtime.checking.model import Inputs, Mix, Outputs
 from loraexport_runtime.contract.manifest import Manifest, Model
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
@@ -17,7 +18,6 @@ from ...hf.model import has_rotary_positions, headless_widths, load_plain_model,
 from ...hf.pooling import SentencePooling
 from ...tensors import to_numpy, to_torch
 from ..oracle import ReferenceAdapter
-from .cases import Inputs, Mix, Outputs
 
 
 class PlainModel:

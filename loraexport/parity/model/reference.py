@@ -6,29 +6,27 @@ At every site W' = W + sum_i w_i (W_i - W), W_i by the oracle's own reading of a
 one adapter has w = 1. So a blend is base + sum_i w_i (y_i - base) at each site.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
-from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.checking.model import (
+    BASE,
+    Inputs,
+    Mix,
+    ModelReference,
+    Outputs,
+    RowCase,
+    kept_tokens,
+    make_cases,
+)
+from loraexport_runtime.checking.stored import CASES_FILE
 from loraexport_runtime.contract.manifest import Manifest, Model
 
 from ...errors import BaseModelError
-from ..report import CASES_FILE
-from .cases import BASE, Inputs, Mix, Outputs, RowCase, kept_tokens, make_cases, make_inputs
-
-
-@dataclass(frozen=True)
-class ModelReference:
-    """By case: inputs, and by output's name what is expected and what the base alone gives."""
-
-    source: str
-    inputs: dict[str, Inputs]
-    expected: dict[str, Outputs]
-    base_expected: dict[str, Outputs]
+from .cases import make_inputs
 
 
 class ReferenceModel(Protocol):
@@ -90,13 +88,3 @@ def save_reference(reference: ModelReference, folder: Path) -> None:
             }
     (folder / CASES_FILE).parent.mkdir(exist_ok=True)
     (folder / CASES_FILE).write_bytes(save(arrays))
-
-
-def load_reference(folder: Path) -> ModelReference:
-    """The reference that a build kept."""
-    arrays = load_file(resolve(folder, CASES_FILE))
-    found: dict[str, dict[str, dict[str, np.ndarray]]] = {"x": {}, "y": {}, "base": {}}
-    for key, array in arrays.items():
-        case, part, name = key.split("/", 2)
-        found[part].setdefault(case, {})[name] = array
-    return ModelReference("the stored cases", found["x"], found["y"], found["base"])

@@ -5,22 +5,32 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ArtifactError, LoraexportError
+from .files import check_pin
 from .manifest import Manifest
 
 _T = TypeVar("_T")
 
 
-def open_artifact(folder: Path, allow_unverified: bool, make: Callable[[Manifest], _T]) -> _T:
+def open_artifact(
+    folder: Path,
+    allow_unverified: bool,
+    make: Callable[[Manifest], _T],
+    digest: str | None = None,
+) -> _T:
     """Read the manifest, check parity and files, and make a session.
 
     Args:
         make: opens the graphs; called again if the folder was swapped meanwhile.
+        digest: the sha256 that the bytes of manifest.json must have; default: any.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or parity has not passed.
+        ArtifactError: a file is missing or damaged, parity has not passed, or the manifest has
+            another digest.
+        InputError: `digest` is no sha256.
     """
+    check_pin(digest)
     while True:
-        manifest = Manifest.read(folder)
+        manifest = Manifest.read(folder, digest)
         try:
             _check(folder, manifest, allow_unverified)
             made = make(manifest)

@@ -1,10 +1,11 @@
 """Paths that stay inside an artifact, and the digests of files."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, InputError
 
 MANIFEST_FILE = "manifest.json"
 
@@ -42,6 +43,28 @@ def difference(file: Path, entry: FileEntry) -> str:
     if digest_file(file) != entry.sha256:
         return "its sha256 differs from the manifest's: the file was changed or damaged"
     return ""
+
+
+def check_pin(digest: str | None) -> None:
+    """Raise InputError unless it is a sha256 to pin an artifact to, or None."""
+    if digest is not None and not (
+        isinstance(digest, str) and re.fullmatch("[0-9a-fA-F]{64}", digest)
+    ):
+        raise InputError(
+            f"digest is {digest!r}; expected the 64 hexadecimal digits of the sha256 of"
+            f" {MANIFEST_FILE}, as 'loraexport build' and 'loraexport inspect' show it"
+        )
+
+
+def require_pinned(file: Path, content: bytes, digest: str | None) -> None:
+    """Raise ArtifactError unless a file's bytes have the sha256 that the caller pinned, if any."""
+    actual = hashlib.sha256(content).hexdigest()
+    if digest is not None and digest.lower() != actual:
+        raise ArtifactError(
+            f"{file}: its sha256 is {actual}, but the pinned digest is {digest.lower()}: this is"
+            " another artifact, or it was changed; copy the right one here, or pin this one, if it"
+            " is what you want"
+        )
 
 
 def digest_file(path: Path) -> str:

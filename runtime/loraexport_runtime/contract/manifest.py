@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ArtifactError
-from .files import MANIFEST_FILE, FileEntry, difference, resolve
+from .files import MANIFEST_FILE, FileEntry, difference, require_pinned, resolve
 from .genai_config import GENAI_CONFIG
 from .json_values import parse
 
@@ -225,11 +225,16 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Read and check manifest.json; does not look at the other files (see `check_files`)."""
+    def read(cls, folder: Path, digest: str | None = None) -> "Manifest":
+        """Read and check manifest.json; does not look at the other files (see `check_files`).
+
+        digest: the sha256 that its bytes must have; default: any.
+        """
         file = folder / MANIFEST_FILE
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            content = file.read_bytes()
+            require_pinned(file, content, digest)
+            data = json.loads(content.decode("utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ArtifactError(
                 f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"

@@ -11,4 +11,10 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
 }
 # onnx.TensorProto.DataType, spelled out so that the runtime needs no onnx.
 ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+FLOAT_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
+"""As a session of onnxruntime names the types of its inputs and outputs."""
 DLPACK_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "int64": (0, 64)}

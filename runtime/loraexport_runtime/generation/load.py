@@ -14,6 +14,7 @@ def load_generator(
     *,
     cuda_graphs: bool = False,
     allow_unverified: bool = False,
+    digest: str | None = None,
 ) -> "TextGenerator":
     """Open an artifact of `kind: causal_lm`.
 
@@ -25,9 +26,12 @@ def load_generator(
             (rows are rounded up to a power of two, tokens to 256), later ones replay it; memory for
             the largest cache so far is kept. A `seed` draws other tokens than onnxruntime-genai's.
         allow_unverified: open an artifact whose parity failed or is still deferred.
+        digest: open no other artifact than that whose manifest.json has this sha256.
 
     Raises:
-        ArtifactError: it is no such artifact, a file is damaged, or parity has not passed.
+        ArtifactError: it is no such artifact, a file is damaged, parity has not passed, or the
+            manifest has another digest.
+        InputError: `digest` is no sha256.
         ProviderError: onnxruntime-genai is not installed, or the provider cannot run here.
     """
     folder = Path(path)
@@ -43,4 +47,4 @@ def load_generator(
             raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
         return TextGenerator(folder, manifest, manifest.generator, provider, cuda_graphs)
 
-    return open_artifact(folder, allow_unverified, make)
+    return open_artifact(folder, allow_unverified, make, digest)

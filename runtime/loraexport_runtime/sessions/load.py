@@ -19,6 +19,7 @@ def load(
     threads: int | None = None,
     cuda_graphs: bool = False,
     allow_unverified: bool = False,
+    digest: str | None = None,
 ) -> "Session | ModelSession":
     """Open an artifact: a Session for `kind: layers`, a ModelSession for a whole model.
 
@@ -30,9 +31,12 @@ def load(
         cuda_graphs: `warm_up` captures CUDA graphs, which later runs replay. Such a session makes
             one run at a time, whatever the number of threads.
         allow_unverified: open an artifact whose parity failed or is still deferred.
+        digest: open no other artifact than that whose manifest.json has this sha256.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or parity has not passed.
+        ArtifactError: a file is missing or damaged, parity has not passed, or the manifest has
+            another digest.
+        InputError: `digest` is no sha256.
         ProviderError: a provider cannot run here; onnxruntime alone would fall back silently. Or
             CUDA graphs were asked for where there are none.
     """
@@ -42,6 +46,7 @@ def load(
         folder,
         allow_unverified,
         lambda manifest: _open(folder, manifest, pairs, threads, cuda_graphs),
+        digest,
     )
 
 

@@ -8,14 +8,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ...device.dtypes import ONNX_TYPES
+from ...device.dtypes import FLOAT_TYPES, ONNX_TYPES
 from .next_inputs import next_inputs
-
-_DTYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(bfloat16)": "bfloat16",
-}
 
 
 @dataclass(frozen=True)
@@ -76,9 +70,9 @@ def read_graph(
         inputs=frozenset(taken) - frozenset(present),
         next=next_inputs(decoder["inputs"].values()),
         present=present,
-        cache_dtype=_DTYPES[taken[next(iter(present))].type],
+        cache_dtype=FLOAT_TYPES[taken[next(iter(present))].type],
         heads=int(decoder["num_key_value_heads"]),
         head_size=int(decoder["head_size"]),
-        logits_dtype=_DTYPES[logits.type],
+        logits_dtype=FLOAT_TYPES[logits.type],
         vocabulary=int(logits.shape[2]),
     )

@@ -1,0 +1,70 @@
+"""parity/cases.safetensors -> the arrays of the cases that a build kept, checked."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from ..contract.files import resolve
+from ..contract.manifest import Manifest
+from ..device.dtypes import NUMPY_DTYPES
+from ..errors import ArtifactError
+
+CASES_FILE = "parity/cases.safetensors"
+SOURCE = "the stored cases"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
+
+
+@dataclass(frozen=True)
+class StoredArrays:
+    """Arrays by name. One that is absent or of another shape is an ArtifactError."""
+
+    file: Path
+    arrays: Mapping[str, np.ndarray]
+
+    def read(self, name: str, *shape: int | None) -> np.ndarray:
+        """An array of a shape, in which None stands for any size."""
+        if name not in self.arrays:
+            raise self.refuse(f"{name!r} is missing")
+        array = self.arrays[name]
+        sizes = zip(array.shape, shape, strict=False)
+        if len(array.shape) != len(shape) or any(size not in (None, got) for got, size in sizes):
+            raise self.refuse(f"{name!r} has shape {list(array.shape)}")
+        return array
+
+    def refuse(self, problem: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.file}: {problem}, so these are not the cases of this manifest; build the"
+            " artifact again"
+        )
+
+
+def read_stored(folder: Path, manifest: Manifest) -> StoredArrays:
+    """Read the stored cases of an artifact.
+
+    Raises:
+        ArtifactError: the manifest lists none, or the file is missing or damaged.
+    """
+    file = resolve(folder, CASES_FILE)
+    if CASES_FILE not in manifest.files or all(one.slot is None for one in manifest.adapters):
+        raise ArtifactError(f"{file}: the artifact holds no stored cases; build it again")
+    try:
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest.files[CASES_FILE].sha256:
+            raise ArtifactError(
+                f"{file}: its sha256 differs from the manifest's; copy the artifact again"
+            )
+        arrays = {
+            name: np.frombuffer(part["data"], NUMPY_DTYPES[_DTYPES[part["dtype"]]]).reshape(
+                part["shape"]
+            )
+            for name, part in deserialize(content)  # type: ignore[no-untyped-call]
+        }
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ArtifactError(
+            f"{file}: cannot be read as safetensors ({error}); copy the artifact again"
+        ) from error
+    return StoredArrays(file, arrays)
