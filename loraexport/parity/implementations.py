@@ -12,6 +12,9 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.ort_session import require_device
 from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers
 
+NO_BASE = "the base is not here"
+"""Why what needs the base cannot run."""
+
 
 def open_torchscript(path: Path, device: str) -> Any:
     """A TorchScript graph on a device."""

@@ -41,8 +41,11 @@ from loraexport.cli import app as cli
 from loraexport.errors import BaseModelError, ParityError, SpecError, exit_code
 from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
+from loraexport.plan.decoder import DecoderPlan
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
+from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.generator import Completion, TextGenerator
 from loraexport_runtime.generation.load import load_generator
@@ -120,11 +123,13 @@ def test_the_readme_names_these_families() -> None:
 
 def test_the_artifact(artifact: Path) -> None:
     manifest = Manifest.read(artifact)
-    assert (manifest.kind, manifest.model) == ("causal_lm", None)
-    generator = manifest.generator
-    assert generator is not None
-    assert (generator.folder, generator.onnx) == ("generator", "generator/model.onnx")
-    assert generator.pad_token_id == PAD
+    decoder = manifest.kind
+    assert isinstance(decoder, Decoder)
+    assert (decoder.folder, decoder.onnx) == ("generator", "generator/model.onnx")
+    assert decoder.pad_token_id == PAD
+    config = read_genai_config(artifact / decoder.folder)["model"]
+    assert decoder.max_length == config["context_length"]
+    assert decoder.vocab_size == config["vocab_size"]
     assert {"generator/model.onnx.data", "generator/genai_config.json"} <= set(manifest.files)
     assert any(name.startswith("onnxruntime-genai") for name in manifest.tools)
     assert {layer.strategy for layer in manifest.layers} == {"augmented"}
@@ -136,7 +141,7 @@ def test_the_artifact(artifact: Path) -> None:
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    model = onnx.load(artifact / generator.onnx, load_external_data=False)
+    model = onnx.load(artifact / decoder.onnx, load_external_data=False)
     assert not model.functions
     assert {entry.domain for entry in model.opset_import} == {"", "com.microsoft"}
     taken = {one.name: one for one in model.graph.input}
@@ -436,7 +441,7 @@ def test_cuda_where_there_is_no_device(artifact: Path) -> None:
 
 def test_each_kind_has_its_own_loader(artifact: Path, tenants: Path) -> None:
     with pytest.raises(
-        lr.ArtifactError, match=r"its kind is 'causal_lm'; open it with .*load_generator\(\)"
+        lr.ArtifactError, match=r"its kind is 'decoder'; open it with .*load_generator\(\)"
     ):
         lr.load(artifact)
     with pytest.raises(lr.ArtifactError, match=r"its kind is 'layers'; open it with load\(\)"):
@@ -579,8 +584,7 @@ def _spec_of_skeleton(folder: Path, **changes: Any) -> Path:
 def test_the_plan_of_one_site_has_all_that_share_its_input(tmp_path: Path) -> None:
     spec = _spec_of_skeleton(tmp_path)
     plan = make_plan(read_spec(spec), tmp_path)
-    assert plan.model is None
-    assert plan.generator is not None
+    assert plan.kind == DecoderPlan(tmp_path / "base", None)
     assert [[part.site for part in one.layer.slices] for one in plan.layers] == [
         [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     ]

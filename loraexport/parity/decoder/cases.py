@@ -9,6 +9,7 @@ import numpy as np
 
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
@@ -54,10 +55,9 @@ def make_prompts(
     return [generator.choice(allowed, length).tolist() for length in case.lengths]
 
 
-def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def read_config(folder: Path, decoder: Decoder) -> dict[str, Any]:
     """What onnxruntime-genai is told of the model."""
-    assert manifest.generator is not None, "the manifest is of a decoder"
-    config: dict[str, Any] = read_genai_config(resolve(folder, manifest.generator.folder))["model"]
+    config: dict[str, Any] = read_genai_config(resolve(folder, decoder.folder))["model"]
     return config
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from torch.utils.dlpack import from_dlpack
 
 from loraexport_runtime.contract.files import resolve
-from loraexport_runtime.contract.manifest import Generator, Manifest
+from loraexport_runtime.contract.kinds import Decoder
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.memory import host_value
 from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.errors import ProviderError
@@ -47,6 +48,7 @@ Logits = Callable[[list[list[int]], np.ndarray, np.ndarray], np.ndarray]
 def check_decoder(
     folder: Path,
     manifest: Manifest,
+    decoder: Decoder,
     spec: Spec,
     reference: DecoderReference,
     plain: Path | str,
@@ -60,24 +62,27 @@ def check_decoder(
     tolerance = tolerance_of(spec, MODEL_TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
-    for name, run in _implementations(folder, manifest, plain, providers, skipped):
+    for name, run in _implementations(folder, manifest, decoder, plain, providers, skipped):
         rows += _compare_logits(name, run, manifest, reference, tolerance)
-    for name, generator in _generators(folder, manifest, providers, skipped):
+    for name, generator in _generators(folder, manifest, decoder, providers, skipped):
         rows += _compare_tokens(name, generator, manifest, reference, tolerance)
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx=True)
 
 
 def _generators(
-    folder: Path, manifest: Manifest, providers: Sequence[str], skipped: dict[str, str]
+    folder: Path,
+    manifest: Manifest,
+    decoder: Decoder,
+    providers: Sequence[str],
+    skipped: dict[str, str],
 ) -> Iterator[tuple[str, TextGenerator]]:
     """onnxruntime-genai on every provider, and on CUDA the runtime's engine with captured steps."""
-    assert manifest.generator is not None, "the artifact is of a decoder"
     for provider, _ in normalise_providers(providers):
         short = provider.removesuffix("ExecutionProvider").lower()
-        yield f"onnx-genai-{short}", TextGenerator(folder, manifest, manifest.generator, short)
+        yield f"onnx-genai-{short}", TextGenerator(folder, manifest, decoder, short)
         if short == "cuda":
             try:
-                captured = TextGenerator(folder, manifest, manifest.generator, short, True)
+                captured = TextGenerator(folder, manifest, decoder, short, True)
             except ProviderError as error:
                 skipped["onnx-captured-cuda"] = str(error)
             else:
@@ -167,12 +172,11 @@ def _gap(logits: np.ndarray, columns: np.ndarray, best: int, other: int) -> floa
 def _implementations(
     folder: Path,
     manifest: Manifest,
+    decoder: Decoder,
     plain: Path | str,
     providers: Sequence[str],
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Logits]]:
-    generator = manifest.generator
-    assert generator is not None, "the artifact is of a decoder"
     if isinstance(plain, str):
         skipped["peft"] = plain
     elif importlib.util.find_spec("peft") is None:
@@ -181,24 +185,24 @@ def _implementations(
         yield "peft", _peft_runner(folder, manifest, plain)
     for name in [one for one, _ in normalise_providers(providers)] if providers else []:
         short = name.removesuffix("ExecutionProvider").lower()
-        yield f"onnx-{short}", _onnx_runner(folder, manifest, generator, name)
+        yield f"onnx-{short}", _onnx_runner(folder, manifest, decoder, name)
 
 
-def _onnx_runner(folder: Path, manifest: Manifest, generator: Generator, provider: str) -> Logits:
+def _onnx_runner(folder: Path, manifest: Manifest, decoder: Decoder, provider: str) -> Logits:
     """The graph in a plain session: a batch padded on the right, then one token of each at a time.
 
     A row's cache has no gap: its own length says where the next token's key and value go.
     """
-    path = resolve(folder, generator.onnx)
+    path = resolve(folder, decoder.onnx)
     session = open_plain_onnx(path, provider)
     taken = [one.name for one in session.get_inputs()]
     past = [name for name in taken if name.startswith("past_key_values.")]
     outputs = [one.name for one in session.get_outputs()]
-    config = read_config(folder, manifest)
+    config = read_config(folder, decoder)
 
     def run(prompts: list[list[int]], tokens: np.ndarray, adapter_ids: np.ndarray) -> np.ndarray:
         lengths = np.array([len(prompt) for prompt in prompts])
-        ids = np.full((len(prompts), lengths.max()), generator.pad_token_id, dtype=np.int64)
+        ids = np.full((len(prompts), lengths.max()), decoder.pad_token_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         empty = empty_cache(config, len(prompts), manifest.dtype)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loraexport_runtime.contract.manifest import Manifest, Model, TensorEntry
+from loraexport_runtime.contract.kinds import Model, TensorEntry
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ..report import slot_names

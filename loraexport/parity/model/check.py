@@ -13,7 +13,8 @@ import torch
 from loraexport_runtime import ModelSession
 from loraexport_runtime.adapters.packing import lowest
 from loraexport_runtime.contract.files import resolve
-from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.providers import CPU, normalise_providers
 from loraexport_runtime.slots.batch import Row as Names

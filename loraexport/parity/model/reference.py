@@ -14,7 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file, save
 
 from loraexport_runtime.contract.files import resolve
-from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.manifest import Manifest
 
 from ...errors import BaseModelError
 from ..report import CASES_FILE
