@@ -11,14 +11,14 @@ from loraexport_runtime.adapters.tensors import LoraWeights, read_lora_weights
 from loraexport_runtime.contract.manifest import Layer
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
-from ..plan.plan import Plan
+from ..plan.plan import AnyPlan
 from .weights import Base
 
 AdapterWeights = Mapping[str, LoraWeights]
 """One adapter's weights by site."""
 
 
-def load_adapters(plan: Plan, base: Base) -> dict[str, AdapterWeights]:
+def load_adapters(plan: AnyPlan, base: Base) -> dict[str, AdapterWeights]:
     """Read the weights of a plan's adapters, by adapter name.
 
     Raises:
@@ -33,7 +33,7 @@ def load_adapters(plan: Plan, base: Base) -> dict[str, AdapterWeights]:
     return loaded
 
 
-def pack_adapters(plan: Plan, base: Base, layers: Iterable[Layer]) -> dict[str, np.ndarray]:
+def pack_adapters(plan: AnyPlan, base: Base, layers: Iterable[Layer]) -> dict[str, np.ndarray]:
     """The slots' rows of every stack that a graft brings, by name; the base's are in its graph.
 
     Args:

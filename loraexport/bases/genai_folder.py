@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, end_tokens, read_genai_config
+from loraexport_runtime.contract.kinds import Decoder
 
 FOLDER = "generator"
 
@@ -24,6 +25,18 @@ def adapt_config(folder: Path) -> int:
     data["model"]["decoder"].setdefault("session_options", {})["log_severity_level"] = 3
     (folder / GENAI_CONFIG).write_text(json.dumps(data, indent=4) + "\n", encoding="utf-8")
     return pad
+
+
+def describe(folder: Path, pad: int) -> Decoder:
+    """What a manifest says of the folder; `pad`: see `adapt_config`."""
+    model = read_genai_config(folder)["model"]
+    return Decoder(
+        FOLDER,
+        f"{FOLDER}/model.onnx",
+        pad,
+        max_length=int(model["context_length"]),
+        vocab_size=int(model["vocab_size"]),
+    )
 
 
 def _choose_pad(folder: Path, config: dict[str, Any]) -> int:

@@ -1,6 +1,5 @@
-"""`kind: onnx`: a graph that exists. What it takes and gives is seen by running it."""
+"""A graph that exists: its digests, its weights in memory, its products."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,52 +12,68 @@ from loraexport_runtime.contract.files import digest_file
 from ..errors import BaseModelError
 from ..graphs.files import external_files, read_graph
 from ..graphs.products import Graft, Layout, list_products, make_graft
-from ..plan.plan import Plan
+from ..plan.graph import GraphPlan
+from ..plan.plan import AnyPlan
 from .weights import Base, digest_of
 
+NO_PLAIN_MODEL = "the base is an ONNX graph"
+"""Why no Hugging Face model can be asked."""
 
-def load_base(plan: Plan) -> Base:
+
+def load_base(plan: AnyPlan, graph: GraphPlan) -> Base:
     """The digests of a graph's files and of its sites' weights, as they are stored."""
-    assert plan.graph is not None, "the plan is of a graph"
-    model = read_graph(plan.graph.file)
+    model = read_graph(graph.file)
     by_output = {one.output: one for one in list_products(model.graph)}
     digests = {}
     for planned in plan.layers:
-        products = [by_output[output] for output in plan.graph.products[planned.layer.name]]
+        products = [by_output[output] for output in graph.products[planned.layer.name]]
         stored = {one.output: digest_array(_values(one.weight)) for one in products}
         for part in planned.layer.slices:
             digests[part.site] = digest_of(stored | {"columns": f"{part.offset}, {part.width}"})
-    files = {plan.graph.file, *external_files(model, plan.graph.file)}
+    files = {graph.file, *external_files(model, graph.file)}
     return Base({}, digests, digest_of({file.name: digest_file(file) for file in sorted(files)}))
 
 
-def load_graph(plan: Plan, folder: Path) -> ir.Model:
-    """The graph in memory; of a generator, its config and tokenizer are copied to `folder`."""
-    assert plan.graph is not None, "the plan is of a graph"
-    model = read_graph(plan.graph.file)
-    skipped = {plan.graph.file, *external_files(model, plan.graph.file)}
+def load_graph(graph: GraphPlan) -> ir.Model:
+    """The graph with all its weights in memory.
+
+    Raises:
+        BaseModelError: it cannot be read.
+    """
+    model = read_graph(graph.file)
     try:
         ir.external_data.load_to_model(model)
     except Exception as error:
-        raise BaseModelError(f"{plan.graph.file}: its external data is damaged: {error}") from error
-    if plan.graph.generates:
-        folder.mkdir(exist_ok=True)
-        for file in sorted(plan.graph.directory.iterdir()):
-            if file.is_file() and file not in skipped and file.suffix != ".onnx":
-                shutil.copyfile(file, folder / file.name)
+        raise BaseModelError(f"{graph.file}: its external data is damaged: {error}") from error
     return model
 
 
+def other_files(graph: GraphPlan) -> list[Path]:
+    """What lies beside the graph, but for its weights and other graphs."""
+    skipped = {graph.file, *external_files(read_graph(graph.file), graph.file)}
+    return [
+        file
+        for file in sorted(graph.directory.iterdir())
+        if file.is_file() and file not in skipped and file.suffix != ".onnx"
+    ]
+
+
 def find_sites(
-    plan: Plan, model: ir.Model, layouts: Mapping[str, tuple[Layout, int]]
+    plan: AnyPlan,
+    graph: GraphPlan,
+    model: ir.Model,
+    layouts: Mapping[str, tuple[Layout, int]],
 ) -> list[Graft]:
-    """The products of every layer of the plan."""
-    assert plan.graph is not None, "the plan is of a graph"
+    """The products of every layer of the plan.
+
+    Args:
+        layouts: of the layers whose rows do not lie as the operator says.
+    """
     by_output = {one.output: one for one in list_products(model.graph)}
     grafts = []
     for planned in plan.layers:
         layer = planned.layer
-        products = [by_output[output] for output in plan.graph.products[layer.name]]
+        products = [by_output[output] for output in graph.products[layer.name]]
         layout: Layout = "flat" if products[0].node.op_type == "Gemm" else "batched"
         grafts.append(make_graft(layer, products, *layouts.get(layer.name, (layout, 0))))
     return grafts

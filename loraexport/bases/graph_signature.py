@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from loraexport_runtime.contract.manifest import TensorEntry
+from loraexport_runtime.contract.kinds import TensorEntry
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ..errors import BaseModelError
 from ..graphs.products import Layout
 from ..graphs.sessions import open_graph
+from ..plan.graph import GraphPlan
 from ..plan.plan import Plan
 from .graph import find_sites
 
@@ -42,15 +43,14 @@ class GraphSignature:
     """Layer -> layout, and for flat rows how many belong to one, in the first example."""
 
 
-def read_signature(plan: Plan, model: ir.Model) -> GraphSignature:
+def read_signature(plan: Plan[GraphPlan], model: ir.Model) -> GraphSignature:
     """Run the graph on two batches and see which dimensions follow the rows and the tokens.
 
     Raises:
         BaseModelError: it takes what we cannot make up, cannot run, or has a dimension that follows
             neither.
     """
-    assert plan.graph is not None, "the plan is of a graph"
-    label = str(plan.graph.file)
+    label = str(plan.kind.file)
     inputs = tuple(_input_entry(value, label) for value in model.graph.inputs)
     tokens = find_tokens(plan, model)
     sources = _add_site_outputs(plan, model.clone())
@@ -83,11 +83,11 @@ class _Sources:
     """Layer -> the name of its sites' input."""
 
 
-def _add_site_outputs(plan: Plan, model: ir.Model) -> _Sources:
+def _add_site_outputs(plan: Plan[GraphPlan], model: ir.Model) -> _Sources:
     """What the sites get becomes outputs too."""
     names = [str(value.name) for value in model.graph.outputs]
     of_layer = {}
-    for one in find_sites(plan, model, {}):
+    for one in find_sites(plan, plan.kind, model, {}):
         x = one.nodes[0].inputs[0]
         assert x is not None, "a product has an input"
         of_layer[one.layer.name] = str(x.name)
@@ -176,14 +176,13 @@ def _example(
     return {entry.name: np.ascontiguousarray(values[entry.name]) for entry in inputs}
 
 
-def find_tokens(plan: Plan, model: ir.Model) -> Tokens:
+def find_tokens(plan: Plan[GraphPlan], model: ir.Model) -> Tokens:
     """The vocabulary: rows of the table that input_ids look up; the padding as config.json says.
 
     Raises:
         BaseModelError: neither the graph nor the config says how large the vocabulary is.
     """
-    assert plan.graph is not None, "the plan is of a graph"
-    file = plan.graph.directory / "config.json"
+    file = plan.kind.directory / "config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     pad = config.get("pad_token_id") or 0
     ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
@@ -201,6 +200,6 @@ def find_tokens(plan: Plan, model: ir.Model) -> Tokens:
     if "vocab_size" in config:
         return Tokens(int(config["vocab_size"]), pad)
     raise BaseModelError(
-        f"{plan.graph.file}: no table that input_ids look up, and no vocab_size in {file}; put the"
+        f"{plan.kind.file}: no table that input_ids look up, and no vocab_size in {file}; put the"
         " model's config.json there"
     )

@@ -16,13 +16,14 @@ from ..lora.layer import MultiLoraEmbedding, MultiLoraLinear
 from ..lora.segmented import SegmentedLayer, SegmentedLoop
 from ..lora.strategy import EmbeddingBase, LinearBase, StackSizes
 from ..plan.layer import LayerPlan, SiteSource
+from ..plan.layers import LayersPlan
 from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_torch
 from .adapters import AdapterWeights, put_base
 from .weights import Base, SiteWeights, digest_of
 
 
-def load_base(plan: Plan) -> Base:
+def load_base(plan: Plan[LayersPlan]) -> Base:
     """Read the weights of a plan's layers.
 
     Raises:
@@ -33,7 +34,7 @@ def load_base(plan: Plan) -> Base:
     for index, layer_plan in enumerate(plan.layers):
         for part, source in zip(layer_plan.layer.slices, layer_plan.sources, strict=True):
             if source.weight is None:
-                generator = np.random.default_rng([plan.seed, index, part.offset])
+                generator = np.random.default_rng([plan.kind.seed, index, part.offset])
                 weights = _draw(generator, layer_plan, part.width, source.has_bias)
             else:
                 weights = _read(source, layer_plan.fan_in_fan_out)
@@ -96,7 +97,7 @@ class LayerModules:
 
 
 def build_modules(
-    plan: Plan, base: Base, adapters: Mapping[str, AdapterWeights]
+    plan: Plan[LayersPlan], base: Base, adapters: Mapping[str, AdapterWeights]
 ) -> tuple[LayerModules, ...]:
     """The eager modules of every planned layer, in evaluation mode and the export's dtype."""
     slots = {
@@ -108,7 +109,10 @@ def build_modules(
 
 
 def _build(
-    layer: Layer, base: Base, slots: Mapping[int, tuple[AdapterWeights, float]], plan: Plan
+    layer: Layer,
+    base: Base,
+    slots: Mapping[int, tuple[AdapterWeights, float]],
+    plan: Plan[LayersPlan],
 ) -> LayerModules:
     dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     weight, bias = _fuse([base.sites[part.site] for part in layer.slices], layer, dtype)

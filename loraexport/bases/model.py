@@ -29,6 +29,7 @@ from ..lora.blended import Blended
 from ..lora.model_sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
 from ..lora.rows import RowBlend, RowSlots
 from ..lora.strategy import LinearBase, SiteBase, StackSizes
+from ..plan.model import ModelPlan
 from ..plan.plan import Plan
 from ..tensors import TORCH_DTYPES, to_numpy
 from .adapters import put_base
@@ -54,17 +55,16 @@ class ModelModules:
     """Adapter -> site -> DoRA's g."""
 
 
-def load_model(plan: Plan) -> tuple[Base, ModelModules]:
+def load_model(plan: Plan[ModelPlan]) -> tuple[Base, ModelModules]:
     """Read a planned model and its adapters, and put multi-LoRA sites into it.
 
     Raises:
         BaseModelError: the base cannot be used.
         WeightsError, AdapterWeightsError: an adapter cannot be used on it.
     """
-    assert plan.model is not None, "the plan is of a whole model"
     layers = [one.layer for one in plan.layers]
     headless = headless_widths(layers)
-    model: Any = load_plain_model(plan.model.directory, plan.model.task, headless)
+    model: Any = load_plain_model(plan.kind.directory, plan.kind.task, headless)
     base = read_base(model, layers)
     dtype = plan.spec.export.dtype
     slots: dict[int, _Slot] = {}
@@ -95,15 +95,15 @@ def load_model(plan: Plan) -> tuple[Base, ModelModules]:
             stacks[stack.name] = value
         _replace_sites(model, layer, plan.num_slots, context, blend)
     pooling = None
-    if plan.model.task == "sentence-embedding":
-        pooling = SentencePooling.read(plan.model.directory)
-    signature = Signature(plan.model.inputs, plan.model.outputs)
+    if plan.kind.task == "sentence-embedding":
+        pooling = SentencePooling.read(plan.kind.directory)
+    signature = Signature(plan.kind.inputs, plan.kind.outputs)
     rotary = has_rotary_positions(model.config)
     parts = model, signature, pooling, context, list(stacks), rotary
-    if plan.model.packed:
+    if plan.kind.packed:
         from .unpadded import PackedModel
 
-        module: MultiLoraModel = PackedModel(*parts).pack(plan.model.packed)
+        module: MultiLoraModel = PackedModel(*parts).pack(plan.kind.packed)
     else:
         module = MultiLoraModel(*parts)
     return base, ModelModules(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from loraexport_runtime.contract.manifest import Packed
+from loraexport_runtime.contract.kinds import Packed
 
 from ..errors import BaseModelError
 from ..hf.pooling import SentencePooling

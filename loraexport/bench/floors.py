@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ..plan.plan import Plan
+from ..plan.plan import AnyPlan
 from ..plan.stacks import BYTES_PER_VALUE
 from .device import Device
 from .results import Floor
@@ -18,7 +18,7 @@ _ALL_SLOTS = ("masked", "augmented")
 
 
 def site_floors(
-    plan: Plan, tokens: int, used: int, device: Device, units: int = 1
+    plan: AnyPlan, tokens: int, used: int, device: Device, units: int = 1
 ) -> dict[Literal["base", "mixed"], Floor]:
     """Floors of the base and of LoRA on top of it, for one of `units` equal layers of the plan.
 

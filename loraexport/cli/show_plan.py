@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ..plan.layer import LayerPlan
-from ..plan.plan import Plan
+from ..plan.plan import AnyPlan
 from .console import make_table, print_line
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
+def plan_dict(plan: AnyPlan) -> dict[str, Any]:
     """Everything that `print_plan` shows, as JSON types."""
     return {
         "name": plan.spec.name,
@@ -36,7 +36,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: AnyPlan, console: Console) -> None:
     """Adapters, layers and their sites, one line each, and why each strategy."""
     data = plan_dict(plan)
     print_line(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loraexport_runtime.contract.manifest import Layer, TensorEntry
+from loraexport_runtime.contract.kinds import TensorEntry
+from loraexport_runtime.contract.manifest import Layer
 
 from ..errors import BaseModelError
 from ..tensors import TORCH_DTYPES, to_torch

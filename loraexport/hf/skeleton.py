@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraexport_runtime.contract.manifest import TensorEntry
+from loraexport_runtime.contract.kinds import TensorEntry
 
 from ..errors import BaseModelError
 from .model import model_class, read_config, take_output

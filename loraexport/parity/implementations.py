@@ -11,6 +11,9 @@ from loraexport_runtime.checking.check import why_no_cuda
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import CPU, CUDA
 
+NO_BASE = "the base is not here"
+"""Why what needs the base cannot run."""
+
 
 def open_torchscript(path: Path, device: str) -> Any:
     """A TorchScript graph on a device."""

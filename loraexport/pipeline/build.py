@@ -5,30 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraexport_runtime.contract.manifest import (
-    cuda_reason,
-)
+from loraexport_runtime.contract.manifest import cuda_reason
 
 from ..artifact import staging
 from ..errors import ParityError
-from ..parity.report import Report
-from ..plan.plan import Plan, make_plan
+from ..plan.model import ModelPlan
+from ..plan.plan import AnyPlan, make_plan
 from ..spec.reader import read_spec
+from .files import copy_adapter, portable
+from .progress import Progress
 
 if TYPE_CHECKING:  # it imports torch
-    pass
-
-from .decoder import _prove_decoder
-from .files import copy_adapter, portable
-from .graph import _prove_graph
-from .layers import _prove_layers
-from .model import _prove_model
-from .progress import Progress
+    from ..parity.report import Report
 
 
 def build(
     spec_path: Path, out: Path, progress: Progress = lambda stage: None
-) -> tuple[Path, Report]:
+) -> "tuple[Path, Report]":
     """Build the artifact of a spec; give its folder, `out/<name>`, and what parity found.
 
     Raises:
@@ -41,21 +34,25 @@ def build(
     plan = make_plan(spec, spec_path.parent)
 
     # torch is imported from here on: a plan of layers does without it.
-    from ..parity import implementations as proof
+    from ..parity.implementations import default_providers, has_cuda
+    from .recipe import RECIPES
+    from .subject import Subject
 
-    _require_onnx_device(plan, proof.has_cuda)
-    prove = _prove_layers
-    if plan.model:
-        prove = _prove_model
-    elif plan.generator or plan.graph:
-        prove = _prove_graph if plan.graph and not plan.graph.generates else _prove_decoder
+    _require_onnx_device(plan, has_cuda)
+    recipe = RECIPES[plan.kind.tag]
     with staging(out, spec.name) as stage:
         (stage.folder / "graphs").mkdir()
         for adapter in plan.adapters:
             copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
         (stage.folder / "spec.yaml").write_text(portable(spec).to_yaml(), encoding="utf-8")
 
-        manifest, report = prove(plan, stage.folder, progress)
+        progress("read weights")
+        loaded = recipe.load(plan)
+        manifest = recipe.export(loaded, stage.folder, progress)
+        progress("verify")
+        providers = default_providers(manifest)
+        subject = Subject(stage.folder, manifest, manifest.kind, spec, providers, keep_cases=True)
+        report = recipe.prove(subject, loaded)
         (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
         (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
 
@@ -67,8 +64,8 @@ def build(
     return stage.target, report
 
 
-def _require_onnx_device(plan: Plan, has_cuda: Callable[[], bool]) -> None:
-    spec, packed = plan.spec, plan.model.packed if plan.model else None
+def _require_onnx_device(plan: AnyPlan, has_cuda: Callable[[], bool]) -> None:
+    spec, packed = plan.spec, plan.kind.packed if isinstance(plan.kind, ModelPlan) else None
     why = cuda_reason(spec.export.dtype, packed) if "onnx" in spec.export.formats else None
     if why and spec.parity.onnx == "required" and not has_cuda():
         raise ParityError(
@@ -78,7 +75,7 @@ def _require_onnx_device(plan: Plan, has_cuda: Callable[[], bool]) -> None:
         )
 
 
-def _parity_error(report: Report, kept: Path) -> ParityError:
+def _parity_error(report: "Report", kept: Path) -> ParityError:
     worst = max(report.failures, key=lambda row: row.error if row.error == row.error else 1e30)
     gain = "" if worst.gain is None else f", gain {worst.gain:.4f}"
     return ParityError(

@@ -1,56 +1,77 @@
-"""A decoder that generates: read, grafted, proven."""
+"""The recipe of a decoder that generates: multi-LoRA is grafted into onnxruntime-genai's graph."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from loraexport_runtime.contract.manifest import Generator, Manifest
+from loraexport_runtime.checking.decoder import load_reference
+from loraexport_runtime.checking.decoder_steps import read_config
+from loraexport_runtime.contract.kinds import Decoder
+from loraexport_runtime.contract.manifest import Manifest
 
+from ..bases.adapters import pack_adapters
+from ..bases.decoder import GenaiGraph, find_sites, load_base, load_graph, plain_directory
+from ..bases.genai_folder import FOLDER, adapt_config, describe
+from ..bases.weights import Base
+from ..export.graft import graft
+from ..graphs.files import save_grafted
+from ..parity.decoder.check import check_decoder
+from ..parity.decoder.reference import make_reference, save_reference
+from ..parity.decoder.sources import open_decoder
+from ..parity.implementations import NO_BASE
 from ..parity.report import Report
+from ..plan.decoder import DecoderPlan
 from ..plan.plan import Plan
-
-if TYPE_CHECKING:  # it imports torch
-    pass
 from .manifest import make_manifest
 from .progress import Progress
+from .subject import Subject
 
 
-def _prove_decoder(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
-    """Read, graft and verify a decoder that generates."""
-    from ..bases.adapters import pack_adapters
-    from ..bases.genai_folder import FOLDER, adapt_config
-    from ..bases.grafted import find_sites, load_base, load_graph, plain_directory
-    from ..export.graft import graft
-    from ..graphs.files import save_grafted
-    from ..parity import implementations as proof
-    from ..parity.decoder import check as verify_decoder
-    from ..parity.decoder import reference as decoder_reference
-    from ..parity.decoder.sources import open_decoder
+@dataclass(frozen=True)
+class LoadedDecoder:
+    """The decoder's weights, and its graph once it is asked for: most proofs need none."""
 
-    progress("read weights")
-    base = load_base(plan)
+    plan: Plan[DecoderPlan]
+    base: Base
+    graph: Callable[[], GenaiGraph]
+
+
+def load(plan: Plan[DecoderPlan]) -> LoadedDecoder:
+    """See Recipe."""
+    return LoadedDecoder(plan, load_base(plan), cache(partial(load_graph, plan)))
+
+
+def export(loaded: LoadedDecoder, folder: Path, progress: Progress) -> Manifest:
+    """See Recipe."""
+    plan = loaded.plan
     progress("build the base's graph")
-    model = load_graph(plan, folder / FOLDER)
-    pad = adapt_config(folder / FOLDER)
-    generator = Generator(FOLDER, f"{FOLDER}/model.onnx", pad)
-    sites = find_sites(plan, model)
-    layers = tuple(one.layer for one in sites)
-    manifest = replace(make_manifest(plan, base), layers=layers, generator=generator)
-    plain = model.clone()
+    base = loaded.graph()
+    base.write_files(folder / FOLDER)
+    decoder = describe(folder / FOLDER, adapt_config(folder / FOLDER))
     progress("graft multi-LoRA into it")
-    dtype = plan.spec.export.dtype
-    graft(model, sites, pack_adapters(plan, base, layers), plan.num_slots, dtype)
-    save_grafted(model, folder / generator.onnx)
-    progress("verify")
-    decoder = open_decoder(plan, folder, manifest, plain)
-    reference = decoder_reference.make_reference(folder, decoder, manifest, plan.spec.parity.seed)
-    decoder_reference.save_reference(reference, folder)
-    report = verify_decoder.check_decoder(
-        folder,
-        manifest,
-        plan.spec,
-        reference,
-        plain_directory(plan),
-        proof.default_providers(manifest),
+    graph = base.model.clone()
+    sites = find_sites(plan, graph)
+    layers = tuple(site.layer for site in sites)
+    stacks = pack_adapters(plan, loaded.base, layers)
+    graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
+    save_grafted(graph, folder / decoder.onnx)
+    return make_manifest(plan, loaded.base, decoder, layers)
+
+
+def prove(subject: Subject[Decoder], loaded: LoadedDecoder | None) -> Report:
+    """See Recipe."""
+    folder, manifest, decoder = subject.folder, subject.manifest, subject.kind
+    plain: Path | str
+    if loaded is None:
+        reference, plain = load_reference(folder, manifest), NO_BASE
+    else:
+        plan, config = loaded.plan, read_config(folder, decoder)
+        oracle = open_decoder(plan, folder, manifest, config, lambda: loaded.graph().model.clone())
+        reference = make_reference(oracle, manifest, config, subject.spec.parity.seed)
+        plain = plain_directory(plan)
+    if subject.keep_cases:
+        save_reference(reference, folder)
+    return check_decoder(
+        folder, manifest, decoder, subject.spec, reference, plain, subject.providers
     )
-    return manifest, report

@@ -2,15 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loraexport_runtime.adapters.config import CONFIG_FILE, WEIGHTS_FILE
 
 from ..plan.plan import AdapterPlan
 from ..spec.schema import Spec
-
-if TYPE_CHECKING:  # it imports torch
-    pass
 
 _TOKENIZER_FILES = (
     "tokenizer*",

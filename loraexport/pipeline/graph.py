@@ -1,62 +1,73 @@
-"""An ONNX graph that exists: read, grafted, proven."""
+"""The recipe of an ONNX graph that exists: multi-LoRA is grafted into it."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from loraexport_runtime.contract.manifest import Manifest, Model
+import onnx_ir as ir
 
-from ..parity.report import Report
-from ..plan.plan import Plan
+from loraexport_runtime.checking.model import load_reference
+from loraexport_runtime.contract.kinds import Graph, Model
+from loraexport_runtime.contract.manifest import Manifest
 
-if TYPE_CHECKING:  # it imports torch
-    pass
+from ..bases.adapters import pack_adapters
+from ..bases.graph import NO_PLAIN_MODEL, find_sites, load_base, load_graph
 from ..bases.graph_signature import read_signature
+from ..bases.weights import Base
+from ..export.graft import graft
+from ..graphs.files import save_grafted
+from ..parity.implementations import NO_BASE
+from ..parity.model.check import check_model
+from ..parity.model.graph_model import open_rows
+from ..parity.model.reference import make_reference, save_reference
+from ..parity.report import Report
+from ..plan.graph import GraphPlan
+from ..plan.plan import Plan
 from .files import copy_tokenizer
 from .manifest import make_manifest
 from .progress import Progress
+from .subject import Subject
+
+_FILE = "graphs/model.onnx"
 
 
-def _prove_graph(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
-    """Read, graft and verify an ONNX graph that exists."""
-    from ..bases import grafted
-    from ..bases import graph as onnx_graph
-    from ..bases.adapters import pack_adapters
-    from ..export.graft import graft
-    from ..graphs.files import save_grafted
-    from ..parity import implementations as proof
-    from ..parity.model import check as verify_model
-    from ..parity.model import reference as model_reference
-    from ..parity.model.graph_model import open_rows
+@dataclass(frozen=True)
+class LoadedGraph:
+    """The graph as it is, with its weights in memory."""
 
-    progress("read weights")
-    assert plan.graph is not None, "the plan is of a graph"
-    base = grafted.load_base(plan)
-    graph = grafted.load_graph(plan, folder)
-    plain = graph.clone()
+    plan: Plan[GraphPlan]
+    base: Base
+    graph: ir.Model
+
+
+def load(plan: Plan[GraphPlan]) -> LoadedGraph:
+    """See Recipe."""
+    return LoadedGraph(plan, load_base(plan, plan.kind), load_graph(plan.kind))
+
+
+def export(loaded: LoadedGraph, folder: Path, progress: Progress) -> Manifest:
+    """See Recipe."""
+    plan, graph = loaded.plan, loaded.graph.clone()
     progress("run the graph to see its dimensions")
-    signature = read_signature(plan, graph)
-    model = Model(
-        "onnx", False, None, signature.inputs, signature.outputs, "graphs/model.onnx", None
-    )
-    manifest = replace(make_manifest(plan, base), model=model)
+    seen = read_signature(plan, graph)
+    model = Model("onnx", False, None, seen.inputs, seen.outputs, _FILE, None, plan.kind.facts)
     progress("graft multi-LoRA into it")
-    sites = onnx_graph.find_sites(plan, graph, signature.layouts)
-    stacks = pack_adapters(plan, base, [one.layer for one in sites])
+    sites = find_sites(plan, plan.kind, graph, seen.layouts)
+    stacks = pack_adapters(plan, loaded.base, [site.layer for site in sites])
     graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
-    save_grafted(graph, folder / "graphs/model.onnx")
-    copy_tokenizer(plan.graph.directory, folder / "tokenizer")
-    progress("verify")
-    oracle = open_rows(plan, folder, manifest, plain)
-    reference = model_reference.make_reference(oracle, manifest, model, plan.spec.parity.seed)
-    model_reference.save_reference(reference, folder)
-    report = verify_model.check_model(
-        folder,
-        manifest,
-        model,
-        plan.spec,
-        reference,
-        str(grafted.plain_directory(plan)),
-        proof.default_providers(manifest),
-    )
-    return manifest, report
+    save_grafted(graph, folder / _FILE)
+    copy_tokenizer(plan.kind.directory, folder / "tokenizer")
+    return make_manifest(plan, loaded.base, Graph(model))
+
+
+def prove(subject: Subject[Graph], loaded: LoadedGraph | None) -> Report:
+    """See Recipe."""
+    folder, manifest, model = subject.folder, subject.manifest, subject.kind.model
+    if loaded is None:
+        reference, plain = load_reference(folder, manifest, model), NO_BASE
+    else:
+        oracle = open_rows(loaded.plan, folder, manifest, loaded.graph.clone())
+        reference = make_reference(oracle, manifest, model, subject.spec.parity.seed)
+        plain = NO_PLAIN_MODEL
+    if subject.keep_cases:
+        save_reference(reference, folder)
+    return check_model(folder, manifest, model, subject.spec, reference, plain, subject.providers)

@@ -1,48 +1,69 @@
-"""Single layers: read, exported, proven."""
+"""The recipe of single layers, a graph each."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.numpy import save
 
+from loraexport_runtime.checking.layers import load_reference
+from loraexport_runtime.contract.kinds import Layers
 from loraexport_runtime.contract.manifest import Manifest
 
-from ..parity.report import Report
-from ..plan.plan import Plan
-
-if TYPE_CHECKING:  # it imports torch
-    pass
+from ..bases.adapters import load_adapters
+from ..bases.layers import LayerModules, build_modules, load_base
+from ..bases.weights import Base
+from ..export.onnx import export_onnx
+from ..export.torchscript import export_torchscript
+from ..parity.layers.check import check
 from ..parity.layers.reference import make_reference, save_reference
+from ..parity.report import Report
+from ..plan.layers import LayersPlan
+from ..plan.plan import Plan
 from .manifest import make_manifest
 from .progress import Progress
+from .subject import Subject
 
 
-def _prove_layers(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
-    """Read, export and verify single layers, a graph each."""
-    from ..bases.adapters import load_adapters
-    from ..bases.layers import build_modules, load_base
-    from ..export.onnx import export_onnx
-    from ..export.torchscript import export_torchscript
-    from ..parity import implementations as proof
-    from ..parity.layers import check as verify
+@dataclass(frozen=True)
+class LoadedLayers:
+    """The layers' weights, and their eager modules."""
 
-    progress("read weights")
-    dtype = plan.spec.export.dtype
+    plan: Plan[LayersPlan]
+    base: Base
+    modules: tuple[LayerModules, ...]
+
+
+def load(plan: Plan[LayersPlan]) -> LoadedLayers:
+    """See Recipe."""
     base = load_base(plan)
-    modules = build_modules(plan, base, load_adapters(plan, base))
-    for one in modules:
-        layer = one.layer
+    return LoadedLayers(plan, base, build_modules(plan, base, load_adapters(plan, base)))
+
+
+def export(loaded: LoadedLayers, folder: Path, progress: Progress) -> Manifest:
+    """See Recipe."""
+    dtype = loaded.plan.spec.export.dtype
+    for modules in loaded.modules:
+        layer = modules.layer
         if layer.torchscript:
             progress(f"export {layer.name} to TorchScript")
-            export_torchscript(layer, one.segmented, dtype, folder / layer.torchscript)
+            export_torchscript(layer, modules.segmented, dtype, folder / layer.torchscript)
         if layer.onnx:
             progress(f"export {layer.name} to ONNX ({layer.strategy})")
-            export_onnx(one, dtype, folder / layer.onnx)
+            export_onnx(modules, dtype, folder / layer.onnx)
         if layer.base_rows:
-            (folder / layer.base_rows).write_bytes(save(one.base_rows))
-    manifest = make_manifest(plan, base)
-    progress("verify")
-    reference = make_reference(folder, manifest, plan.spec, base)
-    save_reference(reference, folder)
-    providers = proof.default_providers(manifest)
-    return manifest, verify.check(folder, manifest, plan.spec, reference, modules, providers)
+            (folder / layer.base_rows).write_bytes(save(modules.base_rows))
+    return make_manifest(loaded.plan, loaded.base, Layers())
+
+
+def prove(subject: Subject[Layers], loaded: LoadedLayers | None) -> Report:
+    """See Recipe."""
+    folder, manifest, spec = subject.folder, subject.manifest, subject.spec
+    modules: tuple[LayerModules, ...] = ()
+    if loaded is None:
+        reference = load_reference(folder, manifest)
+    else:
+        reference = make_reference(folder, manifest, spec, loaded.base)
+        modules = loaded.modules
+    if subject.keep_cases:
+        save_reference(reference, folder)
+    return check(folder, manifest, spec, reference, modules, subject.providers)

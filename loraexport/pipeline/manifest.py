@@ -1,23 +1,22 @@
-"""Plan and base -> the manifest, all but files and parity, which come last."""
+"""Plan, base and kind -> the manifest, all but files and parity, which come last."""
 
 import datetime
 import importlib.metadata
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from loraexport_runtime.adapters.header import digest_adapter
+from loraexport_runtime.contract.kinds import Kind
 from loraexport_runtime.contract.manifest import (
     FORMAT_VERSION,
     AdapterEntry,
     BaseEntry,
+    Layer,
     Manifest,
-    Model,
     ParitySummary,
 )
 
-from ..plan.plan import Plan
-
-if TYPE_CHECKING:  # it imports torch
-    from ..bases.weights import Base
+from ..bases.weights import Base
+from ..plan.plan import AnyPlan
 
 _TOOLS = (
     "loraexport",
@@ -32,30 +31,23 @@ _TOOLS = (
 )
 
 
-def make_manifest(plan: Plan, base: "Base") -> Manifest:
-    """Everything but files and parity, which come last."""
-    model, formats = None, plan.spec.export.formats
-    if plan.model is not None:
-        model = Model(
-            plan.model.task,
-            plan.model.blend,
-            plan.model.packed,
-            plan.model.inputs,
-            plan.model.outputs,
-            onnx="graphs/model.onnx" if "onnx" in formats else None,
-            torchscript="graphs/model.ts" if "torchscript" in formats else None,
-        )
+def make_manifest(
+    plan: AnyPlan, base: Base, kind: Kind, layers: Sequence[Layer] | None = None
+) -> Manifest:
+    """Everything but files and parity.
+
+    Args:
+        layers: as they are in the graph; default: as they were planned.
+    """
     return Manifest(
         format_version=FORMAT_VERSION,
         name=plan.spec.name,
-        kind=plan.spec.base.kind,
+        kind=kind,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         dtype=plan.spec.export.dtype,
         spec_digest=plan.spec.digest(),
         num_slots=plan.num_slots,
-        layers=tuple(one.layer for one in plan.layers),
-        model=model,
-        generator=None,
+        layers=tuple(layers or (planned.layer for planned in plan.layers)),
         adapters=tuple(
             AdapterEntry(
                 name=adapter.name,
@@ -76,10 +68,10 @@ def make_manifest(plan: Plan, base: "Base") -> Manifest:
 
 
 def _tool_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for tool in _TOOLS:
         try:
-            found[tool] = importlib.metadata.version(tool)
+            versions[tool] = importlib.metadata.version(tool)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -3,21 +3,28 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from loraexport_runtime.adapters.header import AdapterHeader
 from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.contract.kinds import Tag
 
 from ..spec.schema import Spec
+from .graph import GraphPlan
 from .layer import LayerPlan, make_layer_plan, refuse_features
 from .sites import named_sites, share_inputs, site_layer
 from .stacks import true_rows
 
 
 @dataclass(frozen=True)
-class GeneratorPlan:
-    """A decoder: where it lies."""
+class DecoderPlan:
+    """A decoder: where it lies, and its graph, if it has one already."""
+
+    tag: ClassVar[Tag] = "decoder"
 
     directory: Path
+    graph: GraphPlan | None
+    """None: onnxruntime-genai's builder makes it of the Hugging Face model."""
 
 
 def plan_decoder(
@@ -26,7 +33,7 @@ def plan_decoder(
     spec: Spec,
     num_slots: int,
     max_rank: int,
-) -> tuple[tuple[LayerPlan, ...], GeneratorPlan]:
+) -> tuple[tuple[LayerPlan, ...], DecoderPlan]:
     """Plan a decoder's sites: those that get one tensor are slices of one layer, all of them.
 
     The graph may hold such sites as one packed product (q, k, v), so that a layer has every slice
@@ -61,4 +68,4 @@ def plan_decoder(
         layer = site_layer(widths, size_in, "linear", max_rank)
         rows = true_rows(layer, ranks, spec)
         plans.append(make_layer_plan(layer, (), False, spec, num_slots, slot_rows=rows))
-    return tuple(plans), GeneratorPlan(directory)
+    return tuple(plans), DecoderPlan(directory, None)

@@ -3,18 +3,21 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from loraexport_runtime.adapters.header import AdapterHeader
 from loraexport_runtime.adapters.sites import match_sites
-from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
+from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.contract.kinds import Facts, Tag
 from loraexport_runtime.errors import AdapterWeightsError
 
 from ..errors import BaseModelError
 from ..graphs.files import read_graph
 from ..graphs.places import Place, find_places
 from ..graphs.products import Product, list_products
+from ..hf.facts import read_facts
 from ..spec.schema import OnnxSpec, Spec
 from .layer import LayerPlan, make_layer_plan, refuse_features
 from .sites import named_sites, site_layer
@@ -28,23 +31,28 @@ _OUTPUT_LAYERS = ("lm_head", "classifier", "score")
 class GraphPlan:
     """An ONNX graph: where it lies, and which products are the layers."""
 
+    tag: ClassVar[Tag] = "graph"
+
     directory: Path
     file: Path
-    generates: bool
-    """A folder of onnxruntime-genai."""
     products: dict[str, tuple[str, ...]]
     """Layer -> the outputs of its products."""
+    facts: Facts
 
 
-def plan_onnx(
+def plan_graph(
     base: OnnxSpec,
     directory: Path,
+    generates: bool,
     headers: Sequence[AdapterHeader],
     spec: Spec,
     num_slots: int,
     max_rank: int,
 ) -> tuple[tuple[LayerPlan, ...], GraphPlan]:
     """Plan the sites of a graph: products that get one tensor are slices of one layer.
+
+    Args:
+        generates: the directory is a folder of onnxruntime-genai, whose graph takes a KV cache.
 
     Raises:
         BaseModelError: the graph cannot be read, is of another dtype, or a rule fits no product.
@@ -53,7 +61,6 @@ def plan_onnx(
     """
     file = directory / base.file
     products = list_products(read_graph(file).graph)
-    generates = (directory / GENAI_CONFIG).is_file()
     config = read_genai_config(directory)["model"] if generates else None
     modules = {module for header in headers for module in header.modules}
     places = find_places(products, base.sites, config, modules, file)
@@ -81,7 +88,7 @@ def plan_onnx(
         rows = true_rows(layer, ranks, spec) if generates else None
         layers.append(make_layer_plan(layer, (), False, spec, num_slots, slot_rows=rows))
         outputs[layer.name] = tuple(one.output for place in group for one in place.products)
-    return tuple(layers), GraphPlan(directory, file, generates, outputs)
+    return tuple(layers), GraphPlan(directory, file, outputs, read_facts(directory))
 
 
 def _match(header: AdapterHeader, sites: Iterable[str], file: Path) -> dict[str, str]:

@@ -1,17 +1,58 @@
-"""One layer of a plan: where its tensors are, which strategy and why, its stacks and costs."""
+"""Single layers: where their tensors are. Headers alone are read."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
+from loraexport_runtime.adapters.header import AdapterHeader
 from loraexport_runtime.adapters.tensor_files import FLOAT_DTYPES, TensorInfo
+from loraexport_runtime.contract.kinds import Tag
 from loraexport_runtime.contract.manifest import Layer, Slice
 
 from ..errors import BaseModelError
-from ..spec.schema import EmbeddingSpec, LayerSpec, LinearSpec, SliceSpec, Spec
-from .layer import LayerPlan, SiteSource, make_layer_plan
+from ..hf.checkpoint import read_checkpoint
+from ..spec.schema import EmbeddingSpec, LayerSpec, LayersSpec, LinearSpec, SliceSpec, Spec
+from .layer import LayerPlan, SiteSource, make_layer_plan, refuse_features
 
 
-def plan_layer(
+@dataclass(frozen=True)
+class LayersPlan:
+    """Single layers, whose sources say where their tensors are."""
+
+    tag: ClassVar[Tag] = "layers"
+
+    seed: int
+    """Of synthetic weights; 0 where there are none."""
+
+
+def plan_layers(
+    base: LayersSpec,
+    directory: Path | None,
+    headers: Sequence[AdapterHeader],
+    spec: Spec,
+    num_slots: int,
+    max_rank: int,
+) -> tuple[tuple[LayerPlan, ...], LayersPlan]:
+    """Plan the spec's layers, a graph each.
+
+    Args:
+        directory: of the checkpoint; None where a seed makes the weights.
+
+    Raises:
+        BaseModelError: a tensor is absent or misshapen, or two layers have one site.
+        AdapterConfigError: an adapter brings more than A and B.
+    """
+    tensors = read_checkpoint(directory) if directory else None
+    layers = tuple(_plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers)
+    _check_sites_differ(layers)
+    instead = "build the whole model (base.kind: transformers)"
+    refuse_features(headers, "the graph of a single layer", instead)
+    return layers, LayersPlan(base.init.seed if base.init else 0)
+
+
+def _plan_layer(
     layer: LayerSpec,
     tensors: Mapping[str, TensorInfo] | None,
     spec: Spec,
@@ -132,3 +173,20 @@ def _sizes(
             f" expected [{found_out}]"
         )
     return found_in, found_out
+
+
+def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:
+    seen: dict[str, str] = {}
+    for plan in layers:
+        for part in plan.layer.slices:
+            if seen.get(part.site) == plan.layer.name:
+                raise BaseModelError(
+                    f"site {part.site!r} is twice in layer {plan.layer.name!r}; give each slice its"
+                    " own site"
+                )
+            if part.site in seen:
+                raise BaseModelError(
+                    f"site {part.site!r} is in layer {seen[part.site]!r} and in"
+                    f" {plan.layer.name!r}; a site belongs to one layer"
+                )
+            seen[part.site] = plan.layer.name

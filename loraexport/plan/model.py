@@ -6,15 +6,16 @@ The model is built on the meta device, which imports transformers; no weight is 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from loraexport_runtime.adapters.header import AdapterHeader
 from loraexport_runtime.adapters.sites import match_sites
-from loraexport_runtime.contract.manifest import Packed, TensorEntry
+from loraexport_runtime.contract.kinds import Facts, Packed, Tag, TensorEntry
 from loraexport_runtime.errors import AdapterWeightsError
 
 from ..errors import BaseModelError
 from ..hf.checkpoint import read_checkpoint
+from ..hf.facts import read_facts
 from ..spec.schema import Spec, TransformersSpec
 from .layer import LayerPlan, make_layer_plan
 from .stacks import LORA
@@ -32,12 +33,15 @@ PACKED_TASKS = ("feature-extraction", "sentence-embedding", "token-classificatio
 class ModelPlan:
     """A whole model: where it lies, and what its graph takes and gives."""
 
+    tag: ClassVar[Tag] = "model"
+
     directory: Path
     task: str
     blend: bool
     packed: Packed | None
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+    facts: Facts
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,16 @@ def plan_model(
             width = str(plan.layer.out_features)
             outputs = tuple(replace(one, shape=(*one.shape[:-1], width)) for one in outputs)
     packed = _packed(spec, base.task, plans) if spec.export.packed else None
-    return tuple(plans), ModelPlan(directory, base.task, spec.export.blend, packed, inputs, outputs)
+    model = ModelPlan(
+        directory,
+        base.task,
+        spec.export.blend,
+        packed,
+        inputs,
+        outputs,
+        read_facts(directory),
+    )
+    return tuple(plans), model
 
 
 def _packed(spec: Spec, task: str, plans: Sequence[LayerPlan]) -> Packed:

@@ -4,23 +4,25 @@ No tensor data, and for layers no torch: it takes well under two seconds. A whol
 the meta device to see its sites, which imports transformers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from loraexport_runtime.adapters.fit import check_fit
 from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
 from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.contract.genai_config import GENAI_CONFIG
 from loraexport_runtime.contract.manifest import AdapterSite
 from loraexport_runtime.errors import AdapterError
 
 from ..errors import BaseModelError
-from ..hf.checkpoint import read_checkpoint
 from ..hf.sources import resolve_directory
-from ..spec.schema import Spec
-from .decoder import GeneratorPlan, plan_decoder
-from .graph import GraphPlan, plan_onnx
-from .layer import LayerPlan, refuse_features
-from .layers import plan_layer
+from ..spec.schema import BaseSpec, CausalLmSpec, LayersSpec, OnnxSpec, Spec, TransformersSpec
+from .decoder import DecoderPlan, plan_decoder
+from .graph import GraphPlan, plan_graph
+from .layer import LayerPlan
+from .layers import LayersPlan, plan_layers
 from .model import ModelPlan, plan_model
 
 
@@ -40,25 +42,28 @@ class AdapterPlan:
     """The sites of which it brings a whole layer (modules_to_save)."""
 
 
+PlanKind = LayersPlan | ModelPlan | DecoderPlan | GraphPlan
+KindT = TypeVar("KindT", bound=PlanKind, covariant=True)
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Generic[KindT]):
     """Everything that a build needs to know before it reads a weight."""
 
     spec: Spec
     num_slots: int
     max_rank: int
     layers: tuple[LayerPlan, ...]
-    """The graphs of `kind: layers`, or the sites of a whole model's one graph."""
-    model: ModelPlan | None
-    generator: GeneratorPlan | None
-    graph: GraphPlan | None
+    """The graphs of kind layers, or the sites in the one graph of the other kinds."""
+    kind: KindT
     adapters: tuple[AdapterPlan, ...]
     base_source: str
-    seed: int
-    """Of synthetic weights; 0 where there are none."""
 
 
-def make_plan(spec: Spec, folder: Path) -> Plan:
+AnyPlan = Plan[PlanKind]
+
+
+def make_plan(spec: Spec, folder: Path) -> AnyPlan:
     """Plan a build.
 
     Args:
@@ -74,51 +79,44 @@ def make_plan(spec: Spec, folder: Path) -> Plan:
     ]
     max_rank = spec.max_rank or max(header.max_rank for header in headers)
     num_slots = spec.slots or len(spec.adapters)
-    base, directory = spec.base, None
-    model, generator, graph = None, None, None
-    if base.path is not None:
-        directory = resolve_directory(base.path, folder, BaseModelError)
-    if base.kind == "transformers":
-        assert directory is not None, "a whole model has a path"
-        layers, model = plan_model(base, directory, headers, spec, num_slots, max_rank)
-    elif base.kind == "causal_lm":
-        assert directory is not None, "a decoder has a path"
-        layers, generator = plan_decoder(directory, headers, spec, num_slots, max_rank)
-    elif base.kind == "onnx":
-        assert directory is not None, "a graph has a path"
-        layers, graph = plan_onnx(base, directory, headers, spec, num_slots, max_rank)
-    else:
-        tensors = read_checkpoint(directory) if directory else None
-        layers = tuple(
-            plan_layer(layer, tensors, spec, num_slots, max_rank) for layer in base.layers
-        )
-        _check_sites_differ(layers)
-        instead = "build the whole model (base.kind: transformers)"
-        refuse_features(headers, "the graph of a single layer", instead)
+    directory = None
+    if spec.base.path is not None:
+        directory = resolve_directory(spec.base.path, folder, BaseModelError)
+    layers, kind = _plan_base(spec, directory, headers, num_slots, max_rank)
     adapters = tuple(
         _plan_adapter(spec, index, header, layers, num_slots)
         for index, header in enumerate(headers)
     )
-    seed = base.init.seed if base.kind == "layers" and base.init else 0
-    source = base.path or f"init seed {seed}"
-    return Plan(spec, num_slots, max_rank, layers, model, generator, graph, adapters, source, seed)
+    return Plan(spec, num_slots, max_rank, layers, kind, adapters, _base_source(spec.base))
 
 
-def _check_sites_differ(layers: tuple[LayerPlan, ...]) -> None:
-    seen: dict[str, str] = {}
-    for plan in layers:
-        for part in plan.layer.slices:
-            if seen.get(part.site) == plan.layer.name:
-                raise BaseModelError(
-                    f"site {part.site!r} is twice in layer {plan.layer.name!r}; give each slice its"
-                    " own site"
-                )
-            if part.site in seen:
-                raise BaseModelError(
-                    f"site {part.site!r} is in layer {seen[part.site]!r} and in"
-                    f" {plan.layer.name!r}; a site belongs to one layer"
-                )
-            seen[part.site] = plan.layer.name
+def _plan_base(
+    spec: Spec,
+    directory: Path | None,
+    headers: Sequence[AdapterHeader],
+    num_slots: int,
+    max_rank: int,
+) -> tuple[tuple[LayerPlan, ...], PlanKind]:
+    sizes = spec, num_slots, max_rank
+    if isinstance(spec.base, LayersSpec):
+        return plan_layers(spec.base, directory, headers, *sizes)
+    assert directory is not None, "all other bases have a path"
+    match spec.base:
+        case TransformersSpec() as base:
+            return plan_model(base, directory, headers, *sizes)
+        case CausalLmSpec():
+            return plan_decoder(directory, headers, *sizes)
+        case OnnxSpec() as base:
+            generates = (directory / GENAI_CONFIG).is_file()
+            layers, graph = plan_graph(base, directory, generates, headers, *sizes)
+            return layers, DecoderPlan(directory, graph) if generates else graph
+
+
+def _base_source(base: BaseSpec) -> str:
+    """How a report names the base: as the spec does, or by the seed."""
+    if base.path is None:
+        return f"init seed {base.init.seed if base.init else 0}"
+    return base.path
 
 
 def _plan_adapter(

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from loraexport.bases.grafted import fit_stacks
+from loraexport.bases.decoder import fit_stacks
 from loraexport.errors import BaseModelError, ExportError
 from loraexport.export.graft import graft
 from loraexport.graphs.products import find_grafts

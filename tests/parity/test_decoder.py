@@ -29,6 +29,8 @@ from loraexport.bases import adapters as packed_adapters
 from loraexport.errors import BaseModelError, ParityError
 from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
+from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.generator import TextGenerator
 from loraexport_runtime.generation.load import load_generator
@@ -94,11 +96,13 @@ def test_the_readme_names_these_families() -> None:
 
 def test_the_artifact(artifact: Path) -> None:
     manifest = Manifest.read(artifact)
-    assert (manifest.kind, manifest.model) == ("causal_lm", None)
-    generator = manifest.generator
-    assert generator is not None
-    assert (generator.folder, generator.onnx) == ("generator", "generator/model.onnx")
-    assert generator.pad_token_id == PAD
+    decoder = manifest.kind
+    assert isinstance(decoder, Decoder)
+    assert (decoder.folder, decoder.onnx) == ("generator", "generator/model.onnx")
+    assert decoder.pad_token_id == PAD
+    config = read_genai_config(artifact / decoder.folder)["model"]
+    assert decoder.max_length == config["context_length"]
+    assert decoder.vocab_size == config["vocab_size"]
     assert {"generator/model.onnx.data", "generator/genai_config.json"} <= set(manifest.files)
     assert any(name.startswith("onnxruntime-genai") for name in manifest.tools)
     assert {layer.strategy for layer in manifest.layers} == {"augmented"}
@@ -110,7 +114,7 @@ def test_the_artifact(artifact: Path) -> None:
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
-    model = onnx.load(artifact / generator.onnx, load_external_data=False)
+    model = onnx.load(artifact / decoder.onnx, load_external_data=False)
     assert not model.functions
     assert {entry.domain for entry in model.opset_import} == {"", "com.microsoft"}
     taken = {one.name: one for one in model.graph.input}

@@ -24,6 +24,7 @@ from loraexport.pipeline.verify import verify_artifact
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport_runtime import AdapterError
+from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Layer, Manifest
 
 
@@ -159,8 +160,8 @@ def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
     onnx_too = {"onnx-cpu", "onnx-cpu-plain"} if dtype == "float16" else set()
     assert found >= {"eager", "peft", "torchscript-cpu"} | onnx_too
     manifest = Manifest.read(artifact)
-    assert manifest.model is not None
-    assert [entry.dtype for entry in manifest.model.inputs] == [dtype]
+    assert isinstance(manifest.kind, Model)
+    assert [entry.dtype for entry in manifest.kind.inputs] == [dtype]
     (tmp_path / "vit").rename(tmp_path / "moved")
     stored = verify_artifact(artifact, manifest)
     assert stored.reference.startswith("the stored cases (no base here")

@@ -26,6 +26,7 @@ import loraexport_runtime as lr
 from loraexport.bases.genai_folder import adapt_config
 from loraexport.errors import BaseModelError, SpecError
 from loraexport.pipeline.build import build
+from loraexport.plan.decoder import DecoderPlan
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport_runtime.generation.generator import TextGenerator
@@ -60,8 +61,7 @@ def _spec_of_skeleton(folder: Path, **changes: Any) -> Path:
 def test_the_plan_of_one_site_has_all_that_share_its_input(tmp_path: Path) -> None:
     spec = _spec_of_skeleton(tmp_path)
     plan = make_plan(read_spec(spec), tmp_path)
-    assert plan.model is None
-    assert plan.generator is not None
+    assert plan.kind == DecoderPlan(tmp_path / "base", None)
     assert [[part.site for part in one.layer.slices] for one in plan.layers] == [
         [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     ]

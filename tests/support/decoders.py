@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from loraexport.hf.quiet import quiet_models
+from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.generator import TextGenerator
 from support.builds import Project
@@ -186,5 +187,5 @@ class Peft:
 def open_driven(artifact: Path) -> TextGenerator:
     """The engine that captures CUDA graphs, on the CPU without them."""
     manifest = Manifest.read(artifact)
-    assert manifest.generator is not None
-    return TextGenerator(artifact, manifest, manifest.generator, "cpu", cuda_graphs=True)
+    assert isinstance(manifest.kind, Decoder)
+    return TextGenerator(artifact, manifest, manifest.kind, "cpu", cuda_graphs=True)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -16,13 +16,14 @@ from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_co
 from loraexport_runtime.generation.captured.engine import DrivenEngine
 
 from ...bases.adapters import pack_adapters
+from ...bases.decoder import find_sites, load_base, load_graph
 from ...bases.genai_folder import adapt_config
-from ...bases.grafted import find_sites, load_base, load_graph
 from ...export.graft import graft
 from ...graphs.files import save_grafted
 from ...hf.model import model_class, no_progress_bar, read_config
 from ...hf.quiet import quiet_models
-from ...plan.plan import make_plan
+from ...plan.decoder import DecoderPlan
+from ...plan.plan import Plan, make_plan
 from ...tensors import TORCH_DTYPES
 from ..contest import Contest, Contestant, Group
 from ..floors import site_floors
@@ -64,7 +65,8 @@ class _Decoder:
     def __init__(self, workload: GenerationWorkload, lab: Lab, adapters: int, rank: int) -> None:
         self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
         spec = model_spec(workload, lab, adapters, rank, tune={"device": lab.device.kind})
-        self.plan = make_plan(spec, lab.folder)
+        # `model_spec` writes kind causal_lm.
+        self.plan = cast("Plan[DecoderPlan]", make_plan(spec, lab.folder))
         self.folders = self._export(lab.folder / f"graphs-{rank}-{adapters}")
         self.config: dict[str, Any] = read_genai_config(self.folders["mixed"])["model"]
         self.genai, self.graph = cache(self._genai), cache(self._graph)
@@ -73,7 +75,10 @@ class _Decoder:
     def _export(self, folder: Path) -> dict[str, Path]:
         """onnxruntime-genai's graph as `base`, and with multi-LoRA grafted into it as `mixed`."""
         folders = {name: folder / name for name in ("base", "mixed")}
-        model = load_graph(self.plan, folders["mixed"])
+        base = load_graph(self.plan)
+        model = base.model
+        folder.mkdir()
+        base.write_files(folders["mixed"])
         self.pad = adapt_config(folders["mixed"])
         self._set_threads(folders["mixed"] / GENAI_CONFIG)
         shutil.copytree(folders["mixed"], folders["base"])
@@ -107,8 +112,7 @@ class _Decoder:
 
     def _load(self) -> Any:
         """transformers' model, in the workload's dtype."""
-        assert self.plan.generator is not None, "the plan is of a decoder"
-        directory = self.plan.generator.directory
+        directory = self.plan.kind.directory
         config, dtype = read_config(directory, "causal-lm"), TORCH_DTYPES[self.lab.bench.dtype]
         with quiet_models(), no_progress_bar():
             model = model_class(config, "causal-lm").from_pretrained(directory, dtype=dtype)

@@ -6,7 +6,7 @@ Outputs of all are compared on up to 1,024 tokens, spread over the batch.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...bases.adapters import load_adapters
 from ...bases.layers import LayerModules, build_modules, load_base
 from ...bases.weights import Base
+from ...plan.layers import LayersPlan
 from ...plan.plan import Plan, make_plan
 from ...tensors import to_numpy, to_torch
 from ..contest import Contest, Contestant, peers
@@ -56,12 +57,13 @@ class _Chains:
         self.layers = cache(self._layers)
         self.graph = cache(self._graph)
 
-    def plan(self, strategy: str, tokens: int = 1) -> Plan:
+    def plan(self, strategy: str, tokens: int = 1) -> Plan[LayersPlan]:
         tune = {"device": self.lab.device.kind, "tokens": tokens}
         spec = layers_spec(
             self.workload, self.lab, self.adapters, self.rank, strategy=strategy, tune=tune
         )
-        return make_plan(spec, self.lab.folder)
+        # `layers_spec` writes kind layers.
+        return cast("Plan[LayersPlan]", make_plan(spec, self.lab.folder))
 
     def _layers(self, strategy: str) -> tuple[LayerModules, ...]:
         return build_modules(self.plan(strategy), self.base, self._weights)

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from ...hf.quiet import quiet_models
 from ...hf.skeleton import Signature
 from ...lora.model_sites import RowContext
 from ...lora.rows import RowSlots
+from ...plan.model import ModelPlan
 from ...plan.plan import Plan, make_plan
 from ...tensors import to_numpy, to_torch
 from ..contest import Contest, Contestant, peers
@@ -63,21 +64,21 @@ class _Model:
     def __init__(self, workload: ModelWorkload, lab: Lab, adapters: int, rank: int) -> None:
         self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
         self.plan = self._plan(adapters, workload.shapes[0].num_tokens)
-        assert self.plan.model is not None, "the plan is of a whole model"
-        self.directory, self.task = self.plan.model.directory, self.plan.model.task
-        self.inputs, self.outputs = self.plan.model.inputs, self.plan.model.outputs
+        self.directory, self.task = self.plan.kind.directory, self.plan.kind.task
+        self.inputs, self.outputs = self.plan.kind.inputs, self.plan.kind.outputs
         if "input_ids" not in [entry.name for entry in self.inputs]:
             kind = workload.config["model_type"]
             raise UsageError(f"workload {workload.name!r}: {kind!r} is no model of texts")
         self.mixed, self.graph = cache(self._mixed), cache(self._graph)
         self.stacks = cache(self._stacks)
 
-    def _plan(self, slots: int, tokens: int, **export: Any) -> Plan:
+    def _plan(self, slots: int, tokens: int, **export: Any) -> Plan[ModelPlan]:
         """Tuned for the device and so many tokens, as a user would for such batches."""
         tune = {"device": self.lab.device.kind, "tokens": tokens}
         spec = model_spec(self.workload, self.lab, self.adapters, self.rank, tune=tune, **export)
         spec = spec.model_copy(update={"adapters": spec.adapters[:slots]})
-        return make_plan(spec, self.lab.folder)
+        # `model_spec` writes kind transformers.
+        return cast("Plan[ModelPlan]", make_plan(spec, self.lab.folder))
 
     @cached_property
     def base(self) -> ModelModules:

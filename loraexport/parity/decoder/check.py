@@ -19,6 +19,7 @@ from loraexport_runtime.checking.decoder import (
 from loraexport_runtime.checking.decoder_steps import Logits, open_runner
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Row, label_of, slot_names
 from loraexport_runtime.contract.files import resolve
+from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import normalise_providers
 
@@ -32,6 +33,7 @@ from .reference import read_logits
 def check_decoder(
     folder: Path,
     manifest: Manifest,
+    decoder: Decoder,
     spec: Spec,
     reference: DecoderReference,
     plain: Path | str,
@@ -45,17 +47,15 @@ def check_decoder(
     tolerance = tolerance_of(spec, MODEL_TOLERANCES)
     skipped: dict[str, str] = {}
     rows: list[Row] = []
-    generator = manifest.generator
-    assert generator is not None, "the artifact is of a decoder"
     for name, run in _peft(folder, manifest, plain, skipped):
         rows += compare_logits(name, run, manifest, reference, tolerance)
     pairs = normalise_providers(providers) if providers else []
     for pair in pairs:
-        run = open_runner(folder, manifest, generator, pair)
+        run = open_runner(folder, manifest, decoder, pair)
         name = f"onnx-{label_of(pair[0])}"
         rows += compare_logits(name, run, manifest, reference, tolerance)
     for pair in pairs:
-        for name, engine in open_generators(folder, manifest, generator, pair[0], skipped):
+        for name, engine in open_generators(folder, manifest, decoder, pair[0], skipped):
             rows += compare_tokens(name, engine, manifest, reference, tolerance)
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx=True)
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.numpy import save
 
 from loraexport_runtime.checking.decoder import DecoderReference, make_cases
-from loraexport_runtime.checking.decoder_steps import read_config
 from loraexport_runtime.checking.model import BASE, Mix
 from loraexport_runtime.checking.stored import CASES_FILE
 from loraexport_runtime.contract.genai_config import end_tokens
@@ -22,7 +21,7 @@ _MOST_COLUMNS = 8192
 _TOP = 16
 
 
-class Decoder(Protocol):
+class ReferenceDecoder(Protocol):
     """A decoder that runs one prompt at a time, with one adapter or none."""
 
     source: str
@@ -39,10 +38,9 @@ class Decoder(Protocol):
 
 
 def make_reference(
-    folder: Path, decoder: Decoder, manifest: Manifest, seed: int
+    plain: ReferenceDecoder, manifest: Manifest, config: Mapping[str, Any], seed: int
 ) -> DecoderReference:
-    """Run a decoder on every prompt of every case."""
-    config = read_config(folder, manifest)
+    """Run a decoder on every prompt of every case; `config`: onnxruntime-genai's."""
     special = [*end_tokens(config), config["pad_token_id"], config.get("bos_token_id")]
     avoid = [token for token in special if isinstance(token, int)]
     prompts, tokens, logits, base_logits = {}, {}, {}, {}
@@ -51,23 +49,23 @@ def make_reference(
         chosen: dict[int, np.ndarray] = {}
         given: dict[int, np.ndarray] = {}
         for mix in set(case.rows):
-            with decoder.using(mix):
+            with plain.using(mix):
                 for row, prompt in enumerate(own):
                     if case.rows[row] == mix:
-                        chosen[row] = decoder.greedy(prompt)
-                        given[row] = decoder.logits(prompt, chosen[row])
+                        chosen[row] = plain.greedy(prompt)
+                        given[row] = plain.logits(prompt, chosen[row])
         rows = range(len(own))
         prompts[case.name] = own
         tokens[case.name] = np.stack([chosen[row] for row in rows])
         logits[case.name] = np.stack([given[row] for row in rows])
-        with decoder.using(BASE):
-            plain = [decoder.logits(own[row], chosen[row]) for row in rows]
-        base_logits[case.name] = np.stack(plain)
+        with plain.using(BASE):
+            alone = [plain.logits(own[row], chosen[row]) for row in rows]
+        base_logits[case.name] = np.stack(alone)
     columns = _choose_columns(logits, seed)
     kept = [
         {case: one[..., columns] for case, one in every.items()} for every in (logits, base_logits)
     ]
-    return DecoderReference(decoder.source, columns, prompts, tokens, *kept)
+    return DecoderReference(plain.source, columns, prompts, tokens, *kept)
 
 
 def _choose_columns(logits: Mapping[str, np.ndarray], seed: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Decoders that a reference is made with: one prompt at a time, one adapter or none."""
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,39 @@ import onnx_ir as ir
 import torch
 
 from loraexport_runtime.checking.decoder import STEPS
-from loraexport_runtime.checking.decoder_steps import empty_cache, read_config
+from loraexport_runtime.checking.decoder_steps import empty_cache
 from loraexport_runtime.checking.model import Mix
 from loraexport_runtime.contract.manifest import Manifest
 
-from ...bases.grafted import find_sites, load_graph, plain_directory
+from ...bases.decoder import find_sites, plain_directory
 from ...hf.model import load_plain_model
+from ...plan.decoder import DecoderPlan
 from ...plan.plan import Plan
 from ..model.graph_model import SOURCE, GraphModel
 from ..model.plain_model import merged_into
 from ..oracle import ReferenceAdapter, read_adapters
-from .reference import Decoder, read_logits
+from .reference import ReferenceDecoder, read_logits
 
 
 def open_decoder(
-    plan: Plan, folder: Path, manifest: Manifest, graph: ir.Model | None = None
-) -> Decoder:
+    plan: Plan[DecoderPlan],
+    folder: Path,
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    graph: Callable[[], ir.Model],
+) -> ReferenceDecoder:
     """The float64 model where the base has one, else the base's graph with the LoRA added.
 
     Args:
-        graph: the base's graph, which is changed; made anew if it is not given.
+        config: onnxruntime-genai's.
+        graph: makes the base's graph, which is changed.
     """
     adapters = read_adapters(folder, manifest)
     directory = plain_directory(plan)
     if isinstance(directory, Path):
         return PlainDecoder(directory, adapters)
-    if graph is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            graph = load_graph(plan, Path(scratch))
-    made = GraphModel(graph, find_sites(plan, graph), adapters)
-    config = read_config(folder, manifest)
+    base = graph()
+    made = GraphModel(base, find_sites(plan, base), adapters)
     return GraphDecoder(made, empty_cache(config, 1, manifest.dtype))
 
 
@@ -55,12 +57,12 @@ class PlainDecoder:
 
     @contextmanager
     def using(self, mix: Mix) -> Iterator[None]:
-        """See Decoder."""
+        """See ReferenceDecoder."""
         with merged_into(self._model, self._adapters, mix):
             yield
 
     def greedy(self, prompt: Sequence[int]) -> np.ndarray:
-        """See Decoder."""
+        """See ReferenceDecoder."""
         ids, cache, tokens = torch.tensor([list(prompt)]), None, []
         with torch.no_grad():
             for _ in range(STEPS):
@@ -71,7 +73,7 @@ class PlainDecoder:
         return np.array(tokens)
 
     def logits(self, prompt: Sequence[int], tokens: np.ndarray) -> np.ndarray:
-        """See Decoder."""
+        """See ReferenceDecoder."""
         return read_logits(self._model, prompt, tokens)
 
 
@@ -90,7 +92,7 @@ class GraphDecoder:
 
     @contextmanager
     def using(self, mix: Mix) -> Iterator[None]:
-        """See Decoder."""
+        """See ReferenceDecoder."""
         self._feeds = self._graph.feeds(mix[0][0] if mix else 0)
         try:
             yield
@@ -98,14 +100,14 @@ class GraphDecoder:
             self._feeds = self._graph.feeds(0)
 
     def greedy(self, prompt: Sequence[int]) -> np.ndarray:
-        """See Decoder."""
+        """See ReferenceDecoder."""
         tokens: list[int] = []
         for _ in range(STEPS):
             tokens.append(int(self._run([*prompt, *tokens])[-1].argmax()))
         return np.array(tokens)
 
     def logits(self, prompt: Sequence[int], tokens: np.ndarray) -> np.ndarray:
-        """See Decoder."""
+        """See ReferenceDecoder."""
         return self._run([*prompt, *tokens[:-1].tolist()])[len(prompt) - 1 :]
 
     def _run(self, text: Sequence[int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loraexport_runtime.checking.model import Inputs, RowCase
-from loraexport_runtime.contract.manifest import TensorEntry
+from loraexport_runtime.contract.kinds import TensorEntry
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 

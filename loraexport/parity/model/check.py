@@ -20,7 +20,8 @@ from loraexport_runtime.checking.model import (
 )
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Row, label_of
 from loraexport_runtime.contract.files import resolve
-from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import CPU, normalise_providers
 
 from ...bases.model import ModelModules

@@ -14,10 +14,11 @@ import onnx_ir as ir
 from loraexport_runtime.checking.model import Inputs, Mix, Outputs
 from loraexport_runtime.contract.manifest import Manifest
 
-from ...bases.grafted import find_sites
+from ...bases.graph import find_sites
 from ...bases.graph_signature import Tokens, find_tokens
 from ...graphs.products import Graft, take_place
 from ...graphs.sessions import open_graph
+from ...plan.graph import GraphPlan
 from ...plan.plan import Plan
 from ..oracle import ReferenceAdapter, read_adapters
 
@@ -56,13 +57,16 @@ class GraphModel:
         return found
 
 
-def open_rows(plan: Plan, folder: Path, manifest: Manifest, graph: ir.Model) -> "GraphRows":
+def open_rows(
+    plan: Plan[GraphPlan], folder: Path, manifest: Manifest, graph: ir.Model
+) -> "GraphRows":
     """The reference of an ONNX graph, which is changed."""
-    assert plan.graph is not None, "the plan is of a graph"
     tokens = find_tokens(plan, graph)
     outputs = [str(value.name) for value in graph.graph.outputs]
-    made = GraphModel(graph, find_sites(plan, graph), read_adapters(folder, manifest))
-    return GraphRows(made, outputs, str(plan.graph.file), tokens)
+    made = GraphModel(
+        graph, find_sites(plan, plan.kind, graph, {}), read_adapters(folder, manifest)
+    )
+    return GraphRows(made, outputs, str(plan.kind.file), tokens)
 
 
 class GraphRows:

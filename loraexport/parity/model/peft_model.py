@@ -16,7 +16,8 @@ from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
 from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.checking.model import Inputs, RowCase
 from loraexport_runtime.contract.files import resolve
-from loraexport_runtime.contract.manifest import AdapterEntry, Manifest, Model
+from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.manifest import AdapterEntry, Manifest
 
 from ...hf.quiet import quiet_models
 from .plain_model import PlainModel

@@ -11,7 +11,8 @@ from torch import nn
 
 from loraexport_runtime.adapters.packing import lowest
 from loraexport_runtime.checking.model import Inputs, Mix, Outputs
-from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ...hf.model import has_rotary_positions, headless_widths, load_plain_model, take_output

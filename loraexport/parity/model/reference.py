@@ -23,7 +23,8 @@ from loraexport_runtime.checking.model import (
     make_cases,
 )
 from loraexport_runtime.checking.stored import CASES_FILE
-from loraexport_runtime.contract.manifest import Manifest, Model
+from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.manifest import Manifest
 
 from ...errors import BaseModelError
 from .cases import make_inputs

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..contract.manifest import Model, TensorEntry
+from ..contract.kinds import Model, TensorEntry
 from ..device.binding import run_bound
 from ..device.dtypes import NUMPY_DTYPES
 from ..device.memory import device_value

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..contract.artifact import open_artifact
 from ..contract.files import MANIFEST_FILE, digest_file
+from ..contract.kinds import Decoder, Graph, Layers, Model
 from ..contract.manifest import Manifest, ParityStatus
 from ..device.ort_session import require_device
 from ..device.providers import CPU, CUDA, normalise_providers
@@ -85,11 +86,13 @@ def _run_kind(
     providers: Sequence[tuple[str, dict[str, Any]]],
     skipped: dict[str, str],
 ) -> list[Row]:
-    if manifest.generator is not None:
-        return decoder.check_stored(folder, manifest, manifest.generator, providers, skipped)
-    if manifest.model is not None:
-        return model.check_stored(folder, manifest, manifest.model, providers)
-    return layers.check_stored(folder, manifest, providers)
+    match manifest.kind:
+        case Layers():
+            return layers.check_stored(folder, manifest, providers)
+        case (Model() as whole) | Graph(whole):
+            return model.check_stored(folder, manifest, whole, providers)
+        case Decoder() as generates:
+            return decoder.check_stored(folder, manifest, generates, providers, skipped)
 
 
 def _default_providers(folder: Path, manifest: Manifest, skipped: dict[str, str]) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..contract.manifest import Generator, Manifest
+from ..contract.kinds import Decoder
+from ..contract.manifest import Manifest
 from ..errors import ProviderError
 from ..generation.generator import TextGenerator
 from .decoder_steps import Logits, open_runner
@@ -103,7 +104,7 @@ def load_reference(folder: Path, manifest: Manifest) -> DecoderReference:
 def check_stored(
     folder: Path,
     manifest: Manifest,
-    generator: Generator,
+    decoder: Decoder,
     providers: Sequence[tuple[str, dict[str, Any]]],
     skipped: dict[str, str],
 ) -> list[Row]:
@@ -120,22 +121,22 @@ def check_stored(
     tolerance = stored_tolerance(manifest, MODEL_TOLERANCES)
     rows: list[Row] = []
     for provider in providers:
-        for engine, session in open_generators(folder, manifest, generator, provider[0], skipped):
+        for engine, session in open_generators(folder, manifest, decoder, provider[0], skipped):
             rows += compare_tokens(engine, session, manifest, reference, tolerance)
-        run, name = open_runner(folder, manifest, generator, provider), label_of(provider[0])
+        run, name = open_runner(folder, manifest, decoder, provider), label_of(provider[0])
         rows += compare_logits(f"onnx-{name}", run, manifest, reference, tolerance)
     return rows
 
 
 def open_generators(
-    folder: Path, manifest: Manifest, generator: Generator, provider: str, skipped: dict[str, str]
+    folder: Path, manifest: Manifest, decoder: Decoder, provider: str, skipped: dict[str, str]
 ) -> Iterator[tuple[str, TextGenerator]]:
     """onnxruntime-genai, and on CUDA the runtime's engine with captured steps."""
     device = label_of(provider)
-    yield f"onnx-genai-{device}", TextGenerator(folder, manifest, generator, device)
+    yield f"onnx-genai-{device}", TextGenerator(folder, manifest, decoder, device)
     if device == "cuda":
         try:
-            captured = TextGenerator(folder, manifest, generator, device, cuda_graphs=True)
+            captured = TextGenerator(folder, manifest, decoder, device, cuda_graphs=True)
         except ProviderError as error:
             skipped["onnx-captured-cuda"] = str(error)
         else:

@@ -9,17 +9,16 @@ import onnxruntime as ort
 
 from ..contract.files import resolve
 from ..contract.genai_config import read_genai_config
-from ..contract.manifest import Generator, Manifest
+from ..contract.kinds import Decoder
+from ..contract.manifest import Manifest
 from ..device.dtypes import FLOAT_TYPES, NUMPY_DTYPES, ONNX_TYPES
 from ..device.memory import host_value
 from ..device.ort_session import open_session
 
 
-def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def read_config(folder: Path, decoder: Decoder) -> dict[str, Any]:
     """What onnxruntime-genai is told of the model."""
-    generator = manifest.generator
-    assert generator is not None, "the manifest is of a decoder"
-    config: dict[str, Any] = read_genai_config(resolve(folder, generator.folder))["model"]
+    config: dict[str, Any] = read_genai_config(resolve(folder, decoder.folder))["model"]
     return config
 
 
@@ -35,21 +34,21 @@ Logits = Callable[[list[list[int]], np.ndarray, np.ndarray], np.ndarray]
 
 
 def open_runner(
-    folder: Path, manifest: Manifest, generator: Generator, provider: tuple[str, dict[str, Any]]
+    folder: Path, manifest: Manifest, decoder: Decoder, provider: tuple[str, dict[str, Any]]
 ) -> Logits:
     """The graph with its own stacks, as the engines have it; they give tokens, not logits.
 
     A batch is padded on the right, then comes one token of each row at a time: a row's cache has
     no gap, its own length says where the next token's key and value go.
     """
-    session = open_session(resolve(folder, generator.onnx), [provider], {}, None)
+    session = open_session(resolve(folder, decoder.onnx), [provider], {}, None)
     names = [entry.name for entry in session.get_inputs()]
     past = [name for name in names if name.startswith("past_key_values.")]
-    config = read_config(folder, manifest)
+    config = read_config(folder, decoder)
 
     def run(prompts: list[list[int]], tokens: np.ndarray, adapter_ids: np.ndarray) -> np.ndarray:
         lengths = np.array([len(prompt) for prompt in prompts])
-        ids = np.full((len(prompts), lengths.max()), generator.pad_token_id, dtype=np.int64)
+        ids = np.full((len(prompts), lengths.max()), decoder.pad_token_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         empty = empty_cache(config, len(prompts), manifest.dtype)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..adapters.packing import lowest
-from ..contract.manifest import Manifest, Model, TensorEntry
+from ..contract.kinds import Model, TensorEntry
+from ..contract.manifest import Manifest
 from ..device.dtypes import NUMPY_DTYPES
 from ..sessions.model import ModelSession
 from ..slots.batch import Row as Names

@@ -1,4 +1,8 @@
-"""JSON -> frozen dataclasses, strictly."""
+"""JSON <-> frozen dataclasses, strictly.
+
+A union of dataclasses is written as an object of one key, the class's `tag`, with its values under
+it.
+"""
 
 import dataclasses
 import types
@@ -10,9 +14,8 @@ def parse(kind: Any, value: Any, where: str) -> Any:
     """JSON value -> the annotated type; TypeError or ValueError says where it does not fit."""
     origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object, got {value!r}")
-        hints = typing.get_type_hints(kind)
+        hints = field_hints(kind)
+        _check_object(value, where)
         missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
         if missing:
             raise ValueError(f"{where}: key {missing[0]!r} is missing")
@@ -24,6 +27,14 @@ def parse(kind: Any, value: Any, where: str) -> Any:
         if value not in args:
             raise ValueError(f"{where}: expected one of {args}, got {value!r}")
         return value
+    if members := union_members(kind):
+        _check_object(value, where)
+        if len(value) != 1 or not value.keys() <= members.keys():
+            raise ValueError(
+                f"{where}: expected one key of {tuple(members)}, got {', '.join(value) or 'none'}"
+            )
+        ((tag, content),) = value.items()
+        return parse(members[tag], content, f"{where}.{tag}")
     if origin in (typing.Union, types.UnionType):
         return None if value is None else parse(args[0], value, where)
     if origin is tuple:
@@ -32,11 +43,45 @@ def parse(kind: Any, value: Any, where: str) -> Any:
             raise TypeError(f"{where}: expected a list{count}, got {value!r}")
         return tuple(parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
-        if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object, got {value!r}")
+        _check_object(value, where)
         return {key: parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
         raise TypeError(f"{where}: expected {kind.__name__}, got {value!r}")
     return value
+
+
+def dump(kind: Any, value: Any) -> Any:
+    """A value of the annotated type -> what `parse` takes."""
+    origin, args = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return {key: dump(hint, getattr(value, key)) for key, hint in field_hints(kind).items()}
+    if union_members(kind):
+        return {value.tag: dump(type(value), value)}
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else dump(args[0], value)
+    if origin is tuple:
+        return [dump(args[0], item) for item in value]
+    if origin is dict:
+        return {key: dump(args[1], item) for key, item in value.items()}
+    return value
+
+
+def field_hints(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass and their types."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def union_members(kind: Any) -> dict[str, Any]:
+    """A union's dataclasses by their tag; of any other type none."""
+    members = get_args(kind) if get_origin(kind) in (typing.Union, types.UnionType) else ()
+    if not members or not all(map(dataclasses.is_dataclass, members)):
+        return {}
+    return {member.tag: member for member in members}
+
+
+def _check_object(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{where}: expected an object, got {value!r}")

@@ -4,7 +4,6 @@ Everything is a frozen dataclass; `Manifest.read` is strict: a missing or unknow
 or a path that leaves the artifact is an ArtifactError.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Literal
 
 from ..errors import ArtifactError
 from .files import MANIFEST_FILE, FileEntry, difference, require_pinned, resolve
-from .genai_config import GENAI_CONFIG
-from .json_values import parse
+from .json_values import dump, parse
+from .kinds import Kind, Packed, packed_of
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 BIAS_ROWS = 8
 """Rows that the bias of an augmented layer takes in its stacks: itself, and zeros for alignment."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
 DType = Literal["float32", "float16", "bfloat16"]
 ParityStatus = Literal["passed", "deferred", "failed"]
-Packed = Literal["cuda", "any"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Stack:
 class Layer:
     """x [num_tokens, in_features] (or ids [num_tokens]) -> y [num_tokens, out_features].
 
-    A graph of its own for `kind: layers`, a site of the model's graph for `kind: transformers`.
+    A graph of its own for kind layers, else a site of the one graph.
     For an embedding `in_features` is the vocabulary's size.
     """
 
@@ -105,54 +103,6 @@ class Layer:
     def files(self) -> list[str]:
         """The paths of this layer's files inside the artifact."""
         return [path for path in (self.onnx, self.torchscript, self.base_rows) if path]
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """An input or output of a model: each dimension is `batch`, `sequence` or a number."""
-
-    name: str
-    dtype: Literal["float32", "float16", "bfloat16", "int64"]
-    shape: tuple[str, ...]
-
-    def sizes(self, batch: int, sequence: int) -> list[int]:
-        named = {"batch": batch, "sequence": sequence}
-        return [named[size] if size in named else int(size) for size in self.shape]
-
-
-@dataclass(frozen=True)
-class Model:
-    """One graph of a whole model. One more input: adapter_ids int64 [batch], each row's slot."""
-
-    task: str
-    blend: bool
-    """Another input, optional: adapter_weights float32 [batch, slots], what to add of each slot."""
-    packed: Packed | None
-    """Texts are computed without their padding, by an operator of CUDA alone or by any provider's;
-    what stands for padding in an output is 0."""
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
-    onnx: str | None
-    torchscript: str | None
-
-    def files(self) -> list[str]:
-        """The paths of this model's files inside the artifact."""
-        return [path for path in (self.onnx, self.torchscript) if path]
-
-
-@dataclass(frozen=True)
-class Generator:
-    """A decoder with a KV cache, as onnxruntime-genai takes it, and adapter_ids [batch]."""
-
-    folder: str
-    """genai_config.json, the graph, and the tokenizer's files."""
-    onnx: str
-    pad_token_id: int
-    """What a shorter prompt is filled up with: a token that no prompt may hold."""
-
-    def files(self) -> list[str]:
-        """The paths that a generator cannot do without."""
-        return [self.onnx, f"{self.folder}/{GENAI_CONFIG}"]
 
 
 @dataclass(frozen=True)
@@ -200,16 +150,13 @@ class ParitySummary:
 class Manifest:
     format_version: int
     name: str
-    kind: Literal["layers", "transformers", "causal_lm", "onnx"]
+    kind: Kind
     created: str
     dtype: DType
     spec_digest: str
     num_slots: int
     layers: tuple[Layer, ...]
-    model: Model | None
-    """For `kind: transformers`, or `onnx`."""
-    generator: Generator | None
-    """For `kind: causal_lm`, or `onnx`: one of the two."""
+    """The graphs of `layers`, or the sites in the one graph of the other kinds."""
     adapters: tuple[AdapterEntry, ...]
     base: BaseEntry
     parity: ParitySummary
@@ -219,10 +166,10 @@ class Manifest:
     @property
     def needs_cuda(self) -> str | None:
         """Why onnxruntime's CPU provider cannot run the ONNX graphs; None if it can."""
-        return cuda_reason(self.dtype, self.model.packed if self.model else None)
+        return cuda_reason(self.dtype, packed_of(self.kind))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(dump(Manifest, self), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path, digest: str | None = None) -> "Manifest":
@@ -268,18 +215,10 @@ class Manifest:
         return [*self.files, *self._graphs(), *(adapter.path for adapter in self.adapters)]
 
     def _graphs(self) -> list[str]:
-        files = [path for layer in self.layers for path in layer.files()]
-        whole = self.model or self.generator
-        return files + (whole.files() if whole else [])
+        return [path for layer in self.layers for path in layer.files()] + self.kind.files()
 
     def check_sense(self) -> None:
         """Raise ValueError where parts contradict each other."""
-        fitting: dict[str, list[tuple[str, ...]]]
-        fitting = {"layers": [()], "transformers": [("model",)], "causal_lm": [("generator",)]}
-        given = tuple(part for part in ("model", "generator") if getattr(self, part) is not None)
-        if given not in fitting.get(self.kind, [("model",), ("generator",)]):
-            parts = " and ".join(given) or "layers alone"
-            raise ValueError(f"manifest: {parts} does not fit kind {self.kind!r}")
         unlisted = [path for path in self._graphs() if path not in self.files]
         if unlisted:
             raise ValueError(

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..contract.files import resolve
 from ..contract.genai_config import end_tokens, read_genai_config
-from ..contract.manifest import Generator, Manifest
+from ..contract.kinds import Decoder
+from ..contract.manifest import Manifest
 from ..errors import InputError, UnknownAdapterError
 from ..slots.batch import read_rows
 from .captured.engine import DrivenEngine
@@ -56,13 +57,13 @@ class TextGenerator:
         self,
         folder: Path,
         manifest: Manifest,
-        generator: Generator,
+        decoder: Decoder,
         provider: str,
         cuda_graphs: bool = False,
     ) -> None:
         self.manifest = manifest
-        where = resolve(folder, generator.folder)
-        self._pad = generator.pad_token_id
+        where = resolve(folder, decoder.folder)
+        self._pad = decoder.pad_token_id
         self._tokenizer = open_tokenizer(where)
         self._engine: Engine
         if cuda_graphs:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..contract.artifact import open_artifact
+from ..contract.kinds import Decoder
 from ..contract.manifest import Manifest
 from ..errors import ArtifactError, ProviderError
 from .generator import TextGenerator
@@ -16,7 +17,7 @@ def load_generator(
     allow_unverified: bool = False,
     digest: str | None = None,
 ) -> "TextGenerator":
-    """Open an artifact of `kind: causal_lm`.
+    """Open an artifact of kind decoder.
 
     Args:
         path: the folder that `loraexport build` published.
@@ -43,8 +44,10 @@ def load_generator(
         )
 
     def make(manifest: Manifest) -> TextGenerator:
-        if manifest.generator is None:
-            raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
-        return TextGenerator(folder, manifest, manifest.generator, provider, cuda_graphs)
+        match manifest.kind:
+            case Decoder() as decoder:
+                return TextGenerator(folder, manifest, decoder, provider, cuda_graphs)
+            case other:
+                raise ArtifactError(f"{folder}: its kind is {other.tag!r}; open it with load()")
 
     return open_artifact(folder, allow_unverified, make, digest)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contract.artifact import open_artifact
+from ..contract.kinds import Decoder, Graph, Layers, Model
 from ..contract.manifest import Manifest
 from ..device import providers as devices
 from ..errors import ArtifactError
@@ -21,7 +22,7 @@ def load(
     allow_unverified: bool = False,
     digest: str | None = None,
 ) -> "Session | ModelSession":
-    """Open an artifact: a Session for `kind: layers`, a ModelSession for a whole model.
+    """Open an artifact: a Session for single layers, a ModelSession for a whole model.
 
     Args:
         path: the folder that `loraexport build` published.
@@ -45,24 +46,9 @@ def load(
     return open_artifact(
         folder,
         allow_unverified,
-        lambda manifest: _open(folder, manifest, pairs, threads, cuda_graphs),
+        lambda manifest: open_session(folder, manifest, pairs, threads, cuda_graphs),
         digest,
     )
-
-
-def _open(
-    folder: Path,
-    manifest: Manifest,
-    providers: list[tuple[str, dict[str, Any]]],
-    threads: int | None,
-    cuda_graphs: bool,
-) -> "Session | ModelSession":
-    if manifest.generator is not None:
-        raise ArtifactError(
-            f"{folder}: its kind is {manifest.kind!r}; open it with"
-            " loraexport_runtime.generate.load_generator()"
-        )
-    return open_session(folder, manifest, providers, threads, cuda_graphs)
 
 
 def open_session(
@@ -72,10 +58,20 @@ def open_session(
     threads: int | None,
     cuda_graphs: bool = False,
 ) -> "Session | ModelSession":
-    """The session that fits an artifact's kind; checks nothing (see `load`).
+    """The session that fits an artifact's kind; checks no file (see `load`).
 
     `cuda_graphs` on another device than CUDA: the same buckets, run as they are.
+
+    Raises:
+        ArtifactError: it is a decoder, which has no such session.
     """
-    if manifest.model is not None:
-        return ModelSession(folder, manifest, manifest.model, providers, threads, cuda_graphs)
-    return Session(folder, manifest, providers, threads, cuda_graphs)
+    match manifest.kind:
+        case Layers():
+            return Session(folder, manifest, providers, threads, cuda_graphs)
+        case (Model() as model) | Graph(model):
+            return ModelSession(folder, manifest, model, providers, threads, cuda_graphs)
+        case Decoder():
+            raise ArtifactError(
+                f"{folder}: its kind is 'decoder'; open it with"
+                " loraexport_runtime.generation.load_generator()"
+            )

@@ -10,7 +10,8 @@ import onnxruntime as ort
 from ..adapters.packing import lowest
 from ..buckets.rows import RowBuckets, read_sizes, sample_inputs
 from ..contract.files import resolve
-from ..contract.manifest import Manifest, Model, Stack
+from ..contract.kinds import Model
+from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
 from ..device.dtypes import NUMPY_DTYPES

@@ -13,6 +13,7 @@ from loraexport.pipeline.build import build
 from loraexport_runtime import ArtifactError
 from loraexport_runtime.checking.check import check_artifact
 from loraexport_runtime.checking.model import load_reference, make_cases
+from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.sessions.model import ModelSession
 
@@ -53,9 +54,9 @@ def test_every_stored_case_runs(built: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ModelSession, "run", counted)
     assert check_artifact(built, ["cpu"]).status == "passed"
     manifest = Manifest.read(built)
-    assert manifest.model is not None
-    names = {case.name for case in make_cases(manifest, manifest.model)}
-    stored = load_reference(built, manifest, manifest.model)
+    assert isinstance(manifest.kind, Model)
+    names = {case.name for case in make_cases(manifest, manifest.kind)}
+    stored = load_reference(built, manifest, manifest.kind)
     assert set(stored.expected) == names
     assert {"alone-sql", "alone-chat", "mixed", "mixed-left", "base-only", "blend"} < names
     assert len(batches) == 2 * len(names)
@@ -81,8 +82,8 @@ def test_slots_in_another_order_fail(artifact: Path) -> None:
 
 def test_cases_of_another_model(artifact: Path) -> None:
     manifest = Manifest.read(artifact)
-    model = manifest.model
-    assert model is not None
+    model = manifest.kind
+    assert isinstance(model, Model)
     pooled = replace(model, outputs=(replace(model.outputs[0], name="pooled"),))
     with pytest.raises(ArtifactError, match="'alone-sql/y/pooled' is missing, so these are not"):
         load_reference(artifact, manifest, pooled)

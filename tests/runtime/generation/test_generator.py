@@ -263,7 +263,7 @@ def test_cuda_where_there_is_no_device(artifact: Path) -> None:
 
 def test_each_kind_has_its_own_loader(artifact: Path, tenants: Path) -> None:
     with pytest.raises(
-        lr.ArtifactError, match=r"its kind is 'causal_lm'; open it with .*load_generator\(\)"
+        lr.ArtifactError, match=r"its kind is 'decoder'; open it with .*load_generator\(\)"
     ):
         lr.load(artifact)
     with pytest.raises(lr.ArtifactError, match=r"its kind is 'layers'; open it with load\(\)"):

@@ -20,7 +20,6 @@ from loraexport.pipeline.build import build
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.ort_session import require_device
 from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers
-from loraexport_runtime.sessions.load import _open
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")
 SITES = {"qkv": ("blocks.0.q", "blocks.0.k", "blocks.0.v"), "up": ("blocks.0.up",)}
@@ -849,8 +848,8 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
             (folder / "manifest.json").write_text(newer)
         return session
 
-    open_session = _open
-    monkeypatch.setattr(module, "_open", open_then_swap)
+    open_session = module.open_session
+    monkeypatch.setattr(module, "open_session", open_then_swap)
     session = lr.load(folder, threads=1)
     assert len(opened) == 2
     assert session.manifest.created == opened[1] == "2099-01-01T00:00:00+00:00"
