@@ -32,6 +32,7 @@ from support.decoders import (
     write_decoder,
     write_tokenizer,
 )
+from support.manifests import edit_manifest
 from support.torch_free import BLOCKED
 
 import loraexport_runtime as lr
@@ -463,9 +464,7 @@ def test_a_damaged_or_unproven_artifact(artifact: Path, tmp_path: Path) -> None:
 
     unproven = tmp_path / "unproven"
     shutil.copytree(artifact, unproven)
-    manifest = json.loads((unproven / "manifest.json").read_text())
-    manifest["parity"]["status"] = "deferred"
-    (unproven / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(unproven, lambda data: data["parity"].update(status="deferred"))
     with pytest.raises(lr.ArtifactError, match="parity is 'deferred', so its numbers are not pro"):
         load_generator(unproven)
     opened = load_generator(unproven, allow_unverified=True)
@@ -481,7 +480,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ImportError("blocked: " + name)
 
 sys.meta_path.insert(0, Block())
-from loraexport_runtime.generation.generator import load_generator
+from loraexport_runtime.generation.load import load_generator
 
 generator = load_generator(sys.argv[1])
 found = generator.generate(
