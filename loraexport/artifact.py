@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import TextIO
 
 from loraexport_runtime.contract.files import MANIFEST_FILE, FileEntry, digest_file
-from loraexport_runtime.contract.manifest import Manifest, ParitySummary
+from loraexport_runtime.contract.json_values import dump
+from loraexport_runtime.contract.manifest import FORMAT_VERSION, Manifest, ParitySummary
+from loraexport_runtime.contract.seal import DIGEST_FILE, digest_line
 
 from .errors import BuildBusyError, UsageError
 
@@ -54,8 +57,9 @@ class Staging:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST_FILE
         }
-        text = replace(manifest, files=files).to_json()
-        (self.folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+        content = replace(manifest, files=files).to_json().encode()
+        (self.folder / MANIFEST_FILE).write_bytes(content)
+        (self.folder / DIGEST_FILE).write_text(digest_line(content), encoding="utf-8")
 
 
 @contextmanager
@@ -129,9 +133,23 @@ def mark_verified(folder: Path, manifest: Manifest, parity: ParitySummary) -> No
     """
     if Manifest.read(folder).to_json() != manifest.to_json():  # as text: NaN is not NaN
         raise UsageError(f"{folder}: a build replaced it while it was verified; verify it again")
-    temporary = folder / f".{MANIFEST_FILE}.{os.getpid()}"
-    temporary.write_text(replace(manifest, parity=parity).to_json(), encoding="utf-8")
-    temporary.replace(folder / MANIFEST_FILE)
+    before = (folder / MANIFEST_FILE).read_bytes()
+    # In the format that it has: another would say of the graphs what nobody has looked at.
+    data = json.loads(before) | {"parity": dump(ParitySummary, parity)}
+    after = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    is_sealed = manifest.format_version >= FORMAT_VERSION
+    if is_sealed:  # Both digests stand there until the manifest is the new one.
+        _put(folder, DIGEST_FILE, (digest_line(before) + digest_line(after)).encode())
+    _put(folder, MANIFEST_FILE, after)
+    if is_sealed:
+        _put(folder, DIGEST_FILE, digest_line(after).encode())
+
+
+def _put(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file at once."""
+    temporary = folder / f".{name}.{os.getpid()}"
+    temporary.write_bytes(content)
+    temporary.replace(folder / name)
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -78,12 +78,18 @@ class _File:
 
     def texts(self, key: str) -> dict[str, str]:
         values: dict[str, Any] = self._typed(key, self._values.get(key), dict, "an object") or {}
-        return {name: str(self._typed(key, text, str, "texts")) for name, text in values.items()}
+        for text in values.values():
+            if not isinstance(text, str):
+                raise self._error(key, "texts", text)
+        return values
 
     def _typed(self, key: str, value: Any, kind: type, expected: str) -> Any:
         if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
             return value
-        raise BaseModelError(f"{self.path}: {key}: expected {expected}, got {value!r}; correct it")
+        raise self._error(key, expected, value)
+
+    def _error(self, key: str, expected: str, value: object) -> BaseModelError:
+        return BaseModelError(f"{self.path}: {key}: expected {expected}, got {value!r}; correct it")
 
 
 def _read_object(path: Path) -> Mapping[str, Any]:

@@ -1,19 +1,22 @@
 """Artifacts that are damaged or made to harm: each is an ArtifactError that says where."""
 
-import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.manifests import edit_manifest, write_manifest
 
 import loraexport_runtime as lr
+from loraexport_runtime.contract import manifest as manifest_module
 from loraexport_runtime.contract.files import MANIFEST_FILE
 from loraexport_runtime.contract.manifest import FORMAT_VERSION, Manifest, ParitySummary
+from loraexport_runtime.contract.seal import DIGEST_FILE, digest_line
 
 GRAPH = "graphs/up.onnx"
 
@@ -22,14 +25,6 @@ GRAPH = "graphs/up.onnx"
 def artifact(tenants: Path, tmp_path: Path) -> Path:
     """A whole artifact to damage."""
     return Path(shutil.copytree(tenants, tmp_path / "artifact"))
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest as parsed JSON."""
-    file = folder / MANIFEST_FILE
-    data = json.loads(file.read_text(encoding="utf-8"))
-    change(data)
-    file.write_text(json.dumps(data), encoding="utf-8")
 
 
 def refuse(folder: Path, text: str) -> None:
@@ -96,16 +91,16 @@ class TestPathsThatLeave:
 
     @pytest.mark.parametrize("path", LEAVING)
     def test_among_the_files(self, artifact: Path, path: str) -> None:
-        edit(artifact, lambda data: list_file(data, path))
+        edit_manifest(artifact, lambda data: list_file(data, path))
         refuse(artifact, r"the manifest's path .* leaves the artifact's folder, so nothing is read")
 
     @pytest.mark.parametrize("key", ["onnx", "torchscript", "base_rows"])
     def test_as_a_layers_file(self, artifact: Path, key: str) -> None:
-        edit(artifact, lambda data: data["layers"][0].update({key: "../outside.onnx"}))
+        edit_manifest(artifact, lambda data: data["layers"][0].update({key: "../outside.onnx"}))
         refuse(artifact, r"the manifest's path '\.\./outside\.onnx' leaves the artifact's folder")
 
     def test_as_an_adapters_folder(self, artifact: Path) -> None:
-        edit(artifact, lambda data: data["adapters"][2].update(path="/tmp"))
+        edit_manifest(artifact, lambda data: data["adapters"][2].update(path="/tmp"))
         refuse(artifact, "the manifest's path '/tmp' leaves the artifact's folder")
 
     def test_link_to_a_file_outside(self, artifact: Path, tmp_path: Path) -> None:
@@ -120,7 +115,7 @@ class TestPathsThatLeave:
         refuse(artifact, r"the manifest's path 'graphs/\w+\.onnx' leaves the artifact's folder")
 
     def test_name_that_no_file_system_takes(self, artifact: Path) -> None:
-        edit(artifact, lambda data: list_file(data, "x" * 5000))
+        edit_manifest(artifact, lambda data: list_file(data, "x" * 5000))
         refuse(artifact, r"artifact: a listed file cannot be read: .*File name too long")
 
     def test_links_in_a_circle(self, artifact: Path) -> None:
@@ -211,18 +206,46 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "newer format": (
         lambda data: data.update(format_version=FORMAT_VERSION + 1),
-        f"format_version is {FORMAT_VERSION + 1}, this runtime reads {FORMAT_VERSION}; build the"
-        " artifact again, or install the",
+        f"format_version is {FORMAT_VERSION + 1}, this runtime reads 4 and {FORMAT_VERSION}; build"
+        " the artifact again, or install the",
     ),
     "older format": (
-        lambda data: data.update(format_version=FORMAT_VERSION - 1),
-        f"format_version is {FORMAT_VERSION - 1}, this runtime reads {FORMAT_VERSION}; build the",
+        lambda data: data.update(format_version=3),
+        f"format_version is 3, this runtime reads 4 and {FORMAT_VERSION}; build the",
     ),
     "format as text": (
         lambda data: data.update(format_version=str(FORMAT_VERSION)),
-        f"format_version is '{FORMAT_VERSION}', this runtime reads {FORMAT_VERSION}",
+        f"format_version is '{FORMAT_VERSION}', this runtime reads 4 and {FORMAT_VERSION}",
+    ),
+    "format as truth": (
+        lambda data: data.update(format_version=True),
+        "format_version is True, this runtime",
     ),
     "no format": (lambda data: data.pop("format_version"), "format_version is None, this runtime"),
+    "kind as a word": (
+        lambda data: data.update(kind="layers"),
+        r"manifest\.kind: expected an object, got 'layers'",
+    ),
+    "unknown kind": (
+        lambda data: data.update(kind={"vision": {}}),
+        r"manifest\.kind: expected one key of \('layers', .*'graph'\), got vision",
+    ),
+    "two kinds": (
+        lambda data: data.update(kind={"layers": {}, "model": {}}),
+        r"manifest\.kind: expected one key of \('layers', .*\), got layers, model",
+    ),
+    "no kind": (
+        lambda data: data.update(kind={}),
+        r"manifest\.kind: expected one key of \('layers', .*\), got none",
+    ),
+    "value that a kind lacks": (
+        lambda data: data.update(kind={"layers": {"task": "ner"}}),
+        r"manifest\.kind\.layers: unknown key 'task'",
+    ),
+    "value that a kind needs": (
+        lambda data: data.update(kind={"decoder": {"folder": "generator"}}),
+        r"manifest\.kind\.decoder: key 'max_length' is missing",
+    ),
     "graph that nothing vouches for": (
         lambda data: data["files"].pop(GRAPH),
         r"manifest\.files: 'graphs/up\.onnx' is missing, so nothing vouches for it",
@@ -290,7 +313,7 @@ class TestEditedManifest:
     @pytest.mark.parametrize("case", EDITS)
     def test_refused(self, artifact: Path, case: str) -> None:
         change, text = EDITS[case]
-        edit(artifact, change)
+        edit_manifest(artifact, change)
         refuse(artifact, text)
 
     @pytest.mark.parametrize(
@@ -313,7 +336,62 @@ class TestEditedManifest:
     @pytest.mark.parametrize("text", ["[]", "3", "null", '"manifest"'])
     def test_no_object(self, artifact: Path, text: str) -> None:
         (artifact / MANIFEST_FILE).write_text(text)
-        refuse(artifact, f"format_version is None, this runtime reads {FORMAT_VERSION}")
+        refuse(artifact, f"format_version is None, this runtime reads 4 and {FORMAT_VERSION}")
+
+
+class TestDigest:
+    """manifest.sha256 vouches for manifest.json."""
+
+    def test_sha256sum_takes_it(self, artifact: Path) -> None:
+        command = ["sha256sum", "--check", "--strict", DIGEST_FILE]
+        done = subprocess.run(command, cwd=artifact, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "manifest.json: OK\n")
+
+    def test_a_changed_manifest_is_refused(self, artifact: Path) -> None:
+        text = (artifact / MANIFEST_FILE).read_text(encoding="utf-8")
+        (artifact / MANIFEST_FILE).write_text(text.replace('"passed"', '"passed" '))
+        refuse(
+            artifact,
+            r"manifest\.json: its sha256 differs from manifest\.sha256: the file was changed or"
+            " damaged; copy the artifact again, or build it again",
+        )
+
+    @pytest.mark.parametrize("change", ["no file", "empty", "another name"])
+    def test_a_digest_that_is_none(self, artifact: Path, change: str) -> None:
+        file = artifact / DIGEST_FILE
+        if change == "no file":
+            file.unlink()
+        else:
+            line = file.read_text().replace(MANIFEST_FILE, "spec.yaml")
+            file.write_text("" if change == "empty" else line)
+        missing = "no manifest.sha256 beside manifest.json, so nothing vouches for it; copy the"
+        differs = "its sha256 differs from manifest.sha256"
+        refuse(artifact, differs if change == "another name" else missing)
+
+    def test_both_digests_stand_while_the_manifest_is_replaced(self, artifact: Path) -> None:
+        before = (artifact / MANIFEST_FILE).read_bytes()
+        after = before.replace(b'"passed"', b'"passed" ')
+        (artifact / DIGEST_FILE).write_text(digest_line(before) + digest_line(after))
+        assert Manifest.read(artifact).parity.status == "passed"
+        (artifact / MANIFEST_FILE).write_bytes(after)
+        assert Manifest.read(artifact).parity.status == "passed"
+
+    def test_a_swap_between_the_two_reads(
+        self, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A reader that has the old manifest and the new digest reads once more."""
+        newer = replace(Manifest.read(artifact), name="newer").to_json()
+        compare, calls = manifest_module.is_sealed, []
+
+        def swap_first(folder: Path, content: bytes) -> bool:
+            if not calls:
+                write_manifest(folder, newer)
+            calls.append(content)
+            return compare(folder, content)
+
+        monkeypatch.setattr(manifest_module, "is_sealed", swap_first)
+        assert Manifest.read(artifact).name == "newer"
+        assert len(calls) == 2
 
 
 class TestNoArtifact:
@@ -338,7 +416,7 @@ class TestParity:
     def test_unproven_needs_consent(self, artifact: Path, status: Any) -> None:
         manifest = Manifest.read(artifact)
         parity = ParitySummary(status, ("eager",), 0.5, 2e-5)
-        (artifact / MANIFEST_FILE).write_text(replace(manifest, parity=parity).to_json())
+        write_manifest(artifact, replace(manifest, parity=parity).to_json())
         refuse(
             artifact,
             f"parity is '{status}', so its numbers are not proven. Run 'loraexport verify"
@@ -349,7 +427,7 @@ class TestParity:
     def test_an_error_that_is_no_number(self, artifact: Path) -> None:
         parity = ParitySummary("failed", ("eager",), float("nan"), 2e-5)
         manifest = replace(Manifest.read(artifact), parity=parity)
-        (artifact / MANIFEST_FILE).write_text(manifest.to_json())
+        write_manifest(artifact, manifest.to_json())
         refuse(artifact, "parity is 'failed'")
         assert "up" in lr.load(artifact, threads=1, allow_unverified=True)
 

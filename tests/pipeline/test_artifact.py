@@ -12,17 +12,20 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.builds import write_small, write_tenants
 from support.processes import check_whole, left_over, read_until, start_build
 
+from loraexport import artifact as artifact_module
 from loraexport.artifact import mark_verified, staging
 from loraexport.cli import app as cli
 from loraexport.errors import BuildBusyError, ParityError, UsageError
 from loraexport.pipeline.build import build
 from loraexport_runtime.contract.files import MANIFEST_FILE
 from loraexport_runtime.contract.manifest import Manifest, ParitySummary
+from loraexport_runtime.contract.seal import DIGEST_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +63,7 @@ class TestStaging:
             stage.publish(replace(Manifest.read(small), name="other", layers=()))
         assert check_whole(tmp_path / "tiny").name == "other"
         names = {path.name for path in (tmp_path / "tiny").iterdir()}
-        assert names == {"file", MANIFEST_FILE}
+        assert names == {"file", MANIFEST_FILE, DIGEST_FILE}
         assert left_over(tmp_path) == []
 
     def test_a_reader_never_finds_a_gap(self, small: Path, tmp_path: Path) -> None:
@@ -115,6 +118,59 @@ class TestStaging:
         with pytest.raises(UsageError, match="tiny: a build replaced it while it was verified; ve"):
             mark_verified(folder, manifest, manifest.parity)
         assert check_whole(folder) == again
+        assert {path.name for path in folder.iterdir()} == {path.name for path in small.iterdir()}
+
+    def test_a_reader_never_finds_a_manifest_without_its_digest(
+        self, small: Path, tmp_path: Path
+    ) -> None:
+        folder = Path(shutil.copytree(small, tmp_path / "tiny"))
+        finished = threading.Event()
+        seen: list[str] = []
+
+        def read() -> None:
+            while not finished.is_set():
+                try:
+                    seen.append(Manifest.read(folder).parity.status)
+                except Exception as error:
+                    seen.append(repr(error))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for error in range(100):
+                parity = ParitySummary("passed", ("onnx-cuda",), float(error), 1.0)
+                mark_verified(folder, Manifest.read(folder), parity)
+        finally:
+            finished.set()
+            reader.join()
+        assert set(seen) == {"passed"}
+
+    def test_mark_verified_that_was_cut_short(
+        self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed between any two of its steps, it leaves an artifact that opens."""
+        parity = ParitySummary("passed", ("onnx-cuda",), 0.25, 1.0)
+        for steps in range(3):
+            folder = Path(shutil.copytree(small, tmp_path / str(steps)))
+            left, put = [steps], artifact_module._put
+
+            def put_some(
+                folder: Path, name: str, content: bytes, left: list[int] = left, put: Any = put
+            ) -> None:
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                put(folder, name, content)
+
+            manifest = Manifest.read(folder)
+            with monkeypatch.context() as patch:
+                patch.setattr(artifact_module, "_put", put_some)
+                with pytest.raises(KeyboardInterrupt):
+                    mark_verified(folder, manifest, parity)
+            checked = check_whole(folder).parity.checked
+            assert (checked == ("onnx-cuda",)) == (steps == 2), steps
+            mark_verified(folder, Manifest.read(folder), parity)
+            assert len((folder / DIGEST_FILE).read_text().splitlines()) == 1
 
 
 def make_file(path: Path) -> None:
@@ -260,7 +316,7 @@ class TestDeterminism:
         }
         may_differ = {str(name) for name in first if name.suffix == ".ts"}
         reports = {"parity/parity.json", "parity/parity.md"}
-        assert differing <= may_differ | reports | {MANIFEST_FILE}
+        assert differing <= may_differ | reports | {MANIFEST_FILE, DIGEST_FILE}
         same = {"graphs/qkv.onnx", "spec.yaml", "parity/cases.safetensors"}
         assert same <= {str(name) for name in first} - differing
         assert {path.suffix for path in first} >= {".onnx", ".safetensors", ".ts"}

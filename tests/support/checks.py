@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from loraexport_runtime.adapters.header import digest_adapter
-from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
+from loraexport_runtime.contract.files import digest_file
+from support.manifests import edit_manifest
 from support.torch_free import BLOCKED
 
 _TORCH_FREE = f"""
@@ -46,13 +46,6 @@ def run_check(*arguments: object) -> Done:
     command = [sys.executable, "-W", "error", "-c", _TORCH_FREE, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     return Done(done.returncode, done.stdout, done.stderr)
-
-
-def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest as parsed JSON."""
-    data = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    change(data)
-    (folder / MANIFEST_FILE).write_text(json.dumps(data), encoding="utf-8")
 
 
 def seal(folder: Path) -> None:

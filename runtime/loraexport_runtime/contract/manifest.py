@@ -7,12 +7,14 @@ or a path that leaves the artifact is an ArtifactError.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import ArtifactError
+from . import format4
 from .files import MANIFEST_FILE, FileEntry, difference, require_pinned, resolve
 from .json_values import dump, parse
 from .kinds import Kind, Packed, packed_of
+from .seal import is_sealed
 
 FORMAT_VERSION = 5
 BIAS_ROWS = 8
@@ -148,7 +150,10 @@ class ParitySummary:
 
 @dataclass(frozen=True)
 class Manifest:
+    """What an artifact's manifest.json says."""
+
     format_version: int
+    """As it was written: a manifest of format 4 is read into the values of format 5."""
     name: str
     kind: Kind
     created: str
@@ -175,30 +180,18 @@ class Manifest:
     def read(cls, folder: Path, digest: str | None = None) -> "Manifest":
         """Read and check manifest.json; does not look at the other files (see `check_files`).
 
-        digest: the sha256 that its bytes must have; default: any.
+        Args:
+            digest: the sha256 that its bytes must have; default: any.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, of another format or digest, or makes no
+                sense.
         """
         file = folder / MANIFEST_FILE
+        data = _read_json(folder, digest)
         try:
-            content = file.read_bytes()
-            require_pinned(file, content, digest)
-            data = json.loads(content.decode("utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ArtifactError(
-                f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"
-                " 'loraexport build' has published"
-            ) from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise ArtifactError(
-                f"{file}: not readable as JSON ({error}); copy the artifact again, or build it"
-                " again"
-            ) from error
-        version = data.get("format_version") if isinstance(data, dict) else None
-        if version != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{file}: format_version is {version!r}, this runtime reads {FORMAT_VERSION}; build"
-                " the artifact again, or install the runtime that matches it"
-            )
-        try:
+            if data["format_version"] == format4.FORMAT:
+                data = format4.upgrade(data)
             manifest: Manifest = parse(cls, data, "manifest")
         except (TypeError, ValueError) as error:
             raise ArtifactError(f"{file}: {error}; build the artifact again") from error
@@ -258,6 +251,35 @@ class Manifest:
                 raise ArtifactError(f"{folder}: a listed file cannot be read: {error}") from error
             if problem:
                 raise ArtifactError(f"{file}: {problem}; copy the artifact again")
+
+
+def _read_json(folder: Path, digest: str | None) -> dict[str, Any]:
+    """manifest.json of a format that is known; from format 5 on as its digest says."""
+    file = folder / MANIFEST_FILE
+    while True:
+        try:
+            content = file.read_bytes()
+            require_pinned(file, content, digest)
+            data = json.loads(content.decode())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactError(
+                f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"
+                " 'loraexport build' has published"
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ArtifactError(
+                f"{file}: not readable as JSON ({error}); copy the artifact again, or build it"
+                " again"
+            ) from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if type(version) is not int or version not in (format4.FORMAT, FORMAT_VERSION):
+            raise ArtifactError(
+                f"{file}: format_version is {version!r}, this runtime reads {format4.FORMAT} and"
+                f" {FORMAT_VERSION}; build the artifact again, or install the runtime that matches"
+                " it"
+            )
+        if version == format4.FORMAT or is_sealed(folder, content):
+            return data
 
 
 def cuda_reason(dtype: DType, packed: Packed | None) -> str | None:

@@ -16,8 +16,8 @@ import numpy as np
 from ..contract.files import resolve
 from ..contract.genai_config import end_tokens, read_genai_config
 from ..contract.kinds import Decoder
-from ..contract.manifest import Manifest
-from ..errors import InputError, UnknownAdapterError
+from ..contract.manifest import FORMAT_VERSION, Manifest
+from ..errors import InputError, ProviderError, UnknownAdapterError
 from ..slots.batch import read_rows
 from .captured.engine import DrivenEngine
 from .engine import Engine, Sampling
@@ -61,6 +61,11 @@ class TextGenerator:
         provider: str,
         cuda_graphs: bool = False,
     ) -> None:
+        if cuda_graphs and manifest.format_version < FORMAT_VERSION:
+            raise ProviderError(
+                f"{folder}: its format is {manifest.format_version}, and a decoder opens with CUDA"
+                f" graphs from format {FORMAT_VERSION} on; build it again, or pass no cuda_graphs"
+            )
         self.manifest = manifest
         where = resolve(folder, decoder.folder)
         self._pad = decoder.pad_token_id

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.adapters import write_adapter
 from support.builds import Project
-from support.checks import edit_manifest, run_check, scale_adapter, seal, swap_slots
+from support.checks import run_check, scale_adapter, seal, swap_slots
+from support.manifests import edit_manifest
 from support.models import write_base
 
 from loraexport.parity.layers.check import check

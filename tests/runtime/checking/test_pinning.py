@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.manifests import write_manifest
 
 import loraexport_runtime as lr
 from loraexport_runtime.contract.artifact import open_artifact
@@ -65,7 +66,7 @@ def test_a_folder_swapped_meanwhile_is_refused(artifact: Path) -> None:
         if not opened:
             text = (artifact / MANIFEST_FILE).read_text(encoding="utf-8")
             other = text.replace('"name": "tiny"', '"name": "other"')
-            (artifact / MANIFEST_FILE).write_text(other, encoding="utf-8")
+            write_manifest(artifact, other)
         opened.append(manifest.name)
         return str(manifest.name)
 

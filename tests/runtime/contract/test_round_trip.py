@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import pytest
+from support.manifests import write_manifest
 
 from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
 from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.contract.seal import DIGEST_FILE
 
 
 class TestRoundTrip:
     def test_read_gives_what_was_written(self, tenants: Path, tmp_path: Path) -> None:
         manifest = Manifest.read(tenants)
-        (tmp_path / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        write_manifest(tmp_path, manifest.to_json())
         again = Manifest.read(tmp_path)
         assert again == manifest
         assert again.to_json() == (tenants / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -20,7 +22,7 @@ class TestRoundTrip:
         found = {
             path.relative_to(tenants).as_posix(): (digest_file(path), path.stat().st_size)
             for path in tenants.rglob("*")
-            if path.is_file() and path.name != MANIFEST_FILE
+            if path.is_file() and path.name not in (MANIFEST_FILE, DIGEST_FILE)
         }
         files = Manifest.read(tenants).files
         assert {name: (one.sha256, one.size) for name, one in files.items()} == found

@@ -1,6 +1,5 @@
 """A generator: what a call takes and refuses, and what it opens."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from support.decoders import (
     write_family,
 )
 from support.home import Home
+from support.manifests import edit_manifest
 from support.torch_free import BLOCKED
 
 import loraexport_runtime as lr
@@ -285,9 +285,7 @@ def test_a_damaged_or_unproven_artifact(artifact: Path, tmp_path: Path) -> None:
 
     unproven = tmp_path / "unproven"
     shutil.copytree(artifact, unproven)
-    manifest = json.loads((unproven / "manifest.json").read_text())
-    manifest["parity"]["status"] = "deferred"
-    (unproven / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(unproven, lambda manifest: manifest["parity"].update(status="deferred"))
     with pytest.raises(lr.ArtifactError, match="parity is 'deferred', so its numbers are not pro"):
         load_generator(unproven)
     opened = load_generator(unproven, allow_unverified=True)

@@ -1,6 +1,5 @@
 """The runtime on the CPU provider, held to plain numpy: y = W x + b + s B A x, token by token."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from safetensors.numpy import load_file
 from support.adapters import write_adapter
 from support.builds import write_tenants
+from support.manifests import edit_manifest, write_manifest
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
@@ -845,7 +845,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
         if len(opened) == 1:
             text = (folder / "manifest.json").read_text()
             newer = text.replace(manifest.created, "2099-01-01T00:00:00+00:00")
-            (folder / "manifest.json").write_text(newer)
+            write_manifest(folder, newer)
         return session
 
     open_session = module.open_session
@@ -858,9 +858,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
 def test_a_layer_without_onnx_says_what_to_ask_for(tenants: Path, tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     shutil.copytree(tenants, folder)
-    data = json.loads((folder / "manifest.json").read_text())
-    data["layers"][1]["onnx"] = None
-    (folder / "manifest.json").write_text(json.dumps(data))
+    edit_manifest(folder, lambda data: data["layers"][1].update(onnx=None))
     text = "layer 'up' has no ONNX graph; add onnx to export.formats and build again"
     with pytest.raises(lr.ArtifactError, match=text):
         lr.load(folder)
