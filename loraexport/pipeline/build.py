@@ -69,7 +69,7 @@ def build(
 
 def _require_onnx_device(plan: Plan, has_cuda: Callable[[], bool]) -> None:
     spec, packed = plan.spec, plan.model.packed if plan.model else None
-    why = cuda_reason(spec.export.dtype, packed) if "onnx" in spec.export.formats else None
+    why = cuda_reason(spec.export.dtype, packed) if "onnx" in spec.formats else None
     if why and spec.parity.onnx == "required" and not has_cuda():
         raise ParityError(
             f"{why} and there is no CUDA device here, so the ONNX graphs cannot be proven. Build on"

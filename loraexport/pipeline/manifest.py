@@ -34,7 +34,7 @@ _TOOLS = (
 
 def make_manifest(plan: Plan, base: "Base") -> Manifest:
     """Everything but files and parity, which come last."""
-    model, formats = None, plan.spec.export.formats
+    model, formats = None, plan.spec.formats
     if plan.model is not None:
         model = Model(
             plan.model.task,
