@@ -579,13 +579,13 @@ def _captured(results: Path, costs: Costs) -> Path:
     entry = layer["entries"][0]
     data["cells"], data["environment"]["device"] = [], "made up"
     for tokens in (8, 512, 8192):
-        added = {
+        extras = {
             f"{one} captured": added(costs, one, _shape(tokens, layer["adapters"]))
             for one in ("masked", "augmented", "chunked")
         }
         entries = [
             {**entry, "name": name, "timing": {**entry["timing"], "median": (50 + extra) / 1e6}}
-            for name, extra in {"base captured": 0.0, **added}.items()
+            for name, extra in {"base captured": 0.0, **extras}.items()
         ]
         data["cells"].append({**layer, "tokens": tokens, "entries": entries})
     results.with_name("captured.json").write_text(json.dumps(data))

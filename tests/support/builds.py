@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from support.adapters import write_adapter
@@ -43,6 +44,21 @@ class Project:
         path = self.folder / name
         path.write_text(yaml.safe_dump(data, sort_keys=False))
         return path
+
+
+def write_one_layer(folder: Path, **changes: Any) -> Path:
+    """One layer, one adapter, TorchScript only: the cheapest build there is."""
+    weights = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    write_base(folder / "base", {"q.weight": weights})
+    write_adapter(folder / "sql", {"q": (8, 6)}, rank=2)
+    base = {"kind": "layers", "path": "base"}
+    base["layers"] = [{"name": "q", "type": "linear", "site": "q"}]  # type: ignore[assignment]
+    data = {
+        "base": base,
+        "adapters": [{"name": "sql", "path": "sql"}],
+        "export": {"formats": ["torchscript"]},
+    }
+    return Project(folder).spec(**(data | changes))
 
 
 def write_tenants(folder: Path, **changes: Any) -> Path:
