@@ -37,11 +37,6 @@ def load_base(plan: Plan) -> Base:
     """
     assert plan.generator is not None, "the plan is of a decoder"
     directory = plan.generator.directory
-    if not (directory / "tokenizer.json").is_file():
-        raise BaseModelError(
-            f"{directory}: no tokenizer.json, which onnxruntime-genai needs; save the model's"
-            " tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
-        )
     layers = [one.layer for one in plan.layers]
     return read_base(load_plain_model(directory, "causal-lm", {}), layers)
 

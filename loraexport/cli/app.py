@@ -55,6 +55,8 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Export, prove and publish the artifact of a spec."""
+    from ..pipeline.files import text_note
+
     with show_progress(f"building {spec}", as_json) as progress:
         done = loraexport.build(spec, out, progress)
     folder, report = done.folder, done.report
@@ -70,6 +72,9 @@ def build(
         f" {summary.max_error or 0:.1e} (tolerance {summary.tolerance:.0e}) over"
         f" {', '.join(summary.checked)}",
     )
+    note = text_note(Manifest.read(folder))
+    if note:
+        err_console.print(f"note: {note}")
     if summary.status == "deferred":
         err_console.print(
             "The ONNX graphs are unverified: run 'loraexport verify' on a CUDA machine."
@@ -203,7 +208,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an artifact, an adapter directory or a spec."""
-    is_artifact = (path / MANIFEST_FILE).is_file()
+    is_artifact, note = (path / MANIFEST_FILE).is_file(), None
     if not is_artifact and (path / CONFIG_FILE).is_file():
         _inspect_adapter(path, base, as_json)
         return
@@ -213,9 +218,12 @@ def inspect(
             f" with {CONFIG_FILE}); give one, or leave --base out"
         )
     if is_artifact:
+        from ..pipeline.files import text_note
+
         manifest = Manifest.read(path)
         manifest.check_files(path)
         data = json.loads(manifest.to_json())
+        note = text_note(manifest)
     elif path.is_file():
         from ..spec.reader import read_spec
 
@@ -231,6 +239,8 @@ def inspect(
         print_json(data)
     else:
         print_tree(data)
+        if note:
+            err_console.print(f"note: {note}")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from .progress import Progress
 def _prove_decoder(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest, Report]:
     """Read, graft and verify a decoder that generates."""
     from ..bases.adapters import pack_adapters
-    from ..bases.genai_folder import FOLDER, adapt_config
+    from ..bases.genai_folder import FOLDER, adapt_config, require_tokenizer
     from ..bases.grafted import find_sites, load_base, load_graph, plain_directory
     from ..export.graft import graft
     from ..graphs.files import save_grafted
@@ -28,6 +28,9 @@ def _prove_decoder(plan: Plan, folder: Path, progress: Progress) -> tuple[Manife
     from ..parity.decoder.sources import open_decoder
 
     progress("read weights")
+    source = plan.graph or plan.generator
+    assert source is not None, "the plan is of a decoder"
+    require_tokenizer(source.directory, folder / FOLDER)
     base = load_base(plan)
     progress("build the base's graph")
     model = load_graph(plan, folder / FOLDER)

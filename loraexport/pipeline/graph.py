@@ -45,7 +45,7 @@ def _prove_graph(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     stacks = pack_adapters(plan, base, [one.layer for one in sites])
     graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
     save_grafted(graph, folder / "graphs/model.onnx")
-    copy_tokenizer(plan.graph.directory, folder / "tokenizer")
+    copy_tokenizer(plan.graph.directory, folder, model, progress)
     progress("verify")
     oracle = open_rows(plan, folder, manifest, plain)
     reference = model_reference.make_reference(oracle, manifest, model, plan.spec.parity.seed)

@@ -47,7 +47,7 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
         if scales:
             (folder / "adapters" / name / SCALES_FILE).write_bytes(save(scales))
     directory, seed = plan.model.directory, plan.spec.parity.seed
-    copy_tokenizer(directory, folder / "tokenizer")
+    copy_tokenizer(directory, folder, model, progress)
     progress("verify")
     adapters = read_adapters(folder, manifest)
     plain = PlainModel(directory, manifest, model, adapters)
