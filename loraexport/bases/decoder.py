@@ -68,12 +68,6 @@ def load_base(plan: Plan[DecoderPlan]) -> Base:
     decoder = plan.kind
     if decoder.graph is not None:
         return onnx_graph.load_base(plan, decoder.graph)
-    if not (decoder.directory / "tokenizer.json").is_file():
-        raise BaseModelError(
-            f"{decoder.directory}: no tokenizer.json, which onnxruntime-genai needs; save the"
-            " model's tokenizer there:"
-            " AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
-        )
     layers = [one.layer for one in plan.layers]
     return read_base(load_plain_model(decoder.directory, "causal-lm", {}), layers)
 

@@ -9,7 +9,30 @@ import transformers
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, end_tokens, read_genai_config
 from loraexport_runtime.contract.kinds import Decoder
 
+from ..errors import BaseModelError
+from ..hf.tokenizer import TOKENIZER_FILE, write_tokenizer
+
 FOLDER = "generator"
+
+
+def require_tokenizer(directory: Path, folder: Path) -> None:
+    """Make tokenizer.json of the base's vocabulary where the base has no such file.
+
+    Args:
+        directory: the base.
+        folder: gets the file.
+
+    Raises:
+        BaseModelError: it cannot be made; onnxruntime-genai opens no folder without.
+    """
+    if (directory / TOKENIZER_FILE).is_file():
+        return  # it is copied with the others
+    why = write_tokenizer(directory, folder / TOKENIZER_FILE)
+    if why:
+        raise BaseModelError(
+            f"{directory}: no tokenizer.json, which onnxruntime-genai needs ({why}); save the"
+            " model's tokenizer there: AutoTokenizer.from_pretrained(…).save_pretrained(folder)"
+        )
 
 
 def adapt_config(folder: Path) -> int:

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+import loraexport
 from loraexport_runtime.adapters.config import CONFIG_FILE
 from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.errors import LoraexportError
 
-from .. import __version__
 from ..errors import BaseModelError, ParityError, UsageError, exit_code
 from .console import err_console, out_console, print_error, print_json, print_tree, show_progress
 from .show_parity import print_report, report_dict
@@ -34,7 +34,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 
 def _show_version(value: bool) -> None:
     if value:
-        out_console.print(__version__)
+        out_console.print(loraexport.__version__)
         raise typer.Exit
 
 
@@ -55,10 +55,11 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Export, prove and publish the artifact of a spec."""
-    from ..pipeline.build import build as run_build
+    from ..pipeline.files import text_note
 
     with show_progress(f"building {spec}", as_json) as progress:
-        folder, report = run_build(spec, out, progress)
+        done = loraexport.build(spec, out, progress)
+    folder, report = done.folder, done.report
     for name in report.silent_adapters:
         err_console.print(f"warning: adapter {name!r} changes nothing: all its B are zero")
     summary, digest = report.summary(), digest_file(folder / MANIFEST_FILE)
@@ -72,6 +73,9 @@ def build(
         f" {', '.join(summary.checked)}",
     )
     out_console.print(f"digest, to pin it: {digest}")
+    note = text_note(Manifest.read(folder))
+    if note:
+        err_console.print(f"note: {note}")
     if summary.status == "deferred":
         err_console.print(
             "The ONNX graphs are unverified: run 'loraexport verify' on a CUDA machine."
@@ -81,11 +85,9 @@ def build(
 @app.command()
 def plan(spec: SpecPath, as_json: AsJson = False) -> None:
     """Show sites, ranks, strategy and costs, without reading weights."""
-    from ..plan.plan import make_plan
-    from ..spec.reader import read_spec
     from .show_plan import plan_dict, print_plan
 
-    planned = make_plan(read_spec(spec), spec.parent)
+    planned = loraexport.make_plan(spec)
     if as_json:
         print_json(plan_dict(planned))
     else:
@@ -104,16 +106,11 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Repeat an artifact's parity, perhaps on another machine."""
-    from ..artifact import mark_verified
-    from ..pipeline.verify import verify_artifact
-
     chosen = [name.strip() for name in providers.split(",")] if providers else None
     with show_progress(f"verifying {artifact}", as_json) as progress:
-        progress("run every implementation")
-        manifest = Manifest.read(artifact)
-        report = verify_artifact(artifact, manifest, base, chosen)
-    if manifest.parity.status == "deferred" and report.status == "passed":
-        mark_verified(artifact, manifest, report.summary())
+        done = loraexport.verify(artifact, base=base, providers=chosen, progress=progress)
+    report = done.report
+    if done.published:
         err_console.print(f"verified; digest, to pin it: {digest_file(artifact / MANIFEST_FILE)}")
     if as_json:
         print_json(report_dict(report))
@@ -214,7 +211,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an artifact, an adapter directory or a spec."""
-    is_artifact = (path / MANIFEST_FILE).is_file()
+    is_artifact, note = (path / MANIFEST_FILE).is_file(), None
     if not is_artifact and (path / CONFIG_FILE).is_file():
         _inspect_adapter(path, base, as_json)
         return
@@ -224,9 +221,12 @@ def inspect(
             f" with {CONFIG_FILE}); give one, or leave --base out"
         )
     if is_artifact:
+        from ..pipeline.files import text_note
+
         manifest = Manifest.read(path)
         manifest.check_files(path)
         data = {"digest": digest_file(path / MANIFEST_FILE), **json.loads(manifest.to_json())}
+        note = text_note(manifest)
     elif path.is_file():
         from ..spec.reader import read_spec
 
@@ -242,6 +242,8 @@ def inspect(
         print_json(data)
     else:
         print_tree(data)
+        if note:
+            err_console.print(f"note: {note}")
 
 
 @app.command()

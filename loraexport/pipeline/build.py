@@ -66,7 +66,7 @@ def build(
 
 def _require_onnx_device(plan: AnyPlan, has_cuda: Callable[[], bool]) -> None:
     spec, packed = plan.spec, plan.kind.packed if isinstance(plan.kind, ModelPlan) else None
-    why = cuda_reason(spec.export.dtype, packed) if "onnx" in spec.export.formats else None
+    why = cuda_reason(spec.export.dtype, packed) if "onnx" in spec.formats else None
     if why and spec.parity.onnx == "required" and not has_cuda():
         raise ParityError(
             f"{why} and there is no CUDA device here, so the ONNX graphs cannot be proven. Build on"

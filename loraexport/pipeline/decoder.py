@@ -12,7 +12,7 @@ from loraexport_runtime.contract.manifest import Manifest
 
 from ..bases.adapters import pack_adapters
 from ..bases.decoder import GenaiGraph, find_sites, load_base, load_graph, plain_directory
-from ..bases.genai_folder import FOLDER, adapt_config, describe
+from ..bases.genai_folder import FOLDER, adapt_config, describe, require_tokenizer
 from ..bases.weights import Base
 from ..export.graft import graft
 from ..graphs.files import save_grafted
@@ -48,6 +48,7 @@ def export(loaded: LoadedDecoder, folder: Path, progress: Progress) -> Manifest:
     progress("build the base's graph")
     base = loaded.graph()
     base.write_files(folder / FOLDER)
+    require_tokenizer(plan.kind.directory, folder / FOLDER)
     decoder = describe(folder / FOLDER, adapt_config(folder / FOLDER))
     progress("graft multi-LoRA into it")
     graph = base.model.clone()

@@ -55,7 +55,7 @@ def export(loaded: LoadedGraph, folder: Path, progress: Progress) -> Manifest:
     stacks = pack_adapters(plan, loaded.base, [site.layer for site in sites])
     graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
     save_grafted(graph, folder / _FILE)
-    copy_tokenizer(plan.kind.directory, folder / "tokenizer")
+    copy_tokenizer(plan.kind.directory, folder, model, progress)
     return make_manifest(plan, loaded.base, Graph(model))
 
 

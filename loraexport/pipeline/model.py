@@ -58,7 +58,7 @@ def export(loaded: LoadedModel, folder: Path, progress: Progress) -> Manifest:
     for name, scales in modules.output_scales.items():
         if scales:
             (folder / "adapters" / name / SCALES_FILE).write_bytes(save(scales))
-    copy_tokenizer(plan.kind.directory, folder / "tokenizer")
+    copy_tokenizer(plan.kind.directory, folder, model, progress)
     return manifest
 
 
@@ -79,7 +79,7 @@ def prove(subject: Subject[Model], loaded: LoadedModel | None) -> Report:
 
 
 def _describe(plan: Plan[ModelPlan]) -> Model:
-    planned, formats = plan.kind, plan.spec.export.formats
+    planned, formats = plan.kind, plan.spec.formats
     return Model(
         planned.task,
         planned.blend,

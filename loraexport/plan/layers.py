@@ -74,7 +74,7 @@ def _plan_layer(
         sources.append(source)
         offset += width
     assert in_features is not None, "a layer has at least one slice, and that sets in_features"
-    formats = spec.export.formats
+    formats = spec.formats
     return make_layer_plan(
         Layer(
             name=layer.name,

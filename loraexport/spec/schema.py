@@ -6,7 +6,7 @@ The models below are the contract: `loraexport schema` prints them as JSON Schem
 import hashlib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraexport_runtime.contract.manifest import DType
 
@@ -14,6 +14,7 @@ from .strict_yaml import to_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Size = Annotated[int, Field(gt=0)]
+GraphFormat = Literal["torchscript", "onnx"]
 Task = Literal[
     "feature-extraction",
     "sentence-embedding",
@@ -179,9 +180,8 @@ class TuneSpec(_Model):
 
 
 class ExportSpec(_Model):
-    formats: Annotated[tuple[Literal["torchscript", "onnx"], ...], Field(min_length=1)] = (
-        "torchscript",
-        "onnx",
+    formats: Annotated[tuple[GraphFormat, ...], Field(min_length=1)] | None = Field(
+        None, description="default: both for layers, else onnx; TorchScript holds the weights again"
     )
     dtype: DType = "float32"
     strategy: Literal["auto", "segmented", "masked", "augmented", "chunked"] = "auto"
@@ -243,6 +243,21 @@ class Spec(_Model):
     def typical_tokens(self) -> int:
         """Of a batch, all rows together; a decoder's is a step."""
         return self.export.tune.tokens or (32 if self.base.kind == "causal_lm" else 512)
+
+    @model_validator(mode="after")
+    def _write_out_formats(self) -> "Spec":
+        """The default that depends on the base's kind; an artifact's copy keeps it."""
+        if self.export.formats is not None:
+            return self
+        formats = ("torchscript", "onnx") if self.base.kind == "layers" else ("onnx",)
+        export = self.export.model_copy(update={"formats": formats})
+        return self.model_copy(update={"export": export})
+
+    @property
+    def formats(self) -> tuple[GraphFormat, ...]:
+        """What the graphs are written as."""
+        assert self.export.formats is not None, "the default is written out"
+        return self.export.formats
 
     def to_yaml(self) -> str:
         """The resolved spec: every default written out."""

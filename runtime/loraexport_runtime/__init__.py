@@ -21,8 +21,7 @@ from .sessions.layers import LayerSession, Session
 from .sessions.load import load
 from .sessions.model import ModelSession
 from .slots.pool import AdapterInfo
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "AdapterConfigError",
@@ -41,5 +40,6 @@ __all__ = [
     "SlotsExceededError",
     "UnknownAdapterError",
     "WeightsError",
+    "__version__",
     "load",
 ]

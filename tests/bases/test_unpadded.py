@@ -19,7 +19,7 @@ from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 
 ON_CUDA = {"packed": True, "dtype": "float16", "formats": ["onnx"]}
-PORTABLE = {"packed": True, "tune": {"device": "cpu"}}
+PORTABLE = {"packed": True, "tune": {"device": "cpu"}, "formats": ["torchscript", "onnx"]}
 MASKS = {
     "full": [[1, 1, 1, 1, 1]] * 3,
     "filled up on the right": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]],

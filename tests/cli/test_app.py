@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from support.adapters import write_adapter
-from support.builds import Project
+from support.builds import write_one_layer
 from support.manifests import write_manifest
 from support.models import write_base
 
@@ -58,26 +58,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run_command
 
 
-def tiny_spec(folder: Path, **changes: Any) -> Path:
-    """One layer, one adapter, TorchScript only: the cheapest build there is."""
-    weights = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
-    write_base(folder / "base", {"q.weight": weights})
-    write_adapter(folder / "sql", {"q": (8, 6)}, rank=2)
-    base = {"kind": "layers", "path": "base"}
-    base["layers"] = [{"name": "q", "type": "linear", "site": "q"}]  # type: ignore[assignment]
-    data = {
-        "base": base,
-        "adapters": [{"name": "sql", "path": "sql"}],
-        "export": {"formats": ["torchscript"]},
-    }
-    return Project(folder).spec(**(data | changes))
-
-
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published artifact. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("published")
-    artifact, _ = build(tiny_spec(folder), folder / "out")
+    artifact, _ = build(write_one_layer(folder), folder / "out")
     return artifact
 
 
@@ -92,29 +77,29 @@ def assert_readable(done: Done, code: int, title: str) -> None:
 
 
 def spoil_spec(folder: Path) -> Path:
-    return tiny_spec(folder, nmae="x")
+    return write_one_layer(folder, nmae="x")
 
 
 def spoil_base(folder: Path) -> Path:
-    spec = tiny_spec(folder)
+    spec = write_one_layer(folder)
     write_base(folder / "base", {"other.weight": np.zeros((6, 8), np.float32)})
     return spec
 
 
 def spoil_base_file(folder: Path) -> Path:
-    spec = tiny_spec(folder)
+    spec = write_one_layer(folder)
     (folder / "base/model.safetensors").write_bytes(b"short")
     return spec
 
 
 def spoil_adapter(folder: Path) -> Path:
-    spec = tiny_spec(folder)
+    spec = write_one_layer(folder)
     write_adapter(folder / "sql", {"q": (8, 6)}, rank=2, config={"alora_invocation_tokens": [5]})
     return spec
 
 
 def spoil_adapter_tensors(folder: Path) -> Path:
-    spec = tiny_spec(folder)
+    spec = write_one_layer(folder)
     write_adapter(folder / "sql", {"q": (8, 7)}, rank=2)
     return spec
 
@@ -150,7 +135,7 @@ def test_input_that_cannot_be_used(
 
 @pytest.mark.parametrize("where", ["base", "adapter"])
 def test_nan_is_found_before_anything_is_published(run: Run, tmp_path: Path, where: str) -> None:
-    spec = tiny_spec(tmp_path)
+    spec = write_one_layer(tmp_path)
     if where == "base":
         write_base(tmp_path / "base", {"q.weight": np.full((6, 8), np.nan, np.float32)})
     else:
@@ -195,7 +180,7 @@ def test_usage(run: Run, arguments: tuple[str, ...]) -> None:
 def test_build_over_a_folder_that_is_no_artifact(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out/tiny").mkdir(parents=True)
     (tmp_path / "out/tiny/notes.txt").write_text("mine")
-    done = run("build", tiny_spec(tmp_path), "--out", tmp_path / "out")
+    done = run("build", write_one_layer(tmp_path), "--out", tmp_path / "out")
     assert_readable(done, 2, "UsageError")
     assert "is no artifact" in done.err
     assert (tmp_path / "out/tiny/notes.txt").read_text() == "mine"
@@ -206,7 +191,7 @@ def test_parity_that_cannot_be_proven(
 ) -> None:
     """bfloat16 ONNX graphs where there is no CUDA device."""
     monkeypatch.setattr("loraexport.parity.implementations.has_cuda", lambda: False)
-    spec = tiny_spec(tmp_path, export={"formats": ["onnx"], "dtype": "bfloat16"})
+    spec = write_one_layer(tmp_path, export={"formats": ["onnx"], "dtype": "bfloat16"})
     done = run("build", spec, "--out", tmp_path / "out")
     assert_readable(done, 3, "ParityError")
     assert "parity: {onnx: deferred}" in done.err
@@ -218,7 +203,7 @@ def test_fault_of_our_own(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("loraexport.plan.plan.make_plan", fail)
-    done = run("plan", tiny_spec(tmp_path))
+    done = run("plan", write_one_layer(tmp_path))
     assert_readable(done, 1, "ZeroDivisionError")
     assert "a bug ('loraexport --debug …' shows where)" in done.err
     assert exit_code(ExportError("x")) == 1
@@ -226,7 +211,7 @@ def test_fault_of_our_own(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_output_folder_that_cannot_be_made(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = run("build", tiny_spec(tmp_path), "--out", tmp_path / "file/out")
+    done = run("build", write_one_layer(tmp_path), "--out", tmp_path / "file/out")
     assert_readable(done, 2, "UsageError")
     assert str(tmp_path / "file") in done.err
 
@@ -262,7 +247,7 @@ def test_schema(run: Run) -> None:
 
 
 def test_plan(run: Run, tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path)
+    spec = write_one_layer(tmp_path)
     text = run("plan", spec)
     assert (text.code, text.err) == (0, "")
     for word in ("tiny: float32, 1 slots of rank 2, base base", "sql", "Sites:\n  q: q\n"):
@@ -274,7 +259,7 @@ def test_plan(run: Run, tmp_path: Path) -> None:
 
 def test_build_in_plain_lines(run: Run, tmp_path: Path) -> None:
     """Where there is no terminal: a line per stage on stderr, the result on stdout."""
-    spec = tiny_spec(tmp_path)
+    spec = write_one_layer(tmp_path)
     done = run("build", spec, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert done.out.startswith(f"published {tmp_path / 'out/tiny'}: parity passed, largest error ")
@@ -285,7 +270,7 @@ def test_build_in_plain_lines(run: Run, tmp_path: Path) -> None:
 
 
 def test_build_as_json(run: Run, tmp_path: Path) -> None:
-    done = run("build", tiny_spec(tmp_path), "--out", tmp_path / "out", "--json")
+    done = run("build", write_one_layer(tmp_path), "--out", tmp_path / "out", "--json")
     assert (done.code, done.err) == (0, "")
     assert done.data["artifact"] == str(tmp_path / "out/tiny")
     assert done.data["digest"] == digest_file(tmp_path / "out/tiny/manifest.json")
@@ -293,7 +278,7 @@ def test_build_as_json(run: Run, tmp_path: Path) -> None:
 
 
 def test_adapter_that_changes_nothing_is_named(run: Run, tmp_path: Path) -> None:
-    spec = tiny_spec(tmp_path)
+    spec = write_one_layer(tmp_path)
     zero = {"base_model.model.q.lora_B.weight": np.zeros((6, 2), np.float32)}
     write_adapter(tmp_path / "sql", {"q": (8, 6)}, rank=2, tensors=zero)
     done = run("build", spec, "--out", tmp_path / "out")
@@ -315,7 +300,7 @@ def test_inspect_artifact(run: Run, published: Path) -> None:
 
 
 def test_inspect_adapter(run: Run, tmp_path: Path) -> None:
-    tiny_spec(tmp_path)
+    write_one_layer(tmp_path)
     done = run("inspect", tmp_path / "sql", "--json")
     assert (done.code, done.err) == (0, "")
     (module,) = done.data["modules"].values()
@@ -327,7 +312,7 @@ def test_inspect_adapter(run: Run, tmp_path: Path) -> None:
 
 
 def test_inspect_spec(run: Run, tmp_path: Path) -> None:
-    done = run("inspect", tiny_spec(tmp_path), "--json")
+    done = run("inspect", write_one_layer(tmp_path), "--json")
     assert (done.code, done.err) == (0, "")
     assert done.data["adapters"] == [{"name": "sql", "path": "sql", "scale": 1.0}]
 
@@ -424,7 +409,7 @@ def test_error_on_a_terminal_is_a_panel(
 def test_markup_in_a_path_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "[bold] :smile:"
     folder.mkdir()
-    spec = tiny_spec(folder)
+    spec = write_one_layer(folder)
     done = run("build", spec, "--out", folder / "out")
     assert done.code == 0, done.err
     assert f"published {folder / 'out/tiny'}: parity" in done.out

@@ -175,7 +175,8 @@ def test_rows_are_independent_bit_for_bit(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_whole_model(tmp_path: Path, dtype: str) -> None:
     """Parity on the device, tensors without a copy, and more tenants than slots."""
-    path = write_model_project(tmp_path, export={"dtype": dtype}, slots=2)
+    export = {"dtype": dtype, "formats": ["torchscript", "onnx"]}
+    path = write_model_project(tmp_path, export=export, slots=2)
     artifact, report = build(path, tmp_path / "artifacts")
     assert report.status == "passed"
     ran = {row.implementation for row in report.rows}

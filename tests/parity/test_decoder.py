@@ -24,6 +24,7 @@ from support.decoders import (
     write_tokenizer,
 )
 from support.home import Home
+from tokenizers import Tokenizer
 
 from loraexport.bases import adapters as packed_adapters
 from loraexport.errors import BaseModelError, ParityError
@@ -236,3 +237,29 @@ def test_planted_faults_fail(
     }
     assert {("onnx-cpu", name) for name in ADAPTERS} <= failed
     assert not {one for one in failed if one[0] == "peft" or one[1] == "base"}
+
+
+def test_a_base_with_a_vocabulary_alone_gets_its_tokenizer(tmp_path: Path) -> None:
+    """vocab.json and merges.txt, of a base that generates what it would with tokenizer.json."""
+    spec = write_decoder(tmp_path, FAMILIES["Qwen2"])
+    base, prompt = tmp_path / "base", "hello world the adapters"
+    model = json.loads((base / "tokenizer.json").read_text())["model"]
+    (base / "tokenizer.json").unlink()
+    (base / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (base / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "Qwen2Tokenizer"
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    folder, report = build(spec, tmp_path / "artifacts")
+    assert report.status == "passed"
+    made = Tokenizer.from_file(str(folder / "generator/tokenizer.json"))
+    plain: Any = tf.AutoTokenizer.from_pretrained(base)
+    assert made.encode(prompt).ids == plain(prompt)["input_ids"]
+    chat = [{"role": "user", "content": prompt}]
+    written = plain.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    generator = load_generator(folder)
+    text = generator.generate([prompt], adapters=["first"], max_new_tokens=4)
+    assert text == generator.generate(
+        [plain(written)["input_ids"]], adapters=["first"], max_new_tokens=4
+    )

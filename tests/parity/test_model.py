@@ -30,7 +30,8 @@ from loraexport_runtime.contract.manifest import Layer, Manifest
 
 @pytest.fixture(scope="module")
 def artifact(home: Home) -> Path:
-    return home.artifact(write_model_project)
+    formats = ["torchscript", "onnx"]
+    return home.artifact(write_model_project, export={"formats": formats})
 
 
 def test_every_implementation_and_peft_agree(artifact: Path) -> None:
@@ -143,7 +144,8 @@ def test_the_tolerance_of_the_spec_counts(tmp_path: Path) -> None:
 
 
 def test_float16(tmp_path: Path) -> None:
-    spec = write_model_project(tmp_path, export={"dtype": "float16"})
+    export = {"dtype": "float16", "formats": ["torchscript", "onnx"]}
+    spec = write_model_project(tmp_path, export=export)
     _, report = build(spec, tmp_path / "artifacts")
     assert report.status == "passed"
     assert {row.implementation for row in report.rows} >= {"torchscript-cpu", "onnx-cpu"}
@@ -152,9 +154,9 @@ def test_float16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
     """The graphs take pixels in their own dtype, and the stored cases keep them so."""
-    spec = write_vit_project(
-        tmp_path, export={"dtype": dtype, "strategy": "masked"}, parity={"onnx": "deferred"}
-    )
+    formats = ["torchscript", "onnx"]
+    export = {"dtype": dtype, "strategy": "masked", "formats": formats}
+    spec = write_vit_project(tmp_path, export=export, parity={"onnx": "deferred"})
     artifact, report = build(spec, tmp_path / "artifacts")
     found = {row.implementation for row in report.rows}
     onnx_too = {"onnx-cpu", "onnx-cpu-plain"} if dtype == "float16" else set()

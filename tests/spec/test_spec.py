@@ -20,7 +20,7 @@ SPECS = sorted((ROOT / "specs").glob("*.yaml"))
 def test_good_spec_and_its_defaults(tmp_path: Path) -> None:
     spec = read(tmp_path, GOOD)
     assert (spec.name, spec.slots, spec.max_rank) == ("tiny", None, None)
-    assert spec.export.formats == ("torchscript", "onnx")
+    assert spec.formats == ("torchscript", "onnx")
     assert (spec.export.strategy, spec.export.tune.device) == ("auto", "cuda")
     assert spec.adapters[0].scale == 1.0
     assert spec.parity.onnx == "required"
@@ -403,6 +403,29 @@ def test_schema_is_json_and_names_its_dialect() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert schema["required"] == ["version", "name", "base", "adapters"]
+
+
+@pytest.mark.parametrize(
+    ("base", "formats"),
+    [
+        ("kind: transformers, path: base, task: feature-extraction", ["onnx"]),
+        ("kind: causal_lm, path: base", ["onnx"]),
+        ("kind: onnx, path: base", ["onnx"]),
+        ("kind: layers, path: base, layers: [{name: up, type: linear}]", ["torchscript", "onnx"]),
+    ],
+    ids=["transformers", "causal_lm", "onnx", "layers"],
+)
+def test_whole_models_are_torchscript_only_when_asked(
+    tmp_path: Path, base: str, formats: list[str]
+) -> None:
+    """The resolved spec says which, so that an artifact's does not follow a later default."""
+    text = f"version: 1\nname: tiny\nbase: {{{base}}}\nadapters: [{{name: sql, path: sql}}]\n"
+    spec = read(tmp_path, text)
+    assert spec.formats == tuple(formats)
+    assert yaml.safe_load(spec.to_yaml())["export"]["formats"] == formats
+    assert read(tmp_path, spec.to_yaml()).digest() == spec.digest()
+    asked = read(tmp_path, f"{text}export: {{formats: [onnx, torchscript]}}\n")
+    assert asked.formats == ("onnx", "torchscript")
 
 
 def test_schema_accepts_what_the_reader_accepts(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from support.adapters import write_adapter
@@ -54,6 +55,21 @@ def write_small(folder: Path, **changes: Any) -> Path:
         "base": {"kind": "layers", "path": "base", "layers": layers},
         "adapters": [{"name": "sql", "path": "sql"}],
         "export": {"strategy": "masked"},
+    }
+    return Project(folder).spec(**(data | changes))
+
+
+def write_one_layer(folder: Path, **changes: Any) -> Path:
+    """One layer, one adapter, TorchScript only: the cheapest build there is."""
+    weights = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
+    write_base(folder / "base", {"q.weight": weights})
+    write_adapter(folder / "sql", {"q": (8, 6)}, rank=2)
+    base = {"kind": "layers", "path": "base"}
+    base["layers"] = [{"name": "q", "type": "linear", "site": "q"}]  # type: ignore[assignment]
+    data = {
+        "base": base,
+        "adapters": [{"name": "sql", "path": "sql"}],
+        "export": {"formats": ["torchscript"]},
     }
     return Project(folder).spec(**(data | changes))
 

@@ -187,12 +187,13 @@ ROBERTA = of("roberta", "head", "wide_head")
 BLENDED = of("bert", "plain", "lora_bias", "lora_only", "head", "embedding", "dora")
 BLENDED += of("bert", "dora_embedding", "dora_head")
 
+BOTH: dict[str, Any] = {"formats": ["torchscript", "onnx"]}
 BUILDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "bert": (BERT, {}),
-    "gpt2": (GPT2, {}),
-    "roberta": (ROBERTA, {}),
-    "tied": (TIED, {}),
-    "blend": (BLENDED, {"slots": 9, "export": {"blend": True}}),
+    "bert": (BERT, {"export": BOTH}),
+    "gpt2": (GPT2, {"export": BOTH}),
+    "roberta": (ROBERTA, {"export": BOTH}),
+    "tied": (TIED, {"export": BOTH}),
+    "blend": (BLENDED, {"slots": 9, "export": BOTH | {"blend": True}}),
     # One slot, a plain adapter, and room for all that later ones may bring.
     "llama": (
         of("llama", "plain"),

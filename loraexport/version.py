@@ -1,0 +1,1 @@
+../runtime/loraexport_runtime/version.py
