@@ -14,7 +14,7 @@ DEADLINE = 30.0
 
 def weights(value: float) -> HostAdapter:
     """An adapter of one number."""
-    return HostAdapter({"site": 1}, {"stack": np.array([value])})
+    return HostAdapter({"site": 1}, {"stack": np.array([value])}, f"digest {value}", 1.0, None)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -72,12 +72,12 @@ def _generators(
 ) -> Iterator[tuple[str, TextGenerator]]:
     """onnxruntime-genai on every provider, and on CUDA the runtime's engine with captured steps."""
     assert manifest.generator is not None, "the artifact is of a decoder"
-    for provider, _ in normalise_providers(providers):
-        short = provider.removesuffix("ExecutionProvider").lower()
-        yield f"onnx-genai-{short}", TextGenerator(folder, manifest, manifest.generator, short)
+    for provider in normalise_providers(providers):
+        short = provider[0].removesuffix("ExecutionProvider").lower()
+        yield f"onnx-genai-{short}", TextGenerator(folder, manifest, manifest.generator, [provider])
         if short == "cuda":
             try:
-                captured = TextGenerator(folder, manifest, manifest.generator, short, True)
+                captured = TextGenerator(folder, manifest, manifest.generator, [provider], True)
             except ProviderError as error:
                 skipped["onnx-captured-cuda"] = str(error)
             else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loraexport_runtime import Session
+from loraexport_runtime import LayersSession
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.manifest import Layer, Manifest
 from loraexport_runtime.device.providers import CPU, normalise_providers
@@ -93,7 +93,7 @@ def _implementations(
         skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"
     for name in names:
         short = name.removesuffix("ExecutionProvider").lower()
-        session = Session(folder, manifest, normalise_providers([name]), None)
+        session = LayersSession(folder, manifest, normalise_providers([name]), None)
         yield f"onnx-{short}", _session_runner(session)
         if name == CPU:
             yield "onnx-cpu-plain", _plain_runner(folder, manifest)
@@ -160,7 +160,7 @@ def _torchscript_runner(folder: Path, manifest: Manifest, device: str) -> Run:
     return lambda layer, *inputs: _run_torch(graphs[layer.name], device, *inputs)
 
 
-def _session_runner(session: Session) -> Run:
+def _session_runner(session: LayersSession) -> Run:
     return lambda layer, x, seg_indptr, seg_slots: session[layer.name].run(
         x, seg_indptr=seg_indptr, seg_slots=seg_slots
     )

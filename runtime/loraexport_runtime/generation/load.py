@@ -1,25 +1,32 @@
 """load_generator: an artifact that generates, opened on an engine."""
 
+import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..contract.artifact import open_artifact
 from ..contract.manifest import Manifest
-from ..errors import ArtifactError, ProviderError
+from ..device import providers as devices
+from ..errors import ArtifactError
 from .generator import TextGenerator
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_generator(
     path: str | Path,
-    provider: str = "cpu",
+    providers: Sequence[devices.Provider] = (devices.CPU,),
     *,
     cuda_graphs: bool = False,
     allow_unverified: bool = False,
-) -> "TextGenerator":
+) -> TextGenerator:
     """Open an artifact of `kind: causal_lm`.
 
     Args:
         path: the folder that `loraexport build` published.
-        provider: `"cpu"` or `"cuda"`.
+        providers: as of `load`: `"cpu"`, or `"cuda"` with options if need be. onnxruntime-genai
+            takes those of CUDA but `device_id` and `user_compute_stream`.
         cuda_graphs: capture each decode step as a CUDA graph, in an engine of our own, as
             onnxruntime-genai cannot capture a batch. The first batch of a size captures its step
             (rows are rounded up to a power of two, tokens to 256), later ones replay it; memory for
@@ -28,19 +35,25 @@ def load_generator(
 
     Raises:
         ArtifactError: it is no such artifact, a file is damaged, or parity has not passed.
-        ProviderError: onnxruntime-genai is not installed, or the provider cannot run here.
+        ProviderError: onnxruntime-genai is not installed, or a provider or an option of it cannot
+            be used here.
     """
-    folder = Path(path)
-    if provider not in ("cpu", "cuda"):
-        raise ProviderError(f"provider: expected 'cpu' or 'cuda', got {provider!r}")
-    if cuda_graphs and provider != "cuda":
-        raise ProviderError(
-            f"CUDA graphs were asked for on {provider!r}; pass provider='cuda', or no cuda_graphs"
-        )
+    folder, pairs = Path(path), devices.normalise_providers(providers)
+    devices.check_cuda_graphs(pairs, cuda_graphs)
 
     def make(manifest: Manifest) -> TextGenerator:
         if manifest.generator is None:
             raise ArtifactError(f"{folder}: its kind is {manifest.kind!r}; open it with load()")
-        return TextGenerator(folder, manifest, manifest.generator, provider, cuda_graphs)
+        return TextGenerator(folder, manifest, manifest.generator, pairs, cuda_graphs)
 
-    return open_artifact(folder, allow_unverified, make)
+    start = time.perf_counter()
+    generator = open_artifact(folder, allow_unverified, make)
+    _LOG.info(
+        "opened %s (%s, %d slots) on %s in %.2f s",
+        folder,
+        generator.manifest.kind,
+        generator.manifest.num_slots,
+        ", ".join(name for name, _ in pairs),
+        time.perf_counter() - start,
+    )
+    return generator

@@ -221,7 +221,7 @@ class TestReplaceInPlace:
     def test_an_interrupted_wait_lets_the_name_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slots = make(1, {"a": 1})
 
-        def interrupt() -> None:
+        def interrupt(timeout: float | None) -> None:
             raise KeyboardInterrupt
 
         with slots.lease(["a"]), monkeypatch.context() as patched:
