@@ -27,4 +27,4 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def num_waiting(slots: Slots) -> int:
     """Threads that sit in one of its waits."""
-    return len(slots._changed._waiters)  # type: ignore[attr-defined]
+    return len(slots._queue.changed._waiters)  # type: ignore[attr-defined]

@@ -51,11 +51,12 @@ def deadline_of(timeout: Any) -> Deadline | None:
 class FairQueue:
     """First come, first served, for those who need the state to change.
 
-    `changed` guards the state; whoever changes it notifies.
+    `lock` guards the state; whoever changes it calls `notify`.
     """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.num_waits = 0
         """How many were not served at once."""
         self.seconds = 0.0
@@ -68,7 +69,7 @@ class FairQueue:
         what: Iterable[object],
         deadline: Deadline | None = None,
     ) -> T:
-        """Call `attempt(is_first)` with `changed` held, after every change, until it gives a value.
+        """Call `attempt(is_first)` with `lock` held, after every change, until it gives a value.
 
         The first in line may keep the others from what it waits for; the others may only take what
         is at hand. So the first is served once those who are ahead of it have finished, and then
@@ -81,8 +82,10 @@ class FairQueue:
         Raises:
             SlotTimeoutError: the deadline has passed.
         """
-        ticket = object()
-        with self.changed:
+        with self.lock:
+            if not self._waiting and (result := attempt(True)) is not None:
+                return result  # most do not wait
+            ticket = object()
             self._waiting.append(ticket)
             try:
                 result = attempt(self._waiting[0] is ticket)
@@ -91,7 +94,12 @@ class FairQueue:
                 return result
             finally:  # also when it is interrupted or refused
                 self._waiting.remove(ticket)
-                self.changed.notify_all()
+                self.notify()
+
+    def notify(self) -> None:
+        """Let those in line look at the state again. Hold `lock`."""
+        if self._waiting:
+            self.changed.notify_all()
 
     def _wait(
         self,

@@ -18,17 +18,19 @@ class Gate:
         """`what` was closed, and `how` to open it again, for the error's text."""
         self._what = what
         self._how = how
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # entered by itself, as a Condition's own `with` takes longer
+        self._changed = threading.Condition(self._lock)
         self._inside = 0
         self._closed = False
 
     def __enter__(self) -> None:
-        with self._changed:
-            self.check()
+        with self._lock:
+            if self._closed:
+                self.check()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
+        with self._lock:
             self._inside -= 1
             if self._closed:
                 self._changed.notify_all()

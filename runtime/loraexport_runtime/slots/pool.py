@@ -78,7 +78,7 @@ class Slots:
         """
         self._table = SlotTable(num_slots, loaded, adapters)
         self._queue = FairQueue()
-        self._changed = self._queue.changed
+        self._lock = self._queue.lock
         self._reading = threading.Lock()
         self._read = read
         self._write = write
@@ -88,12 +88,12 @@ class Slots:
     @property
     def loaded(self) -> dict[str, int]:
         """Adapter name -> slot, of those that sit in one now."""
-        with self._changed:
+        with self._lock:
             return dict(self._table.slots)
 
     def listing(self) -> dict[str, AdapterInfo]:
         """Every adapter that a run may name, as of now."""
-        with self._changed:
+        with self._lock:
             table = self._table
             return {
                 name: AdapterInfo(
@@ -110,7 +110,7 @@ class Slots:
 
     def counts(self) -> SlotCounts:
         """As of now, all of one moment."""
-        with self._changed:
+        with self._lock:
             table, queue = self._table, self._queue
             return SlotCounts(
                 len(table.slots),
@@ -125,7 +125,7 @@ class Slots:
 
     def snapshot(self) -> dict[str, tuple[int, Blocks]]:
         """What the slots hold, each adapter whole: name -> slot and blocks."""
-        with self._changed:
+        with self._lock:
             found = {}
             for name, slot in self._table.slots.items():
                 blocks = self._table.adapters[name].blocks
@@ -154,7 +154,7 @@ class Slots:
         """
         deadline = deadline_of(timeout)
         wanted = [name for name in dict.fromkeys(names) if name is not None]
-        with self._changed:
+        with self._lock:
             unread = [name for name in wanted if self._table.is_unread(name)]
             if unread:
                 self._table.check(wanted)  # ahead of reading for a run that is refused
@@ -219,35 +219,35 @@ class Slots:
             self._write(slot, adapter.blocks)
             written = adapter
         finally:
-            with self._changed:
+            with self._lock:
                 self._table.end_load(name, slot, written)
-                self._changed.notify_all()
+                self._queue.notify()
         return slot
 
     def remove(self, name: str) -> None:
         """Forget an adapter; runs that hold it finish undisturbed. Raises UnknownAdapterError."""
-        with self._changed:
+        with self._lock:
             self._table.forget(name)
-            self._changed.notify_all()
+            self._queue.notify()
 
     def pin(self, name: str, timeout: float | None = None) -> int:
         """Bring an adapter into a slot and keep it there; returns the slot. Raises as `lease`."""
-        with self.lease([name], timeout, is_run=False) as slots, self._changed:
+        with self.lease([name], timeout, is_run=False) as slots, self._lock:
             self._table.check([name])  # it may have been forgotten meanwhile
             self._table.pinned.add(name)
-            self._changed.notify_all()
+            self._queue.notify()
             return self._table.slots.get(name, slots[name])
 
     def unpin(self, name: str) -> None:
         """It may be paged out again; nothing, if it was not pinned. Raises UnknownAdapterError."""
-        with self._changed:
+        with self._lock:
             self._table.require(name)
             self._table.pinned.discard(name)
-            self._changed.notify_all()
+            self._queue.notify()
 
     def clear(self) -> None:
         """Forget every adapter, as nobody will run again."""
-        with self._changed:
+        with self._lock:
             for name in list(self._table.adapters):
                 self._table.forget(name)
 
@@ -258,12 +258,12 @@ class Slots:
             assert deadline is not None, "without one it waits"
             raise deadline.error([name])
         try:
-            with self._changed:
+            with self._lock:
                 adapter = self._table.adapters.get(name)
             if adapter is None or adapter.blocks is not None:
                 return  # forgotten, or read by another thread meanwhile
             read = replace(adapter, blocks=self._read(name))
-            with self._changed:
+            with self._lock:
                 if self._table.adapters.get(name) is adapter:
                     self._table.adapters[name] = read
         finally:
@@ -283,15 +283,15 @@ class Slots:
                 )
             written = True
         finally:
-            with self._changed:
+            with self._lock:
                 self._table.end_paging(grant, written=written)
-                self._changed.notify_all()
+                self._queue.notify()
 
     def _release(self, slots: Collection[int], start: float | None) -> None:
         """Give slots back; `start`: of the run that ends, by `time.perf_counter`."""
-        with self._changed:
+        with self._lock:
             self._table.release(slots)
             if start is not None:
                 self._num_runs += 1
                 self._run_seconds += time.perf_counter() - start
-            self._changed.notify_all()
+            self._queue.notify()

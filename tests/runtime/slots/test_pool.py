@@ -225,7 +225,7 @@ class TestReplaceInPlace:
             raise KeyboardInterrupt
 
         with slots.lease(["a"]), monkeypatch.context() as patched:
-            patched.setattr(slots._changed, "wait", interrupt)
+            patched.setattr(slots._queue.changed, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 slots.fill("a", NEW)
             with slots.lease(["a"]) as held:
