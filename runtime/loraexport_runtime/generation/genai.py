@@ -110,13 +110,13 @@ def _open(og: Any, folder: Path, providers: Sequence[tuple[str, dict[str, Any]]]
                 " onnxruntime-genai-cuda, or pass providers=['cpu']"
             )
         require_device(("cuda", 0))
-    config = og.Config(str(folder))
-    config.clear_providers()
-    if options is not None:
-        config.append_provider("cuda")
-        for key, value in options.items():
-            config.set_provider_option("cuda", key, str(value))
     try:
+        config = og.Config(str(folder))
+        config.clear_providers()
+        if options is not None:
+            config.append_provider("cuda")
+            for key, value in options.items():
+                config.set_provider_option("cuda", key, str(value))
         return og.Model(config)
     except Exception as error:
         raise ProviderError(

@@ -5,6 +5,7 @@ samples, and knows the tokenizer; with CUDA graphs it is the tokenizer alone, an
 own drives the graph.
 """
 
+import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from .captured.engine import DrivenEngine
 from .engine import Engine, Sampling
 from .genai import GenaiEngine, open_tokenizer
 from .prompts import Prompt, PromptReader
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ class TextGenerator:
         for pieces in list(self._streams):
             pieces.close()
         self._engine.close()
+        _LOG.info("closed %s", self.folder)
 
     def __enter__(self) -> Self:
         self._gate.check()
