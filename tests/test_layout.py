@@ -31,8 +31,9 @@ EXPORTER: dict[str, set[str]] = {
     "bench": LOOSE
     | {"spec", "hf", "lora", "graphs", "plan", "bases", "export", "parity", "pipeline"},
     "cli": LOOSE | {"spec", "hf", "plan", "parity", "pipeline", "bench", ""},
-    "": LOOSE | {"spec", "plan", "parity", "pipeline"},  # the Python face
+    "": LOOSE | {"spec", "plan", "parity", "pipeline", "version"},  # the Python face
     "__main__": {"cli"},
+    "version": set(),
 }
 """Folder (or module that stands in none) -> what of the exporter it may import.
 
@@ -52,13 +53,11 @@ RUNTIME: dict[str, set[str]] = {
         *("errors", "contract", "device", "adapters", "slots", "buckets"),
         *("sessions", "generation"),
     },
-    "": {"errors", "contract", "adapters", "slots", "sessions", "generation", "checking"},
+    "": {"errors", "version", "sessions", "slots", "generation"},
+    "version": set(),
     "__main__": {"errors", "checking"},
 }
 """The same of the runtime, which imports nothing of the exporter."""
-
-UPWARDS = {("loraexport_runtime.slots.host", "loraexport_runtime.buckets.replays")}
-"""Imports that still break the rule, each to be taken away."""
 
 TABLES = {"loraexport": EXPORTER, "loraexport_runtime": RUNTIME}
 PLACES = {"loraexport": ROOT, "loraexport_runtime": ROOT / "runtime"}
@@ -143,7 +142,7 @@ def test_no_import_runs_upwards() -> None:
         for target in module.imports
         if not _allowed(module, target)
     }
-    assert wrong == UPWARDS
+    assert not wrong
 
 
 def _allowed(module: Module, target: str) -> bool:

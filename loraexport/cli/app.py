@@ -134,10 +134,10 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate from one batch of prompts, each with its own adapter, for a look."""
-    from loraexport_runtime.generation.load import load_generator
+    from loraexport_runtime import load_generator
 
     names = [None if name == "base" else name for name in adapter or ["base"] * len(prompt)]
-    generator = load_generator(artifact, provider)
+    generator = load_generator(artifact, [provider])
     found = generator.generate(
         prompt, adapters=names, max_new_tokens=max_new_tokens, temperature=temperature
     )

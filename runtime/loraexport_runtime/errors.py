@@ -7,9 +7,12 @@ LoraexportError
 │   └── AdapterWeightsError     its tensors are unpaired, misshapen, too large, or fit no site
 ├── ArtifactError               an artifact is damaged, incomplete, or of another format version
 ├── ProviderError               an execution provider that was asked for cannot run here
+├── ClosedError                 a session or a generator was closed before this call
 └── BatchError                  a batch cannot be served as asked
     ├── UnknownAdapterError     it names an adapter that is not loaded
+    ├── UnknownLayerError       it names a layer that the artifact does not have; a KeyError too
     ├── SlotsExceededError      it needs more slots than there are, or none is free
+    ├── SlotTimeoutError        its slots were not free in time; a TimeoutError too
     ├── SegmentsError           its segments do not describe its tokens
     └── InputError              an array has the wrong dtype, width or device, or an argument (a
                                 size, a pinned digest) is not of the form it must have
@@ -48,6 +51,10 @@ class ProviderError(LoraexportError):
     """An execution provider that was asked for cannot run here."""
 
 
+class ClosedError(LoraexportError):
+    """A session or a generator was closed before this call."""
+
+
 class BatchError(LoraexportError):
     """A batch cannot be served as asked."""
 
@@ -56,8 +63,19 @@ class UnknownAdapterError(BatchError):
     """A batch names an adapter that is not loaded."""
 
 
+class UnknownLayerError(BatchError, KeyError):
+    """A session of layers has no layer of this name."""
+
+    def __str__(self) -> str:  # a KeyError's is the repr of its text
+        return str(self.args[0])
+
+
 class SlotsExceededError(BatchError):
     """A batch needs more slots than the artifact has, or no slot is free for a load."""
+
+
+class SlotTimeoutError(BatchError, TimeoutError):
+    """The slots of a run, a load or a pin were not free within its `timeout`; nothing changed."""
 
 
 class SegmentsError(BatchError):

@@ -21,13 +21,14 @@ from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_numpy
-from loraexport_runtime import InputError, ModelSession, ProviderError, Session, load
+from loraexport_runtime import InputError, LayersSession, ModelSession, ProviderError, load
 from loraexport_runtime.buckets.bucket import Bucket
 from loraexport_runtime.buckets.replays import Replays
 from loraexport_runtime.checking.decoder import compare_tokens, load_reference
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, stored_tolerance
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.memory import host_value
+from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.generation.captured import engine as driven
 from loraexport_runtime.generation.captured.engine import DrivenEngine
 from loraexport_runtime.generation.generator import TextGenerator
@@ -116,7 +117,7 @@ def test_every_strategy_and_dtype_passes_parity(folder: Path, strategy: str, dty
         check_hot_load(session, load(artifact), folder)
 
 
-def check_device_buffers(session: Session, dtype: str) -> None:
+def check_device_buffers(session: LayersSession, dtype: str) -> None:
     """Device tensors in and out without a copy give what numpy in and out gives."""
     x = torch.randn(40, 32, device="cuda", dtype=getattr(torch, dtype))
     segments = [("sql", 7), (None, 3), ("chat", 30)]
@@ -130,7 +131,7 @@ def check_device_buffers(session: Session, dtype: str) -> None:
         session["qkv"].run(x.cpu(), segments=segments)
 
 
-def check_hot_load(session: Session, on_cpu: Session, folder: Path) -> None:
+def check_hot_load(session: LayersSession, on_cpu: LayersSession, folder: Path) -> None:
     """An adapter loaded into a slot in place answers, and other rows stay bit for bit."""
     dtype = np.float16 if session["qkv"].dtype == "float16" else np.float32
     x = np.random.default_rng(0).standard_normal((20, 32)).astype(dtype)
@@ -272,7 +273,7 @@ def test_a_decoder(tmp_path: Path, dtype: str, weights: str) -> None:
     limit = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[dtype]
     assert all(abs(gain - 1) < limit for gain in gains)
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [11, 12]]
-    texts = load_generator(artifact, "cuda").generate(
+    texts = load_generator(artifact, ["cuda"]).generate(
         prompts, adapters=["first", None, "second"], max_new_tokens=5
     )
     assert all(0 < len(one.tokens) <= 5 for one in texts)
@@ -300,7 +301,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 def _plain_steps(generator: TextGenerator, artifact: Path) -> TextGenerator:
     """The same engine without CUDA graphs, in place of the generator's own."""
-    generator._engine = DrivenEngine(artifact / "generator", PAD, "cuda", capture=False)
+    generator._engine = DrivenEngine(
+        artifact / "generator", PAD, normalise_providers(["cuda"]), capture=False
+    )
     return generator
 
 
@@ -326,7 +329,7 @@ def test_captured_steps_give_the_reference_tokens(
 ) -> None:
     """Or others whose logits are as near as rounding explains, as a build asks of GenAI's."""
     artifact = decoder(family, dtype)
-    generator = load_generator(artifact, "cuda", cuda_graphs=True)
+    generator = load_generator(artifact, ["cuda"], cuda_graphs=True)
     tolerance = stored_tolerance(generator.manifest, MODEL_TOLERANCES)
     reference = load_reference(artifact, generator.manifest)
     rows = compare_tokens("captured", generator, generator.manifest, reference, tolerance)
@@ -341,8 +344,8 @@ def test_captured_steps_give_what_plain_steps_give(
     """Batches of many sizes over one memory, the largest in the middle, and again."""
     monkeypatch.setattr(driven, "_LENGTHS", 16)
     artifact = decoder("Llama", dtype)
-    captured = load_generator(artifact, "cuda", cuda_graphs=True)
-    plain = _plain_steps(load_generator(artifact, "cuda", cuda_graphs=True), artifact)
+    captured = load_generator(artifact, ["cuda"], cuda_graphs=True)
+    plain = _plain_steps(load_generator(artifact, ["cuda"], cuda_graphs=True), artifact)
     sizes = [[3, 9, 5], [1], [9, 30, 4, 17, 1], [3, 9, 5], [1, 1], [12] * 20, [3, 9, 5], [1]]
     for seed, lengths in enumerate([*sizes, *sizes]):
         prompts, names = _batch(lengths, seed)
@@ -355,7 +358,7 @@ def test_captured_steps_give_what_plain_steps_give(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_no_number_left_in_a_cache_reaches_a_captured_step(decoder: Decoder, dtype: str) -> None:
-    generator = load_generator(decoder("Llama", dtype), "cuda", cuda_graphs=True)
+    generator = load_generator(decoder("Llama", dtype), ["cuda"], cuda_graphs=True)
     batch = _batch([3, 20, 2])
     expected = generator.greedy(*batch, 12)
     engine: Any = generator._engine
@@ -366,7 +369,7 @@ def test_no_number_left_in_a_cache_reaches_a_captured_step(decoder: Decoder, dty
 
 
 def test_captured_steps_from_threads(decoder: Decoder) -> None:
-    generator = load_generator(decoder("Llama", "float16"), "cuda", cuda_graphs=True)
+    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True)
     generator.warm_up(4, 64)
     batches = [_batch([3 + seed, 9, 5], seed) for seed in range(8)]
     alone = [generator.greedy(*batch, 12) for batch in batches]
@@ -409,7 +412,7 @@ def test_captured_layers(folder: Path, replayed: list[int], strategy: str, dtype
     """What plain runs give: smaller batches, device tensors, adapters swapped, other threads."""
     path = spec(folder, strategy, dtype)
     artifact, _ = build(path, folder / "captured")
-    captured, plain = _opened(artifact, Session)
+    captured, plain = _opened(artifact, LayersSession)
     captured.warm_up([64, 16])
     replayed.clear()
 

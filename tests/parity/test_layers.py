@@ -18,9 +18,9 @@ from loraexport.errors import BaseModelError, ParityError, UsageError
 from loraexport.lora import segmented, segments
 from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
-from loraexport_runtime import Session
 from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Piece, compare
 from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.slots.host import AdapterHost
 
 
 def up_only(project: Project, dtype: str = "float32", **changes: Any) -> Path:
@@ -112,12 +112,12 @@ def test_dropped_segment_fails(project: Project, monkeypatch: pytest.MonkeyPatch
 
 
 def test_fault_of_the_runtime_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    read_adapter = Session._read_adapter
+    read_rows = AdapterHost._read_rows
 
-    def mutated(self: Session, path: Path, scale: float, *rest: Any) -> Any:
-        return read_adapter(self, path, scale * 1.01, *rest)
+    def mutated(self: AdapterHost, path: Path, scale: float, *rest: Any) -> Any:
+        return read_rows(self, path, scale * 1.01, *rest)
 
-    monkeypatch.setattr(Session, "_read_adapter", mutated)
+    monkeypatch.setattr(AdapterHost, "_read_rows", mutated)
     expect_failure(up_only(project), "onnx-cpu")
 
 

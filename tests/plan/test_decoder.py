@@ -11,6 +11,7 @@ from support.adapters import write_adapter
 from support.builds import Project
 from support.decoders import (
     BOS,
+    CONTEXT,
     EOS,
     FAMILIES,
     PAD,
@@ -195,11 +196,14 @@ def test_the_schema_knows_decoders() -> None:
 def test_a_padding_token_for_a_base_without_its_own(tmp_path: Path) -> None:
     """Not the token that ends a text, and none that a chat template writes."""
     write_tokenizer(tmp_path)
-    config = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS, "decoder": {}}
+    sizes = dict.fromkeys(("num_hidden_layers", "num_key_value_heads", "head_size"), 2)
+    decoder = {"filename": "model.onnx", "inputs": {}, "outputs": {}, **sizes}
+    config = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS}
+    config |= {"context_length": CONTEXT, "decoder": decoder}
 
     def choose(pad: int | None) -> int:
         file = tmp_path / "genai_config.json"
-        file.write_text(json.dumps({"model": config | {"pad_token_id": pad}}))
+        file.write_text(json.dumps({"model": config | {"pad_token_id": pad}, "search": {}}))
         found = adapt_config(tmp_path)
         assert json.loads(file.read_text())["model"]["pad_token_id"] == found
         return found

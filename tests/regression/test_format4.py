@@ -49,7 +49,7 @@ def test_each_is_of_its_kind() -> None:
 
 def test_layers_give_what_was_stored() -> None:
     session = lr.load(ARTIFACTS / "layers", threads=1)
-    assert isinstance(session, lr.Session)
+    assert isinstance(session, lr.LayersSession)
     cases = read_cases(ARTIFACTS / "layers")
     assert set(session) == set(cases) == {"qkv", "up", "words"}
     moved = set()
@@ -67,7 +67,7 @@ def test_layers_give_what_was_stored() -> None:
 
 def test_an_adapter_that_does_not_start_loaded_is_paged_in() -> None:
     session = lr.load(ARTIFACTS / "layers", threads=1)
-    assert isinstance(session, lr.Session)
+    assert isinstance(session, lr.LayersSession)
     arrays = read_cases(ARTIFACTS / "layers")["words"]
     ids, base = arrays["x"], arrays["y/"]
     y = session["words"].run(ids, segments=[("spare", 3), (None, len(ids) - 3)])
@@ -122,7 +122,7 @@ def test_a_decoder_opens_without_cuda_graphs_only() -> None:
         " again, or pass no cuda_graphs"
     )
     with pytest.raises(lr.ProviderError, match=text):
-        load_generator(ARTIFACTS / "decoder", "cuda", cuda_graphs=True)
+        load_generator(ARTIFACTS / "decoder", ["cuda"], cuda_graphs=True)
 
 
 def test_a_graph_of_format_4_is_used_as_a_model(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.generator import TextGenerator
 from support.builds import Project
 
+CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 VOCABULARY, CONTEXT = 320, 128
 PAD, BOS, EOS = 0, 1, 2
 ADAPTERS = ("first", "second")
@@ -188,4 +189,4 @@ def open_driven(artifact: Path) -> TextGenerator:
     """The engine that captures CUDA graphs, on the CPU without them."""
     manifest = Manifest.read(artifact)
     assert isinstance(manifest.kind, Decoder)
-    return TextGenerator(artifact, manifest, manifest.kind, "cpu", cuda_graphs=True)
+    return TextGenerator(artifact, manifest, manifest.kind, CPU, cuda_graphs=True)

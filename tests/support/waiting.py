@@ -14,7 +14,7 @@ DEADLINE = 30.0
 
 def weights(value: float) -> HostAdapter:
     """An adapter of one number."""
-    return HostAdapter({"site": 1}, {"stack": np.array([value])})
+    return HostAdapter({"site": 1}, {"stack": np.array([value])}, f"digest {value}", 1.0, None)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -27,4 +27,4 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def num_waiting(slots: Slots) -> int:
     """Threads that sit in one of its waits."""
-    return len(slots._changed._waiters)  # type: ignore[attr-defined]
+    return len(slots._queue.changed._waiters)  # type: ignore[attr-defined]

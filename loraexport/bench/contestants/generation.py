@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
+from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.generation.captured.engine import DrivenEngine
 
 from ...bases.adapters import pack_adapters
@@ -100,8 +101,8 @@ class _Decoder:
         return GenaiModel(self.folders[group], self.lab.device)
 
     def _engine(self, group: Group) -> DrivenEngine:
-        name = self.lab.bench.device
-        return DrivenEngine(self.folders[group], self.pad, name, capture=name == "cuda")
+        providers = normalise_providers([self.lab.bench.device])
+        return DrivenEngine(self.folders[group], self.pad, providers)
 
     def _graph(self, group: Group, captured: bool) -> Graph:
         return Graph(self.folders[group] / "model.onnx", self.lab.device, captured)

@@ -55,7 +55,7 @@ def check_decoder(
         name = f"onnx-{label_of(pair[0])}"
         rows += compare_logits(name, run, manifest, reference, tolerance)
     for pair in pairs:
-        for name, engine in open_generators(folder, manifest, decoder, pair[0], skipped):
+        for name, engine in open_generators(folder, manifest, decoder, pair, skipped):
             rows += compare_tokens(name, engine, manifest, reference, tolerance)
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx=True)
 

@@ -1,10 +1,12 @@
 """DoRA: the factor of every output that makes a site's rows as long as its magnitudes say."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from ..contract.files import unreadable
 from ..contract.manifest import Layer
 from ..errors import WeightsError
 from .tensor_files import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
@@ -75,6 +77,12 @@ def find_base_weights(folder: Path, wanted: Mapping[str, str]) -> dict[str, np.n
     Raises:
         WeightsError: a site's weight is not there.
     """
+    try:
+        os.scandir(folder).close()
+    except PermissionError as error:  # glob takes such a folder for an empty one
+        raise WeightsError(f"{folder}: {unreadable(error)}") from error
+    except OSError:
+        pass  # no folder: none of its tensors is the weight
     files = sorted(folder.glob("*.safetensors"))
     tensors = [pair for file in files for pair in read_header(file).items()]
     found = {}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..contract.files import digest_file, unreadable
 from ..errors import AdapterWeightsError, WeightsError
 from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_config
 from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header
@@ -103,9 +104,9 @@ def read_adapter(path: Path) -> AdapterHeader:
     """
     config = read_config(path)
     weights = path / WEIGHTS_FILE
-    if not weights.is_file():
+    if not _is_there(weights):
         pickled = path / "adapter_model.bin"
-        if pickled.is_file():
+        if _is_there(pickled):
             raise WeightsError(
                 f"{pickled}: a .bin adapter is unpickled on load and can run code, so it is"
                 ' refused. Convert it once, where torch is installed: python -c "import torch;'
@@ -144,11 +145,29 @@ def read_adapter(path: Path) -> AdapterHeader:
 
 
 def digest_adapter(path: Path) -> str:
-    """sha256 over the two files that define an adapter, as hexadecimal text."""
+    """sha256 over the two files that define an adapter, as hexadecimal text.
+
+    Raises:
+        WeightsError: one of them is missing, or may not be read.
+    """
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        digest.update(hashlib.sha256((path / name).read_bytes()).digest())
+        try:
+            digest.update(bytes.fromhex(digest_file(path / name)))
+        except OSError as error:
+            raise WeightsError(f"{path / name}: {unreadable(error)}") from error
     return digest.hexdigest()
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file; one that may not be read is refused when it is opened."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise WeightsError(f"{path}: {unreadable(error)}") from error
+    return True
 
 
 def _split_name(name: str, modules_to_save: Sequence[str], file: Path) -> tuple[str, str]:

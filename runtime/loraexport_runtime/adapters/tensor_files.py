@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..contract.files import unreadable
 from ..errors import WeightsError
 
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -45,8 +46,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 name: TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file") from error
+    except FileNotFoundError as error:  # safetensors raises it too for what it may not read
+        raise WeightsError(f"{path}: {_why_not_opened(path)}") from error
     except (SafetensorError, OSError) as error:
         if path.is_dir():
             raise WeightsError(f"{path}: a folder, not a safetensors file") from error
@@ -58,6 +59,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(
             f"{path}: not a whole safetensors file ({error}); copy or download it again"
         ) from error
+
+
+def _why_not_opened(path: Path) -> str:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return unreadable(error)
+    return "it was not there a moment ago; try again"
 
 
 def _is_lfs_pointer(path: Path) -> bool:
@@ -72,7 +81,8 @@ def read_tensors(infos: Iterable[tuple[str, TensorInfo]]) -> dict[str, np.ndarra
     """Read the named tensors in their stored dtype (bfloat16 as `ml_dtypes.bfloat16`).
 
     Raises:
-        WeightsError: a tensor is not of a float type, or holds NaN or Inf.
+        WeightsError: a tensor is not of a float type, or holds NaN or Inf; or the file is not
+            there any more, or may not be read.
     """
     by_path: dict[Path, list[str]] = {}
     for name, info in infos:
@@ -84,10 +94,14 @@ def read_tensors(infos: Iterable[tuple[str, TensorInfo]]) -> dict[str, np.ndarra
         by_path.setdefault(info.path, []).append(name)
     arrays: dict[str, np.ndarray] = {}
     for path, names in by_path.items():
-        with safe_open(path, framework="numpy") as file:
-            for name in names:
-                arrays[name] = file.get_tensor(name)
-                require_finite(arrays[name], f"{path}: tensor {name!r}")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in names:
+                    arrays[name] = file.get_tensor(name)
+        except OSError as error:
+            raise WeightsError(f"{path}: {_why_not_opened(path)}") from error
+        for name in names:
+            require_finite(arrays[name], f"{path}: tensor {name!r}")
     return arrays
 
 

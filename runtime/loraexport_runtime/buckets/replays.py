@@ -1,5 +1,6 @@
 """Captured runs: one at a time, each in the thread that captured it."""
 
+import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from ..device.providers import graph_options
 from ..errors import ProviderError
 from .bucket import Bucket
 
+_LOG = logging.getLogger(__name__)
+
 
 class Replays:
     """Runs of sessions that capture CUDA graphs, one at a time.
@@ -31,6 +34,8 @@ class Replays:
         self.capture = capture
         self.lock = threading.Lock()
         self.plain_options = graph_options(-1) if capture else None
+        self.num_hits = self.num_misses = 0
+        """Runs in a bucket, and those that fitted into none; changed with `lock` held."""
         self._ids = count(1)
         self._mine = threading.local()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-replay")
@@ -57,6 +62,7 @@ class Replays:
                 " takes; or open the artifact again, without cuda_graphs"
             ) from error
         self._mine.__dict__.setdefault("buckets", WeakSet()).add(bucket)
+        _LOG.info("%s a bucket of %s", "captured" if self.capture else "warmed up", bucket.size)
 
     def is_captured_here(self, bucket: Bucket) -> bool:
         return bucket in self._mine.__dict__.get("buckets", ())
@@ -68,6 +74,10 @@ class Replays:
         else:
             self._worker.submit(_run, bucket).result()
 
+    def close(self) -> None:
+        """End the thread; nobody may run any more."""
+        self._worker.shutdown()
+
     def run_plain(
         self,
         session: ort.InferenceSession,
@@ -78,6 +88,7 @@ class Replays:
     ) -> dict[str, Any]:
         """`run_bound`, captured by nobody."""
         with self.lock:
+            self.num_misses += 1
             return run_bound(session, tensors, control, outputs, device, self.plain_options)
 
 

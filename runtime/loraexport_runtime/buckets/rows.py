@@ -90,6 +90,7 @@ class RowBuckets:
         if not on_host:
             values = {name: device_value(inputs[name], self._device, name) for name in inputs}
         with self._replays.lock:
+            self._replays.num_hits += 1
             self._fill(bucket, values, batch, sequence, adapter_ids, weights)
             if not on_host:
                 bucket.binding.synchronize_inputs()

@@ -65,6 +65,7 @@ class TokenBuckets:
         if not on_host:
             x = device_value(x, self._device, name)
         with self._replays.lock:
+            self._replays.num_hits += 1
             indptr, slots = bucket.host["seg_indptr"], bucket.host["seg_slots"]
             indptr[: len(seg_indptr)] = seg_indptr
             indptr[len(seg_indptr) :] = sized.tokens  # what is left is one segment, then empty ones

@@ -121,7 +121,7 @@ def check_stored(
     tolerance = stored_tolerance(manifest, MODEL_TOLERANCES)
     rows: list[Row] = []
     for provider in providers:
-        for engine, session in open_generators(folder, manifest, decoder, provider[0], skipped):
+        for engine, session in open_generators(folder, manifest, decoder, provider, skipped):
             rows += compare_tokens(engine, session, manifest, reference, tolerance)
         run, name = open_runner(folder, manifest, decoder, provider), label_of(provider[0])
         rows += compare_logits(f"onnx-{name}", run, manifest, reference, tolerance)
@@ -129,14 +129,18 @@ def check_stored(
 
 
 def open_generators(
-    folder: Path, manifest: Manifest, decoder: Decoder, provider: str, skipped: dict[str, str]
+    folder: Path,
+    manifest: Manifest,
+    decoder: Decoder,
+    provider: tuple[str, dict[str, Any]],
+    skipped: dict[str, str],
 ) -> Iterator[tuple[str, TextGenerator]]:
     """onnxruntime-genai, and on CUDA the runtime's engine with captured steps."""
-    device = label_of(provider)
-    yield f"onnx-genai-{device}", TextGenerator(folder, manifest, decoder, device)
+    device = label_of(provider[0])
+    yield f"onnx-genai-{device}", TextGenerator(folder, manifest, decoder, [provider])
     if device == "cuda":
         try:
-            captured = TextGenerator(folder, manifest, decoder, device, cuda_graphs=True)
+            captured = TextGenerator(folder, manifest, decoder, [provider], cuda_graphs=True)
         except ProviderError as error:
             skipped["onnx-captured-cuda"] = str(error)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..contract.manifest import Layer, Manifest
-from ..sessions.layers import Session
+from ..sessions.layers import LayersSession
 from .rows import (
     LAYER_TOLERANCES,
     Piece,
@@ -122,7 +122,7 @@ def load_reference(folder: Path, manifest: Manifest) -> Reference:
 
 def open_runner(folder: Path, manifest: Manifest, provider: tuple[str, dict[str, Any]]) -> Run:
     """The artifact's own session on a provider, every segment by its adapter's name."""
-    session, names = Session(folder, manifest, [provider], None), slot_names(manifest)
+    session, names = LayersSession(folder, manifest, [provider], None), slot_names(manifest)
 
     def run(layer: Layer, x: np.ndarray, case: Case) -> np.ndarray:
         segments = [(names.get(slot), length) for slot, length in case.segments]

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,11 +34,24 @@ def resolve(folder: Path, path: str) -> Path:
     return folder / path
 
 
+def unreadable(error: OSError) -> str:
+    """Why a file cannot be read, in words: one that is there may be closed to this user."""
+    if isinstance(error, PermissionError):
+        return "permission denied; let the user that this process runs as read it"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "no such file"
+    return f"cannot be read: {error.strerror or error}"
+
+
 def difference(file: Path, entry: FileEntry) -> str:
-    """How a file differs from its entry; empty if it does not."""
-    if not file.is_file():
+    """How a file differs from its entry; empty if it does not. Raises OSError: it is unreadable."""
+    try:
+        status = file.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return f"listed in {MANIFEST_FILE} but missing"
-    size = file.stat().st_size
+    if not stat.S_ISREG(status.st_mode):
+        return f"listed in {MANIFEST_FILE} but missing"
+    size = status.st_size
     if size != entry.size:
         return f"{size} bytes, but the manifest says {entry.size}"
     if digest_file(file) != entry.sha256:

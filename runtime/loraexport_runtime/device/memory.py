@@ -19,7 +19,7 @@ def host_value(array: np.ndarray, dtype: str) -> ort.OrtValue:
 
 
 def device_value(tensor: Any, device: tuple[str, int], name: str) -> ort.OrtValue:
-    """An OrtValue over a DLPack tensor (torch, cupy, jax), without a copy.
+    """An OrtValue over a DLPack tensor (torch, cupy, jax), without a copy; an OrtValue as it is.
 
     Raises:
         InputError: it lives on another device than the session, or is not contiguous.
@@ -31,6 +31,8 @@ def device_value(tensor: Any, device: tuple[str, int], name: str) -> ort.OrtValu
             f"{name} is on {found}:{int(index)}, the session runs on {device[0]}:{device[1]};"
             " move one of them"
         )
+    if isinstance(tensor, ort.OrtValue):
+        return tensor
     # Stream 1 is CUDA's legacy default stream: the producer orders its pending work before it.
     try:
         capsule = tensor.__dlpack__(stream=1) if found == "cuda" else tensor.__dlpack__()
@@ -40,6 +42,19 @@ def device_value(tensor: Any, device: tuple[str, int], name: str) -> ort.OrtValu
             f"{name}: onnxruntime cannot use this tensor without a copy: {error}. Pass a"
             " contiguous tensor that requires no gradient"
         ) from error
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of an array, a tensor or an OrtValue."""
+    return tuple(tensor.shape() if isinstance(tensor, ort.OrtValue) else tensor.shape)
+
+
+def dtype_of(tensor: Any) -> str:
+    """The name of its dtype as numpy has it: `float32`, `bfloat16`, `int64`, …"""
+    if isinstance(tensor, ort.OrtValue):
+        name = tensor.data_type().removeprefix("tensor(").removesuffix(")")
+        return {"float": "float32", "double": "float64"}.get(name, name)
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def host_view(tensor: Any) -> np.ndarray | None:

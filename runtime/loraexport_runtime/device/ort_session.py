@@ -1,30 +1,45 @@
 """An onnxruntime session on the device that was asked for, or an error that says why not."""
 
 import ctypes
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from ..errors import ProviderError
+from .cuda_libraries import load_cuda_libraries, missing_device, missing_library
 from .dtypes import ONNX_TYPES
 from .providers import CPU, CUDA
+
+_FATAL = 4
+"""onnxruntime's severity above errors: each of those is an exception as well, which tells it."""
 
 
 def require_device(device: tuple[str, int]) -> None:
     """Raise ProviderError unless memory can be had on a device; names what is missing."""
     if device[0] == "cpu":
         return
-    with _quiet():
-        with redirect_stdout(StringIO()):  # it prints what it does not find
-            ort.preload_dlls()  # the CUDA libraries that pip packages bring
-        try:
-            ort.OrtValue.ortvalue_from_shape_and_type([1], ONNX_TYPES["float32"], *device)
-        except Exception as error:
-            raise ProviderError(_missing(CUDA, str(error))) from error
+    load_cuda_libraries()
+    if reason := missing_library() or missing_device(device[1]):
+        raise ProviderError(_cannot_run(CUDA, reason))
+    try:
+        ort.OrtValue.ortvalue_from_shape_and_type([1], ONNX_TYPES["float32"], *device)
+    except Exception as error:
+        raise ProviderError(_missing(CUDA, str(error))) from error
+
+
+def quiet_options(threads: int | None = None) -> ort.SessionOptions:
+    """Options of a session that logs nothing of its own; the severity of all others stays.
+
+    Args:
+        threads: onnxruntime's intra-op threads; None: its own choice.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options
 
 
 def open_session(
@@ -42,10 +57,7 @@ def open_session(
     Raises:
         ProviderError: a provider cannot run here. onnxruntime alone falls back to the CPU.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # its warning that stacks are overridable is what we want
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options = quiet_options(threads)
     for name, value in initializers.items():
         options.add_initializer(name, value)
     names = [name for name, _ in providers]
@@ -56,8 +68,7 @@ def open_session(
                 "session.model_external_initializers_file_folder_path", str(path.parent)
             )
             graph = path.read_bytes() + tail
-        with _quiet():
-            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ProviderError(
             f"{path}: onnxruntime {ort.__version__} cannot open this graph on"
@@ -69,16 +80,6 @@ def open_session(
     return session
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep onnxruntime from printing the failure that an exception is about to tell."""
-    ort.set_default_logger_severity(4)
-    try:
-        yield
-    finally:
-        ort.set_default_logger_severity(2)
-
-
 def _missing(provider: str, fallback_reason: str) -> str:
     library = f"libonnxruntime_providers_{provider.removesuffix('ExecutionProvider').lower()}.so"
     try:
@@ -86,6 +87,10 @@ def _missing(provider: str, fallback_reason: str) -> str:
         reason = fallback_reason
     except OSError as error:
         reason = str(error)
+    return _cannot_run(provider, reason)
+
+
+def _cannot_run(provider: str, reason: str) -> str:
     return (
         f"{provider} was asked for but cannot run here: {reason}. Install what is missing"
         f" (onnxruntime {ort.__version__} needs CUDA 13 and cuDNN 9), or pass providers=['{CPU}']"

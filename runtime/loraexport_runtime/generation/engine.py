@@ -44,3 +44,6 @@ class Engine(Protocol):
 
     def warm_up(self, rows: int, length: int) -> None:
         """Prepare for batches of this size; length: prompt and new tokens together."""
+
+    def close(self) -> None:
+        """Give memory and threads up; no call runs, and none comes any more."""

@@ -5,11 +5,12 @@ samples, and knows the tokenizer; with CUDA graphs it is the tokenizer alone, an
 own drives the graph.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+from weakref import WeakSet
 
 import numpy as np
 
@@ -19,12 +20,13 @@ from ..contract.kinds import Decoder
 from ..contract.manifest import FORMAT_VERSION, Manifest
 from ..errors import InputError, ProviderError, UnknownAdapterError
 from ..slots.batch import read_rows
+from ..slots.gate import Gate
 from .captured.engine import DrivenEngine
 from .engine import Engine, Sampling
 from .genai import GenaiEngine, open_tokenizer
+from .prompts import Prompt, PromptReader
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text, token ids, or the messages of a chat: `[{"role": "user", "content": …}]`."""
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,16 @@ class Completion:
 
 
 class TextGenerator:
-    """A decoder and its adapters. Safe to use from threads: a call has a cache of its own.
+    """A decoder and its adapters.
 
-    generator = load_generator("artifacts/smollm2")
-    generator.generate(["Hi!", "Hi!"], adapters=["json", None])
+    with load_generator("artifacts/smollm2") as generator:
+        generator.generate(["Hi!", "Hi!"], adapters=["json", None])
+
+    Threads: every method may be called from any thread, at the same time as any other; each call
+    has a cache of its own. With CUDA graphs one thread of the generator computes all calls, step
+    by step in turn. One stream is read by one thread at a time. `close` waits for the calls of
+    `generate`, `greedy` and `warm_up` that have begun, and for the step of a stream that is being
+    computed; the next piece of that stream raises ClosedError, as every later call does.
     """
 
     def __init__(
@@ -58,28 +66,32 @@ class TextGenerator:
         folder: Path,
         manifest: Manifest,
         decoder: Decoder,
-        provider: str,
+        providers: list[tuple[str, dict[str, Any]]],
         cuda_graphs: bool = False,
     ) -> None:
+        """`cuda_graphs` on another device than CUDA: the same engine, which captures nothing."""
         if cuda_graphs and manifest.format_version < FORMAT_VERSION:
             raise ProviderError(
                 f"{folder}: its format is {manifest.format_version}, and a decoder opens with CUDA"
                 f" graphs from format {FORMAT_VERSION} on; build it again, or pass no cuda_graphs"
             )
+        self.folder = folder
         self.manifest = manifest
         where = resolve(folder, decoder.folder)
-        self._pad = decoder.pad_token_id
-        self._tokenizer = open_tokenizer(where)
-        self._engine: Engine
-        if cuda_graphs:
-            self._engine = DrivenEngine(where, self._pad, provider, capture=provider == "cuda")
-        else:
-            self._engine = GenaiEngine(where, self._pad, provider)
         config = read_genai_config(where)["model"]
+        self._pad = decoder.pad_token_id
         self._ends = set(end_tokens(config))
         self._context = int(config["context_length"])
-        self._vocabulary = int(config["vocab_size"])
-        self._has_template = self._finds_template()
+        self._tokenizer = open_tokenizer(where)
+        vocabulary = int(config["vocab_size"])
+        self._prompts = PromptReader(self._tokenizer, vocabulary, self._pad, self._context)
+        self._engine: Engine
+        if cuda_graphs:
+            self._engine = DrivenEngine(where, self._pad, providers)
+        else:
+            self._engine = GenaiEngine(where, self._pad, providers)
+        self._gate = Gate(f"the generator of {folder}", "open the artifact again")
+        self._streams: WeakSet[Generator[Piece, None, None]] = WeakSet()
 
     @property
     def adapters(self) -> dict[str, int]:
@@ -88,20 +100,21 @@ class TextGenerator:
         return {entry.name: entry.slot for entry in every if entry.slot is not None}
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
-        """The completion of every prompt; arguments as of `stream`."""
+        """The completion of every prompt; arguments and errors as of `stream`."""
         stop = options.get("stop", ())
         texts = [""] * len(prompts)
         tokens: list[list[int]] = [[] for _ in prompts]
         limit = int(options.get("max_new_tokens", 128))
-        for piece in self.stream(prompts, **options):
-            texts[piece.row] += piece.text
-            tokens[piece.row].append(piece.token)
-        found = []
-        for text, own in zip(texts, tokens, strict=True):
-            cut = min((text.find(one) for one in stop if one in text), default=len(text))
-            stopped = cut < len(text) or len(own) < limit
-            found.append(Completion(text[:cut], tuple(own), "stop" if stopped else "length"))
-        return found
+        with self._gate:
+            for piece in self._start(prompts, **options):
+                texts[piece.row] += piece.text
+                tokens[piece.row].append(piece.token)
+        completions = []
+        for text, ids in zip(texts, tokens, strict=True):
+            cut = min((text.find(end) for end in stop if end in text), default=len(text))
+            stopped = cut < len(text) or len(ids) < limit
+            completions.append(Completion(text[:cut], tuple(ids), "stop" if stopped else "length"))
+        return completions
 
     def stream(
         self,
@@ -129,31 +142,37 @@ class TextGenerator:
 
         Raises:
             BatchError: UnknownAdapterError, or InputError for a prompt that cannot be run.
+            ClosedError: the generator is closed, maybe since the last token.
         """
-        _check(prompts, max_new_tokens, stop)
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        _check_sampling(sampling)
-        slots = self._slots(adapters, len(prompts))
-        tokens = [self._encode(prompt, index, chat) for index, prompt in enumerate(prompts)]
-        self._check_length(max(map(len, tokens)), max_new_tokens)
-        steps = self._engine.start(tokens, slots, max_new_tokens, sampling)
-        return self._decode(steps, len(tokens), stop)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "stop": stop,
+            "chat": chat,
+        }
+        with self._gate:
+            pieces = self._start(prompts, adapters, **options)
+            self._streams.add(pieces)
+        return self._gated(pieces)
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], adapters: Sequence[str | None], steps: int
     ) -> np.ndarray:
         """The likeliest tokens of every prompt, int64 [batch, steps]; padding after a row's end."""
-        tokens = [self._encode(prompt, index, False) for index, prompt in enumerate(prompts)]
-        slots = self._slots(adapters, len(tokens))
-        self._check_length(max(map(len, tokens)), steps)
-        found = np.full((len(tokens), steps), self._pad, dtype=np.int64)
-        is_open = np.ones(len(tokens), dtype=bool)
-        for step, chosen in enumerate(self._engine.start(tokens, slots, steps, Sampling())):
-            found[is_open, step] = chosen[is_open]
-            is_open &= ~np.isin(chosen, list(self._ends))
-            if not is_open.any():
-                break
-        return found
+        with self._gate:
+            slots = self._slots(adapters, len(prompts))
+            tokens = self._prompts.read(prompts, steps, chat=False)
+            likeliest = np.full((len(tokens), steps), self._pad, dtype=np.int64)
+            is_open = np.ones(len(tokens), dtype=bool)
+            for step, chosen in enumerate(self._engine.start(tokens, slots, steps, Sampling())):
+                likeliest[is_open, step] = chosen[is_open]
+                is_open &= ~np.isin(chosen, list(self._ends))
+                if not is_open.any():
+                    break
+            return likeliest
 
     def warm_up(self, rows: int, length: int) -> None:
         """Capture the steps of batches of up to so many rows ahead of the first one.
@@ -168,23 +187,67 @@ class TextGenerator:
             raise InputError(
                 f"{rows} rows of {length} tokens; expected 1 row or more, of 2 to {self._context}"
             )
-        self._engine.warm_up(rows, length)
+        with self._gate:
+            self._engine.warm_up(rows, length)
+
+    def close(self) -> None:
+        """End the generator: wait for the calls that have begun, then give up memory and thread.
+
+        Every later call raises ClosedError, but for this one, which does nothing then. Streams that
+        are still open end with that error too. `with load_generator(…) as generator:` closes it.
+        """
+        if not self._gate.close():
+            return
+        for pieces in list(self._streams):
+            pieces.close()
+        self._engine.close()
+        _LOG.info("closed %s", self.folder)
+
+    def __enter__(self) -> Self:
+        self._gate.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text."""
         return frozenset(self._ends)
 
-    def _check_length(self, longest: int, steps: int) -> None:
-        if longest + steps > self._context:
-            raise InputError(
-                f"a prompt of {longest} tokens and {steps} new ones are more than the model's"
-                f" {self._context}; shorten the prompt, or lower max_new_tokens"
-            )
+    def _start(
+        self,
+        prompts: Sequence[Prompt],
+        adapters: Sequence[str | None] | None = None,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = True,
+    ) -> Generator[Piece, None, None]:
+        _check(prompts, max_new_tokens, stop)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        _check_sampling(sampling)
+        slots = self._slots(adapters, len(prompts))
+        tokens = self._prompts.read(prompts, max_new_tokens, chat)
+        steps = self._engine.start(tokens, slots, max_new_tokens, sampling)
+        return self._decode(steps, len(tokens), stop)
+
+    def _gated(self, pieces: Generator[Piece, None, None]) -> Iterator[Piece]:
+        """The same pieces; the generator may be closed between two of them."""
+        while True:
+            with self._gate:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     def _decode(
         self, steps: Iterator[np.ndarray], batch: int, stop: Sequence[str]
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         texts = [""] * batch
         streams = [self._tokenizer.create_stream() for _ in range(batch)]
         open_rows = set(range(batch))
@@ -196,7 +259,7 @@ class TextGenerator:
                     continue
                 text = streams[row].decode(token)
                 texts[row] += text
-                if any(one in texts[row] for one in stop):
+                if any(end in texts[row] for end in stop):
                     open_rows.discard(row)
                 yield Piece(row, token, text)
             if not open_rows:
@@ -205,54 +268,16 @@ class TextGenerator:
     def _slots(self, adapters: Any, batch: int) -> np.ndarray:
         if batch == 0:
             raise InputError("no prompt; give one at least")
-        slots, known = [], self.adapters
+        slots, loaded = [], self.adapters
         for index, row in enumerate(read_rows(adapters, batch)):
             if isinstance(row, Mapping):
                 raise InputError(f"adapters[{index}] is a blend; a decoder takes one name per row")
-            if row is not None and row not in known:
+            if row is not None and row not in loaded:
                 raise UnknownAdapterError(
-                    f"adapter {row!r} is not in this artifact; it has {', '.join(known)}"
+                    f"adapter {row!r} is not in this artifact; it has {', '.join(loaded)}"
                 )
-            slots.append(0 if row is None else known[row])
+            slots.append(0 if row is None else loaded[row])
         return np.array(slots, dtype=np.int64)
-
-    def _encode(self, prompt: Prompt, index: int, chat: bool) -> list[int]:
-        if not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping)):
-            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
-        else:
-            text = self._text(prompt, index, chat)
-            tokens = [int(token) for token in self._tokenizer.encode(text)]
-        if not tokens:
-            raise InputError(f"prompts[{index}] has no tokens")
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary or self._pad in tokens:
-            raise InputError(
-                f"prompts[{index}]: tokens range from {min(tokens)} to {max(tokens)}; expected 0 to"
-                f" {self._vocabulary - 1} without {self._pad}, which stands for padding"
-            )
-        return tokens
-
-    def _text(self, prompt: Any, index: int, chat: bool) -> str:
-        if isinstance(prompt, str) and not (chat and self._has_template):
-            return prompt
-        if not self._has_template:
-            raise InputError(
-                f"prompts[{index}] is a chat, but the tokenizer has no chat template; give text"
-            )
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self._apply_template(list(messages))
-
-    def _apply_template(self, messages: list[Any]) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            messages=json.dumps(messages), add_generation_prompt=True
-        )
-        return text
-
-    def _finds_template(self) -> bool:
-        try:
-            self._apply_template([{"role": "user", "content": "x"}])
-        except Exception:  # onnxruntime-genai has no way to ask
-            return False
-        return True
 
 
 def _check(prompts: Any, max_new_tokens: int, stop: Any) -> None:
@@ -260,7 +285,7 @@ def _check(prompts: Any, max_new_tokens: int, stop: Any) -> None:
         raise InputError("prompts is one text; expected a list of prompts")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-    if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+    if isinstance(stop, str) or not all(isinstance(end, str) and end for end in stop):
         raise InputError(f"stop is {stop!r}; expected a list of texts, none of them empty")
 
 

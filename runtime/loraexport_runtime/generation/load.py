@@ -1,27 +1,34 @@
 """load_generator: an artifact that generates, opened on an engine."""
 
+import logging
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..contract.artifact import open_artifact
 from ..contract.kinds import Decoder
 from ..contract.manifest import Manifest
-from ..errors import ArtifactError, ProviderError
+from ..device import providers as devices
+from ..errors import ArtifactError
 from .generator import TextGenerator
+
+_LOG = logging.getLogger(__name__)
 
 
 def load_generator(
     path: str | Path,
-    provider: str = "cpu",
+    providers: Sequence[devices.Provider] = (devices.CPU,),
     *,
     cuda_graphs: bool = False,
     allow_unverified: bool = False,
     digest: str | None = None,
-) -> "TextGenerator":
+) -> TextGenerator:
     """Open an artifact of kind decoder.
 
     Args:
         path: the folder that `loraexport build` published.
-        provider: `"cpu"` or `"cuda"`.
+        providers: as of `load`: `"cpu"`, or `"cuda"` with options if need be. onnxruntime-genai
+            takes those of CUDA but `device_id` and `user_compute_stream`.
         cuda_graphs: capture each decode step as a CUDA graph, in an engine of our own, as
             onnxruntime-genai cannot capture a batch. The first batch of a size captures its step
             (rows are rounded up to a power of two, tokens to 256), later ones replay it; memory for
@@ -33,21 +40,27 @@ def load_generator(
         ArtifactError: it is no such artifact, a file is damaged, parity has not passed, or the
             manifest has another digest.
         InputError: `digest` is no sha256.
-        ProviderError: onnxruntime-genai is not installed, or the provider cannot run here.
+        ProviderError: onnxruntime-genai is not installed, or a provider or an option of it cannot
+            be used here.
     """
-    folder = Path(path)
-    if provider not in ("cpu", "cuda"):
-        raise ProviderError(f"provider: expected 'cpu' or 'cuda', got {provider!r}")
-    if cuda_graphs and provider != "cuda":
-        raise ProviderError(
-            f"CUDA graphs were asked for on {provider!r}; pass provider='cuda', or no cuda_graphs"
-        )
+    folder, pairs = Path(path), devices.normalise_providers(providers)
+    devices.check_cuda_graphs(pairs, cuda_graphs)
 
     def make(manifest: Manifest) -> TextGenerator:
         match manifest.kind:
             case Decoder() as decoder:
-                return TextGenerator(folder, manifest, decoder, provider, cuda_graphs)
+                return TextGenerator(folder, manifest, decoder, pairs, cuda_graphs)
             case other:
                 raise ArtifactError(f"{folder}: its kind is {other.tag!r}; open it with load()")
 
-    return open_artifact(folder, allow_unverified, make, digest)
+    start = time.perf_counter()
+    generator = open_artifact(folder, allow_unverified, make, digest)
+    _LOG.info(
+        "opened %s (%s, %d slots) on %s in %.2f s",
+        folder,
+        generator.manifest.kind.tag,
+        generator.manifest.num_slots,
+        ", ".join(name for name, _ in pairs),
+        time.perf_counter() - start,
+    )
+    return generator

@@ -1,5 +1,6 @@
-"""An artifact -> a session that runs mixed batches on onnxruntime, and swaps adapters in place."""
+"""Layers whose tokens use different adapters, each layer a graph of its own."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,29 @@ from ..buckets.replays import Replays
 from ..buckets.sizes import check_sizes
 from ..buckets.tokens import TokenBuckets
 from ..contract.files import resolve
-from ..contract.manifest import Layer, Manifest
-from ..device import providers as devices
+from ..contract.manifest import Layer, Manifest, Stack
 from ..device.binding import empty_output, run_bound
 from ..device.dtypes import NUMPY_DTYPES
-from ..device.memory import host_view
-from ..device.ort_session import open_session, require_device
-from ..errors import ArtifactError, InputError, SegmentsError
+from ..device.memory import dtype_of, host_view, shape_of
+from ..device.ort_session import open_session
+from ..errors import ArtifactError, InputError, SegmentsError, UnknownLayerError
 from ..slots.batch import Segments, check_segments, read_segments, segment_arrays
+from ..slots.gate import Gate
 from ..slots.host import AdapterHost
+from .session import ArtifactSession
+
+_LOG = logging.getLogger(__name__)
 
 
-class Session(AdapterHost, Mapping[str, "LayerSession"]):
-    """The layers of an artifact by name, and the slots that they share. Safe to use from threads.
+class LayersSession(ArtifactSession, Mapping[str, "LayerSession"]):
+    """The layers of an artifact by name, and the slots that they share.
 
-    session = load("artifacts/quickstart")
-    y = session["qkv"].run(x, segments=[("pydoc", 5), (None, 3)])
+    with load_layers("artifacts/quickstart") as session:
+        y = session["qkv"].run(x, segments=[("pydoc", 5), (None, 3)])
+
+    Threads: as `ArtifactSession` says; layers run at the same time too. A load is seen by the runs
+    that begin later, so that two layers of one forward pass may see two generations of an adapter:
+    hold them to one with a pin and your own lock, or give a new version a new name.
     """
 
     def __init__(
@@ -37,16 +45,15 @@ class Session(AdapterHost, Mapping[str, "LayerSession"]):
         threads: int | None,
         cuda_graphs: bool = False,
     ) -> None:
-        device = devices.session_device(providers[0])
-        require_device(device)
-        super().__init__(folder, manifest, device, cuda_graphs)
-        if self._replays is not None and self._replays.capture:
-            providers = devices.with_cuda_graphs(providers)
+        super().__init__(folder, manifest, providers, cuda_graphs)
         self._layers = {}
         for layer in manifest.layers:
-            stacks = {stack.name: self._stacks[stack.name].value for stack in layer.stacks}
-            graph = open_session(_graph_path(folder, layer), providers, stacks, threads)
-            self._layers[layer.name] = LayerSession(layer, self, graph, device, self._replays)
+            stacks = {stack.name: self._host.stack(stack.name) for stack in layer.stacks}
+            path = _graph_path(folder, layer)
+            graph = open_session(path, self._providers, stacks, threads)
+            self._layers[layer.name] = LayerSession(
+                layer, self._host, self._gate, graph, self._device, self._replays
+            )
 
     def warm_up(self, sizes: Iterable[int]) -> None:
         """`LayerSession.warm_up` of every layer."""
@@ -56,7 +63,9 @@ class Session(AdapterHost, Mapping[str, "LayerSession"]):
 
     def __getitem__(self, name: str) -> "LayerSession":
         if name not in self._layers:
-            raise KeyError(f"no layer {name!r} in this artifact; it has {', '.join(self._layers)}")
+            raise UnknownLayerError(
+                f"no layer {name!r} in this artifact; it has {', '.join(self._layers)}"
+            )
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -65,14 +74,27 @@ class Session(AdapterHost, Mapping[str, "LayerSession"]):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
+        layers = self.manifest.layers
+        return {Path(layer.onnx).stem: layer.stacks for layer in layers if layer.onnx}
+
+    def _drop_graphs(self) -> None:
+        for layer in self._layers.values():
+            layer.drop_graph()
+
 
 class LayerSession:
-    """One layer's graph: y = W x + b + scaling B (A x), with A and B of each token's slot."""
+    """One layer's graph: y = W x + b + scaling B (A x), with A and B of each token's slot.
+
+    Threads: runs may overlap with each other and with every method of the session that it is of,
+    but for `warm_up`; it is closed with the session. See `ArtifactSession`.
+    """
 
     def __init__(
         self,
         layer: Layer,
         host: AdapterHost,
+        gate: Gate,
         session: ort.InferenceSession,
         device: tuple[str, int],
         replays: Replays | None,
@@ -85,7 +107,8 @@ class LayerSession:
             slots = host.manifest.num_slots
             self._buckets = TokenBuckets(session, layer, self.dtype, slots, device, replays)
         self._host = host  # also keeps alive the stacks that the graph reads
-        self._session = session
+        self._gate = gate
+        self._session: ort.InferenceSession | None = session
         self._device = device
 
     def run(
@@ -95,6 +118,7 @@ class LayerSession:
         *,
         seg_indptr: np.ndarray | None = None,
         seg_slots: np.ndarray | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """y [num_tokens, out_features] for x [num_tokens, in_features], or ids [num_tokens].
 
@@ -107,24 +131,29 @@ class LayerSession:
                 give no rows.
             seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers. Pin
                 those adapters: a load or another batch may page others into their slots.
+            timeout: seconds to wait for slots, where other runs hold them; None: as long as it
+                takes.
 
         Returns:
             A numpy array for numpy input, else an `onnxruntime.OrtValue` on the device, which
             `torch.from_dlpack` or `cupy.from_dlpack` takes without a copy.
 
         Raises:
-            BatchError: one of UnknownAdapterError, SlotsExceededError, SegmentsError, InputError.
+            BatchError: one of UnknownAdapterError, SlotsExceededError, SlotTimeoutError,
+                SegmentsError, InputError.
+            ClosedError: the session is closed.
         """
-        num_tokens = self._check_input(x)
-        if segments is not None and seg_indptr is None and seg_slots is None:
-            named = read_segments(segments, num_tokens)
-            with self._host.slots.lease(name for name, _ in named) as slots:
-                return self._run_graph(x, *segment_arrays(named, slots))
-        if segments is not None or seg_indptr is None or seg_slots is None:
-            raise SegmentsError("give either segments, or seg_indptr and seg_slots together")
-        check_segments(seg_indptr, seg_slots, num_tokens)
-        with self._host.slots.lease_slots(seg_slots.tolist()):
-            return self._run_graph(x, seg_indptr, seg_slots)
+        with self._gate:
+            num_tokens = self._check_input(x)
+            if segments is not None and seg_indptr is None and seg_slots is None:
+                named = read_segments(segments, num_tokens)
+                with self._host.slots.lease((name for name, _ in named), timeout) as slots:
+                    return self._run_graph(x, *segment_arrays(named, slots))
+            if segments is not None or seg_indptr is None or seg_slots is None:
+                raise SegmentsError("give either segments, or seg_indptr and seg_slots together")
+            check_segments(seg_indptr, seg_slots, num_tokens)
+            with self._host.slots.lease_slots(seg_slots.tolist(), timeout):
+                return self._run_graph(x, seg_indptr, seg_slots)
 
     def warm_up(self, sizes: Iterable[int]) -> None:
         """Take memory and, with `load(…, cuda_graphs=True)`, capture CUDA graphs ahead of runs.
@@ -142,23 +171,38 @@ class LayerSession:
         Raises:
             InputError: a size is no number from 1 on.
             ProviderError: onnxruntime cannot capture this graph.
+            ClosedError: the session is closed.
         """
-        for (num_tokens,) in check_sizes(sizes, "numbers of tokens", 1):
-            if self._buckets is not None:
-                self._buckets.warm_up(num_tokens)
-            else:
+        with self._gate:
+            for (num_tokens,) in check_sizes(sizes, "numbers of tokens", 1):
+                if self._buckets is not None:
+                    self._buckets.warm_up(num_tokens)
+                    continue
                 shape: Any = num_tokens, self.layer.in_features
                 x = np.zeros(shape, NUMPY_DTYPES[self.dtype])
                 if self.layer.kind == "embedding":
                     x = np.zeros(num_tokens, np.int64)
-                self.run(x, [(None, num_tokens)])
+                indptr = np.array([0, num_tokens], np.int64)
+                self._run_graph(x, indptr, np.zeros(1, np.int64))
+
+    def drop_graph(self) -> None:
+        """Let go of the graph, for good; the session's gate keeps later runs out."""
+        self._session = self._buckets = None
 
     def _run_graph(self, x: Any, seg_indptr: np.ndarray, seg_slots: np.ndarray) -> Any:
         shape = [int(seg_indptr[-1]), self.layer.out_features]
         if shape[0] == 0:  # the graphs start at one token
             return empty_output(shape, self.dtype, isinstance(x, np.ndarray), self._device)
-        if self._buckets is not None and (sized := self._buckets.find(shape[0], len(seg_slots))):
-            return self._buckets.run(sized, x, seg_indptr, seg_slots)
+        if self._buckets is not None:
+            if sized := self._buckets.find(shape[0], len(seg_slots)):
+                return self._buckets.run(sized, x, seg_indptr, seg_slots)
+            _LOG.debug(
+                "layer %r: no bucket holds %d tokens in %d segments, which run as they are",
+                self.layer.name,
+                shape[0],
+                len(seg_slots),
+            )
+        assert self._session is not None, "the gate lets nobody in once it is closed"
         ids = self.layer.kind == "embedding"
         run = run_bound if self._replays is None else self._replays.run_plain
         outputs = run(
@@ -177,17 +221,16 @@ class LayerSession:
             raise self._refuse(
                 f"is of type {type(x).__name__}; expected a numpy array or a DLPack tensor"
             )
-        shape = tuple(x.shape() if isinstance(x, ort.OrtValue) else x.shape)
+        shape = shape_of(x)
         if not shape or shape[1:] != (() if is_ids else (size_in,)):
             expected = "[num_tokens]" if is_ids else f"[num_tokens, {size_in}]"
             raise self._refuse(f"has shape {list(shape)}; expected {expected}")
         wanted = "int64" if is_ids else self.dtype
         # The name of a dtype takes longer than a comparison.
         if not isinstance(x, np.ndarray) or x.dtype != NUMPY_DTYPES[wanted]:
-            found = x.data_type() if isinstance(x, ort.OrtValue) else str(x.dtype)
-            found = {"tensor(float)": "float32"}.get(found, found.removeprefix("torch."))
-            if found.removeprefix("tensor(").removesuffix(")") != wanted:
-                raise self._refuse(f"is {found}; this artifact takes {wanted}, so cast it first")
+            dtype = dtype_of(x)
+            if dtype != wanted:
+                raise self._refuse(f"is {dtype}; this artifact takes {wanted}, so cast it first")
         ids = host_view(x) if is_ids and shape[0] else None
         if ids is not None and (ids.min() < 0 or ids.max() >= size_in):
             raise self._refuse(

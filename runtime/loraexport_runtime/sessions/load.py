@@ -1,5 +1,7 @@
-"""load: an artifact's folder -> a session of its kind."""
+"""load, load_layers, load_model: an artifact's folder -> a session of its kind."""
 
+import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from ..contract.kinds import Decoder, Graph, Layers, Model
 from ..contract.manifest import Manifest
 from ..device import providers as devices
 from ..errors import ArtifactError
-from .layers import Session
+from .layers import LayersSession
 from .model import ModelSession
+
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -21,13 +25,15 @@ def load(
     cuda_graphs: bool = False,
     allow_unverified: bool = False,
     digest: str | None = None,
-) -> "Session | ModelSession":
-    """Open an artifact: a Session for single layers, a ModelSession for a whole model.
+) -> LayersSession | ModelSession:
+    """Open an artifact: a LayersSession for single layers, a ModelSession for a whole model.
+
+    Where a program knows which of them it opens, `load_layers` and `load_model` say so by type.
 
     Args:
         path: the folder that `loraexport build` published.
-        providers: onnxruntime's names, or `"cpu"` and `"cuda"`, in order of preference, each with
-            options if need be: `[("CUDAExecutionProvider", {"device_id": 1})]`.
+        providers: `"cpu"` and `"cuda"`, or onnxruntime's names, in order of preference, each with
+            options if need be: `[("cuda", {"device_id": 1})]`.
         threads: onnxruntime's intra-op threads per layer; default: its own choice.
         cuda_graphs: `warm_up` captures CUDA graphs, which later runs replay. Such a session makes
             one run at a time, whatever the number of threads.
@@ -43,12 +49,76 @@ def load(
     """
     folder, pairs = Path(path), devices.normalise_providers(providers)
     devices.check_cuda_graphs(pairs, cuda_graphs)
-    return open_artifact(
+    start = time.perf_counter()
+    session = open_artifact(
         folder,
         allow_unverified,
         lambda manifest: open_session(folder, manifest, pairs, threads, cuda_graphs),
         digest,
     )
+    _LOG.info(
+        "opened %s (%s, %d slots) on %s in %.2f s",
+        folder,
+        session.manifest.kind.tag,
+        session.manifest.num_slots,
+        ", ".join(name for name, _ in pairs),
+        time.perf_counter() - start,
+    )
+    return session
+
+
+def load_layers(
+    path: str | Path,
+    providers: Sequence[devices.Provider] = (devices.CPU,),
+    *,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
+    allow_unverified: bool = False,
+    digest: str | None = None,
+) -> LayersSession:
+    """Open an artifact of single layers; arguments and errors as of `load`.
+
+    Raises:
+        ArtifactError: it is of another kind, too.
+    """
+    session = load(
+        path,
+        providers,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+        allow_unverified=allow_unverified,
+        digest=digest,
+    )
+    if not isinstance(session, LayersSession):
+        raise _other_kind(session, "load_model()")
+    return session
+
+
+def load_model(
+    path: str | Path,
+    providers: Sequence[devices.Provider] = (devices.CPU,),
+    *,
+    threads: int | None = None,
+    cuda_graphs: bool = False,
+    allow_unverified: bool = False,
+    digest: str | None = None,
+) -> ModelSession:
+    """Open an artifact of a whole model; arguments and errors as of `load`.
+
+    Raises:
+        ArtifactError: it is of another kind, too.
+    """
+    session = load(
+        path,
+        providers,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+        allow_unverified=allow_unverified,
+        digest=digest,
+    )
+    if not isinstance(session, ModelSession):
+        raise _other_kind(session, "load_layers()")
+    return session
 
 
 def open_session(
@@ -57,7 +127,7 @@ def open_session(
     providers: list[tuple[str, dict[str, Any]]],
     threads: int | None,
     cuda_graphs: bool = False,
-) -> "Session | ModelSession":
+) -> LayersSession | ModelSession:
     """The session that fits an artifact's kind; checks no file (see `load`).
 
     `cuda_graphs` on another device than CUDA: the same buckets, run as they are.
@@ -67,11 +137,18 @@ def open_session(
     """
     match manifest.kind:
         case Layers():
-            return Session(folder, manifest, providers, threads, cuda_graphs)
+            return LayersSession(folder, manifest, providers, threads, cuda_graphs)
         case (Model() as model) | Graph(model):
             return ModelSession(folder, manifest, model, providers, threads, cuda_graphs)
         case Decoder():
             raise ArtifactError(
-                f"{folder}: its kind is 'decoder'; open it with"
-                " loraexport_runtime.generation.load_generator()"
+                f"{folder}: its kind is 'decoder'; open it with loraexport_runtime.load_generator()"
             )
+
+
+def _other_kind(session: LayersSession | ModelSession, loader: str) -> ArtifactError:
+    session.close()
+    return ArtifactError(
+        f"{session.folder}: its kind is {session.manifest.kind.tag!r}; open it with {loader}, or"
+        " with load(), which opens either"
+    )

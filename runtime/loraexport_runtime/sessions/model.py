@@ -1,5 +1,6 @@
 """A whole model whose rows use different adapters."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,22 @@ from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
 from ..device.dtypes import NUMPY_DTYPES
-from ..device.ort_session import open_session, require_device
+from ..device.memory import dtype_of, shape_of
+from ..device.ort_session import open_session
 from ..errors import ArtifactError, InputError, ProviderError
 from ..slots.batch import Row, are_plain, read_rows, row_arrays, row_names
-from ..slots.host import AdapterHost
+from .session import ArtifactSession
+
+_LOG = logging.getLogger(__name__)
 
 
-class ModelSession(AdapterHost):
-    """One graph of a whole model, and its slots. Safe to use from threads.
+class ModelSession(ArtifactSession):
+    """One graph of a whole model, and its slots.
 
-    session = load("artifacts/minilm")
-    out = session.run({"input_ids": ids, "attention_mask": mask}, adapters=["pydoc", None])
+    with load_model("artifacts/minilm") as session:
+        out = session.run({"input_ids": ids, "attention_mask": mask}, adapters=["pydoc", None])
+
+    Threads: as `ArtifactSession` says. One run sees one generation of each adapter, at all sites.
     """
 
     def __init__(
@@ -43,25 +49,22 @@ class ModelSession(AdapterHost):
             )
         self.model = model
         self._input_dtypes = {one.name: NUMPY_DTYPES[one.dtype] for one in model.inputs}
-        self._device = devices.session_device(providers[0])
         if model.packed and cuda_graphs:
             raise ProviderError(
                 f"{folder}: its texts are packed (export.packed), so that the number of tokens"
                 " depends on the batch, and no CUDA graph can hold that; pass no cuda_graphs, or"
                 " build without export.packed"
             )
-        if model.packed == "cuda" and self._device[0] == "cpu":
+        if model.packed == "cuda" and devices.session_device(providers[0])[0] == "cpu":
             raise ProviderError(
                 f"{folder}: {manifest.needs_cuda}; pass providers=['cuda'], or build with export:"
                 " {tune: {device: cpu}}, or without export.packed"
             )
-        require_device(self._device)
-        super().__init__(folder, manifest, self._device, cuda_graphs)
-        if self._replays is not None and self._replays.capture:
-            providers = devices.with_cuda_graphs(providers)
-        stacks = {name: buffer.value for name, buffer in self._stacks.items()}
-        self._session: ort.InferenceSession = open_session(
-            resolve(folder, model.onnx), providers, stacks, threads
+        super().__init__(folder, manifest, providers, cuda_graphs)
+        every = (stack.name for layer in manifest.layers for stack in layer.stacks)
+        stacks = {name: self._host.stack(name) for name in every}
+        self._session: ort.InferenceSession | None = open_session(
+            resolve(folder, model.onnx), self._providers, stacks, threads
         )
         headless = [layer.name for layer in manifest.layers if not layer.in_base]
         self._headless = headless[0] if headless else None
@@ -73,31 +76,41 @@ class ModelSession(AdapterHost):
             )
 
     def run(
-        self, inputs: Mapping[str, Any], adapters: Sequence[Row] | None = None
+        self,
+        inputs: Mapping[str, Any],
+        adapters: Sequence[Row] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> dict[str, Any]:
         """The model's outputs by name, every row with its own adapter.
 
         Args:
             inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
-                (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors on the session's device, used
-                without a copy (but copied on the device into a bucket, see `warm_up`). Padding as
-                the attention mask says.
+                (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors or `onnxruntime.OrtValue`s on
+                the session's device, used without a copy (but copied on the device into a bucket,
+                see `warm_up`). Padding as the attention mask says.
             adapters: for each row a loaded adapter's name, None for the base, or (export.blend) a
                 blend `{"sql": 0.7, "chat": 0.3}`: at every site base + sum of w_i (y_i - base).
                 A weight may be negative; 0 selects nothing. Default: all None.
+            timeout: seconds to wait for slots, where other runs hold them; None: as long as it
+                takes.
 
         Returns:
-            numpy arrays for numpy inputs, else `onnxruntime.OrtValue`s on the device.
+            numpy arrays for numpy inputs, else `onnxruntime.OrtValue`s on the device, which a run
+            takes as inputs too.
 
         Raises:
-            BatchError: one of UnknownAdapterError, SlotsExceededError, InputError.
+            BatchError: one of UnknownAdapterError, SlotsExceededError, SlotTimeoutError,
+                InputError.
+            ClosedError: the session is closed.
         """
-        batch, sequence = self._check_inputs(inputs)
-        rows = read_rows(adapters, batch)
-        self._check_rows(rows)
-        with self.slots.lease(row_names(rows)) as slots:
-            adapter_ids, weights = row_arrays(rows, slots, self.manifest.num_slots)
-            return self._run_graph(inputs, batch, sequence, adapter_ids, weights)
+        with self._gate:
+            batch, sequence = self._check_inputs(inputs)
+            rows = read_rows(adapters, batch)
+            self._check_rows(rows)
+            with self._host.slots.lease(row_names(rows), timeout) as slots:
+                adapter_ids, weights = row_arrays(rows, slots, self.manifest.num_slots)
+                return self._run_graph(inputs, batch, sequence, adapter_ids, weights)
 
     def warm_up(self, sizes: Iterable[tuple[int, int] | int]) -> None:
         """Take memory and, with `load(…, cuda_graphs=True)`, capture CUDA graphs ahead of runs.
@@ -116,15 +129,17 @@ class ModelSession(AdapterHost):
         Raises:
             InputError: a size is not of numbers from 1 on.
             ProviderError: onnxruntime cannot capture this graph.
+            ClosedError: the session is closed.
         """
-        if self._buckets is not None:
-            self._buckets.warm_up(sizes)
-            return
-        slot = 0 if self._headless is None else 1
-        for rows, tokens in read_sizes(self.model, sizes):
-            adapter_ids = np.full(rows, slot, np.int64)
-            inputs = sample_inputs(self.model, rows, tokens)
-            self._run_graph(inputs, rows, tokens, adapter_ids, None)
+        with self._gate:
+            if self._buckets is not None:
+                self._buckets.warm_up(sizes)
+                return
+            slot = 0 if self._headless is None else 1
+            for rows, tokens in read_sizes(self.model, sizes):
+                adapter_ids = np.full(rows, slot, np.int64)
+                inputs = sample_inputs(self.model, rows, tokens)
+                self._run_graph(inputs, rows, tokens, adapter_ids, None)
 
     def _run_graph(
         self,
@@ -140,6 +155,8 @@ class ModelSession(AdapterHost):
             if sized is not None:
                 size = batch, sequence, on_host
                 return self._buckets.run(sized, inputs, *size, adapter_ids, weights)
+            _LOG.debug("no bucket holds %d rows of %d, which run as they are", batch, sequence)
+        assert self._session is not None, "the gate lets nobody in once it is closed"
         control = {"adapter_ids": adapter_ids}
         if weights is not None:
             control["adapter_weights"] = weights
@@ -179,6 +196,9 @@ class ModelSession(AdapterHost):
     def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
         return {"model": tuple(stack for layer in self.manifest.layers for stack in layer.stacks)}
 
+    def _drop_graphs(self) -> None:
+        self._session = self._buckets = None
+
     def _check_inputs(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """(batch, sequence). Raises InputError for other names, shapes or dtypes."""
         if inputs.keys() != self._input_dtypes.keys():
@@ -193,11 +213,13 @@ class ModelSession(AdapterHost):
                     f"{entry.name} is of type {type(tensor).__name__}; expected a numpy array or a"
                     " DLPack tensor"
                 )
-            if tensor.dtype != self._input_dtypes[entry.name]:  # the name of a dtype takes longer
-                found = str(tensor.dtype).removeprefix("torch.")
-                if found != entry.dtype:
-                    raise InputError(f"{entry.name} is {found}; this model takes {entry.dtype}")
-            shape = tuple(tensor.shape)
+            is_array = isinstance(tensor, np.ndarray)
+            # The name of a dtype takes longer than a comparison.
+            if not is_array or tensor.dtype != self._input_dtypes[entry.name]:
+                dtype = dtype_of(tensor)
+                if dtype != entry.dtype:
+                    raise InputError(f"{entry.name} is {dtype}; this model takes {entry.dtype}")
+            shape = tensor.shape if is_array else shape_of(tensor)
             if (entry.shape, shape) == last:  # most models' inputs are alike
                 continue
             last = entry.shape, shape

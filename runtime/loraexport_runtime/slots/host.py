@@ -1,13 +1,16 @@
 """The adapters of an open artifact: their host memory, and the device memory of the slots.
 
-What a session of layers and a session of a whole model have in common.
+Takes the folder, its manifest and a device; a session of any kind owns one.
 """
 
+import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from ..adapters import header as peft
 from ..adapters.dora import SCALES_FILE, dora_sites, find_base_weights, output_scales
@@ -16,15 +19,16 @@ from ..adapters.packing import assemble, pack
 from ..adapters.sites import check_base_copies, match_sites
 from ..adapters.tensor_files import read_header, read_tensors
 from ..adapters.tensors import ModuleWeights, read_site_weights
-from ..buckets.replays import Replays, check_capturable
 from ..contract.files import resolve
 from ..contract.manifest import AdapterEntry, Manifest, Stack
 from ..device.dtypes import NUMPY_DTYPES
 from ..errors import AdapterError, ArtifactError
 from .buffers import StackBuffer
 from .onnx_adapter import write_onnx_adapters
-from .pool import AdapterInfo, Blocks, Slots
+from .pool import Blocks, Slots
 from .table import HostAdapter
+
+_LOG = logging.getLogger(__name__)
 
 
 class AdapterHost:
@@ -36,20 +40,29 @@ class AdapterHost:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, device: tuple[str, int], cuda_graphs: bool = False
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: tuple[str, int],
+        guard: AbstractContextManager[Any],
     ) -> None:
+        """`guard`: held while a slot is written, as often as that happens."""
         self.folder = folder
         self.manifest = manifest
-        self._replays = Replays(capture=device[0] == "cuda") if cuda_graphs else None
-        if self._replays is not None:
-            check_capturable(manifest)
+        self._guard = guard
         self._dtype = NUMPY_DTYPES[manifest.dtype]
         self._base_rows = self._read_base_rows()
         loaded = {entry.name: entry.slot for entry in manifest.adapters if entry.slot is not None}
         adapters = {
             entry.name: self._read_carried(entry)
             if entry.slot is not None
-            else HostAdapter({site: one.rank for site, one in entry.sites.items()}, None)
+            else HostAdapter(
+                ranks={site: part.rank for site, part in entry.sites.items()},
+                blocks=None,
+                digest=entry.digest,
+                scale=entry.scale,
+                path=None,
+            )
             for entry in manifest.adapters
         }
         self.slots = Slots(
@@ -62,91 +75,62 @@ class AdapterHost:
             for stack in layer.stacks
         }
 
-    @property
-    def adapters(self) -> dict[str, int]:
-        """The adapters that sit in slots now, name -> slot. Runs may name more: `list_adapters`."""
-        return self.slots.loaded
+    def stack(self, name: str) -> ort.OrtValue:
+        """A stack's memory on the device, which graphs read in place of their initializer."""
+        return self._stacks[name].value
 
-    def list_adapters(self) -> dict[str, AdapterInfo]:
-        """Every adapter that a run may name: its slot if it is in one, pinned or not, its ranks."""
-        return self.slots.listing()
-
-    def load_adapter(
+    def load(
         self,
         name: str,
-        path: str | Path | None = None,
-        *,
-        scale: float = 1.0,
-        base: str | Path | None = None,
+        path: Path | None,
+        scale: float,
+        base: Path | None,
+        timeout: float | None,
     ) -> int:
-        """Put an adapter into a slot, in place; other rows are undisturbed. Returns the slot.
-
-        The name of a loaded adapter replaces it: a run sees the old weights or the new ones. With
-        no slot free, the least recently used adapter without a pin is paged out to host memory.
-        The load takes its slot at once, not on first use, so that the first run finds it there.
-
-        Args:
-            path: a PEFT directory; default: the adapter of this name that the artifact carries,
-                with the scale of its spec.
-            scale: multiplies the adapter's scaling.
-            base: the base's directory, which an adapter with DoRA needs: its outputs are scaled by
-                m / ||W + s B A||. W is found there by its digest.
-
-        Raises:
-            AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
-            SlotsExceededError: every slot is kept for a pinned adapter; nothing has changed.
-        """
+        """Put an adapter into a slot; see `ArtifactSession.load_adapter`."""
         if not isinstance(name, str) or not name:
             raise AdapterError(f"expected a name for the adapter, got {name!r}")
-        folder = None if base is None else Path(base)
         if path is not None:
-            return self.slots.fill(name, self._read_adapter(Path(path), scale, folder))
-        return self.slots.fill(name, self._read_carried(self._carried(name), scale, folder))
+            adapter = self._read_adapter(path, scale, base)
+        else:
+            adapter = self._read_carried(self._carried(name), scale, base)
+        slot = self.slots.fill(name, adapter, timeout)
+        if _LOG.isEnabledFor(logging.INFO):
+            size = sum(block.nbytes for block in (adapter.blocks or {}).values())
+            _LOG.info(
+                "adapter %r loaded into slot %d from %s: %d bytes, sha256 %s",
+                name,
+                slot,
+                path or "the artifact",
+                size,
+                adapter.digest,
+            )
+        return slot
 
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter, in host memory too; runs that use it finish, and a pin ends.
+    def close(self) -> None:
+        """Drop the memory of all adapters, on the device too; nobody may run any more."""
+        self.slots.clear()
+        self._stacks.clear()
+        self._base_rows.clear()
 
-        Raises UnknownAdapterError.
-        """
-        self.slots.remove(name)
-
-    def pin(self, name: str) -> int:
-        """Bring an adapter into a slot, and keep it there until `unpin`. Returns the slot.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            SlotsExceededError: every slot is kept for another pinned adapter.
-        """
-        return self.slots.pin(name)
-
-    def unpin(self, name: str) -> None:
-        """Allow it to be paged out again. Raises UnknownAdapterError: it is not loaded."""
-        self.slots.unpin(name)
-
-    def export_adapters(self, folder: str | Path) -> dict[str, int]:
+    def export(self, folder: Path, graph_stacks: Mapping[str, tuple[Stack, ...]]) -> dict[str, int]:
         """Write the slots for onnxruntime's own LoraAdapter API. Returns adapter name -> slot.
 
-        One `<graph>.onnx_adapter` for each graph, because a graph refuses parameters that are not
-        its own, and `slots.json` with what is returned: see `write_onnx_adapters`. Slots without
-        an adapter are written as zeros.
+        Args:
+            graph_stacks: the stacks that each ONNX graph takes, by the name of its file.
         """
         held = self.slots.snapshot()
         stacks = self._whole_stacks(dict(held.values()))
         graphs = {
             graph: {stack.name: stacks[stack.name] for stack in parts}
-            for graph, parts in self._graph_stacks().items()
+            for graph, parts in graph_stacks.items()
         }
         slots = {name: slot for name, (slot, _) in held.items()}
-        write_onnx_adapters(Path(folder), graphs, self.manifest.dtype, slots)
+        write_onnx_adapters(folder, graphs, self.manifest.dtype, slots)
         return slots
 
-    def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
-        """The stacks that each ONNX graph of the artifact takes, by the name of its file."""
-        return {Path(one.onnx).stem: one.stacks for one in self.manifest.layers if one.onnx}
-
     def _write_slot(self, slot: int, blocks: Blocks) -> None:
-        # Not while a graph is captured: CUDA refuses the copy, and gives the capture up.
-        with nullcontext() if self._replays is None else self._replays.lock:
+        with self._guard:
             for stack, block in blocks.items():
                 self._stacks[stack].write(slot, block)
 
@@ -168,23 +152,29 @@ class AdapterHost:
         self, entry: AdapterEntry, scale: float = 1.0, base: Path | None = None
     ) -> HostAdapter:
         path = resolve(self.folder, entry.path)
-        if peft.digest_adapter(path) != entry.digest:
+        digest = peft.digest_adapter(path)
+        if digest != entry.digest:
             raise ArtifactError(
                 f"{path}: its digest differs from the manifest's; the artifact was damaged, or"
                 " replaced since this session opened it: open it again"
             )
         scales = resolve(self.folder, f"{entry.path}/{SCALES_FILE}")
-        known = read_tensors(read_header(scales).items()) if scales.is_file() and scale == 1 else {}
-        return self._read_adapter(path, entry.scale * scale, base, known)
+        ready = read_tensors(read_header(scales).items()) if scales.is_file() and scale == 1 else {}
+        ranks, blocks = self._read_rows(path, entry.scale * scale, base, ready)
+        return HostAdapter(ranks, blocks, digest, entry.scale * scale, None)
 
-    def _read_adapter(
+    def _read_adapter(self, path: Path, scale: float, base: Path | None) -> HostAdapter:
+        ranks, blocks = self._read_rows(path, scale, base)
+        return HostAdapter(ranks, blocks, peft.digest_adapter(path), scale, path)
+
+    def _read_rows(
         self,
         path: Path,
         scale: float,
         base: Path | None,
         output_scales: Mapping[str, np.ndarray] | None = None,
-    ) -> HostAdapter:
-        """A PEFT directory -> one slot's rows of every stack."""
+    ) -> tuple[dict[str, int], Blocks]:
+        """A PEFT directory -> its ranks by site, and one slot's rows of every stack."""
         header = peft.read_adapter(path)
         layers = self.manifest.layers
         matched = match_sites(header, [part.site for one in layers for part in one.slices])
@@ -197,7 +187,7 @@ class AdapterHost:
             blocks |= pack(layer, weights, scale, self._dtype, self._base_rows, scales)
         modules = {site: header.modules.get(module) for site, module in sorted(matched.items())}
         ranks = {site: module.rank for site, module in modules.items() if module is not None}
-        return HostAdapter(ranks, blocks)
+        return ranks, blocks
 
     def _output_scales(
         self, path: Path, weights: Mapping[str, ModuleWeights], scale: float, base: Path | None

@@ -1,11 +1,12 @@
 """Which adapter sits in which slot, who uses it, and which slot is given away next.
 
-Plain state without threads: `slots.py` guards it. Slot 0 is the base.
+Plain state without threads: `pool.py` guards it. Slot 0 is the base.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,12 @@ class HostAdapter:
     """By site."""
     blocks: Mapping[str, np.ndarray] | None
     """By stack, in the graph's dtype; None: the artifact carries it, nobody has read it yet."""
+    digest: str
+    """sha256 over the two files that define it."""
+    scale: float
+    """Multiplies its scaling."""
+    path: Path | None
+    """Where it was read, as it was given; None: the artifact carries it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Grant:
     slots: dict[str, int]
     pages: dict[int, tuple[str, HostAdapter]]
     """Slots that the run has to fill first."""
+    evicted: dict[int, str]
+    """Whom these slots belonged to, where they did."""
 
 
 class SlotTable:
@@ -45,6 +54,10 @@ class SlotTable:
         self.num_slots = num_slots
         self.adapters = dict(adapters)
         self.slots = dict(loaded)
+        self.generations = dict.fromkeys(adapters, 1)
+        """By name; each load gives the next number, whatever its name, so none comes twice."""
+        self.num_hits = self.num_pages = self.num_evictions = 0
+        self._last_generation = 1
         self.pinned: set[str] = set()
         self._writing: dict[int, str] = {}
         self._condemned: set[int] = set()
@@ -96,14 +109,18 @@ class SlotTable:
         chosen = self._choose(len(missing), wanted) if missing else []
         if chosen is None:
             return None
-        pages = {}
+        pages, evicted = {}, {}
         for slot, name in zip(chosen, missing, strict=True):
-            self._take(slot, name)
+            if (owner := self._take(slot, name)) is not None:
+                evicted[slot] = owner
             pages[slot] = (name, self.adapters[name])
         hits = {name: self.slots[name] for name in wanted if name not in missing}
         for slot in hits.values():
             self._use(slot)
-        return Grant(hits | {name: slot for slot, (name, _) in pages.items()}, pages)
+        self.num_hits += len(hits)
+        self.num_pages += len(pages)
+        slots = hits | {name: slot for slot, (name, _) in pages.items()}
+        return Grant(slots, pages, evicted)
 
     def lease_numbers(self, numbers: Collection[int], is_first: bool) -> Collection[int] | None:
         """The same by slot number. Raises SegmentsError: one is empty or out of range."""
@@ -125,10 +142,13 @@ class SlotTable:
             )
         for slot in numbers:
             self._use(slot)
+        self.num_hits += len(numbers)
         return numbers
 
-    def lease_for_load(self, name: str, is_first: bool) -> int | None:
-        """The slot that a load may write, or None: wait. Raises SlotsExceededError: all pinned.
+    def lease_for_load(self, name: str, is_first: bool) -> tuple[int, str | None] | None:
+        """The slot that a load may write, and who left it, or None: wait.
+
+        Raises SlotsExceededError: all are pinned.
 
         A free slot that no run uses; else the adapter's own; else that of another one.
         """
@@ -155,8 +175,7 @@ class SlotTable:
             if chosen is None:
                 return None
             slot = chosen[0]
-        self._take(slot, name)
-        return slot
+        return slot, self._take(slot, name)
 
     def end_paging(self, grant: Grant, *, written: bool) -> None:
         """The names point to the slots that their run has filled, unless they have changed."""
@@ -171,6 +190,8 @@ class SlotTable:
         self.release([slot])
         if adapter is not None:
             self.adapters[name], self.slots[name] = adapter, slot
+            self._last_generation += 1
+            self.generations[name] = self._last_generation
         elif self.slots.get(name) == slot:
             del self.slots[name]  # half-written
 
@@ -181,7 +202,7 @@ class SlotTable:
     def forget(self, name: str) -> None:
         """Raises UnknownAdapterError."""
         self.require(name)
-        del self.adapters[name]
+        del self.adapters[name], self.generations[name]
         self.slots.pop(name, None)
         self.pinned.discard(name)
 
@@ -228,13 +249,15 @@ class SlotTable:
             return None
         return chosen
 
-    def _take(self, slot: int, name: str) -> None:
-        """Page out whom the slot belongs to; `name` is being written there."""
+    def _take(self, slot: int, name: str) -> str | None:
+        """Page out whom the slot belongs to, which is given; `name` is being written there."""
         owner = next((one for one, where in self.slots.items() if where == slot), name)
         if owner != name:
             del self.slots[owner]
+            self.num_evictions += 1
         self._writing[slot] = name
         self._use(slot)
+        return None if owner == name else owner
 
     def _use(self, slot: int) -> None:
         self._clock += 1

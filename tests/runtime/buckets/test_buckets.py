@@ -400,7 +400,7 @@ def test_warm_up_without_cuda_graphs(
     session.warm_up([(4, 8)])
     session.run(texts(2, 8), NAMES[:2])
     tokens = lr.load(layers("segmented"), threads=1)
-    assert isinstance(tokens, lr.Session)
+    assert isinstance(tokens, lr.LayersSession)
     tokens.warm_up([8])
     assert ran == []
 

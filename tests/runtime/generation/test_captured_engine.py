@@ -154,7 +154,7 @@ def test_a_graph_whose_past_and_present_are_apart(artifact: Path, tmp_path: Path
     assert apart != config
     (tmp_path / "genai_config.json").write_text(apart)
     with pytest.raises(lr.ProviderError, match="past and present of this graph do not share a bu"):
-        driven.DrivenEngine(tmp_path, PAD, "cpu", capture=False)
+        driven.DrivenEngine(tmp_path, PAD, CPU, capture=False)
 
 
 def test_a_graph_that_cannot_be_captured(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +163,9 @@ def test_a_graph_that_cannot_be_captured(artifact: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(driven, "open_session", refuse)
     with pytest.raises(lr.ProviderError, match=r"control flow. If its steps .* cuda_graphs=False"):
-        driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=True)
+        driven.DrivenEngine(artifact / "generator", PAD, CPU, capture=True)
     with pytest.raises(lr.ProviderError, match=r"control flow$"):
-        driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=False)
+        driven.DrivenEngine(artifact / "generator", PAD, CPU, capture=False)
 
 
 # Steps that go on by themselves
@@ -358,7 +358,7 @@ def test_runs_that_capture_advance_no_batch(
     monkeypatch.setattr(driven, "_LENGTHS", 16)
     generator, open_session = open_driven(artifact), driven.open_session
     monkeypatch.setattr(driven, "open_session", lambda *own: _Capturing(open_session(*own)))
-    engine: Any = driven.DrivenEngine(artifact / "generator", PAD, "cpu", capture=True)
+    engine: Any = driven.DrivenEngine(artifact / "generator", PAD, CPU, capture=True)
     generator._engine = engine
     for lengths in ([3, 20, 2], [1], [9, 30, 4, 17, 1], [3, 20, 2]):
         batch = _batch(lengths)

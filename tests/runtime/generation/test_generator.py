@@ -242,10 +242,10 @@ def test_a_provider_that_cannot_run(artifact: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(onnxruntime_genai, "is_cuda_available", lambda: False)
     with pytest.raises(lr.ProviderError, match="CUDA was asked for, but this onnxruntime-genai"):
-        load_generator(artifact, "cuda")
-    with pytest.raises(lr.ProviderError, match="expected 'cpu' or 'cuda', got 'npu'"):
-        load_generator(artifact, "npu")
-    with pytest.raises(lr.ProviderError, match="CUDA graphs were asked for on 'cpu'; pass prov"):
+        load_generator(artifact, ["cuda"])
+    with pytest.raises(lr.ProviderError, match="npu is not part of this onnxruntime"):
+        load_generator(artifact, ["npu"])
+    with pytest.raises(lr.ProviderError, match="CUDA graphs were asked for on CPUExecutionProvid"):
         load_generator(artifact, cuda_graphs=True)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
     with pytest.raises(lr.ProviderError, match=r"pip install 'loraexport-runtime\[genai\]'"):
@@ -255,10 +255,11 @@ def test_a_provider_that_cannot_run(artifact: Path, monkeypatch: pytest.MonkeyPa
 def test_cuda_where_there_is_no_device(artifact: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one here")
-    with pytest.raises(lr.ProviderError, match=r"CUDA was asked for|cannot open it on cuda"):
-        load_generator(artifact, "cuda")
-    with pytest.raises(lr.ProviderError, match=r"CUDAExecutionProvider was asked for but cannot"):
-        load_generator(artifact, "cuda", cuda_graphs=True)
+    for cuda_graphs in (False, True):
+        with pytest.raises(
+            lr.ProviderError, match="CUDAExecutionProvider was asked for but cannot"
+        ):
+            load_generator(artifact, ["cuda"], cuda_graphs=cuda_graphs)
 
 
 def test_each_kind_has_its_own_loader(artifact: Path, tenants: Path) -> None:
@@ -301,7 +302,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ImportError("blocked: " + name)
 
 sys.meta_path.insert(0, Block())
-from loraexport_runtime.generation.load import load_generator
+from loraexport_runtime import load_generator
 
 generator = load_generator(sys.argv[1])
 found = generator.generate(

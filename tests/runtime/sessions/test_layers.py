@@ -30,7 +30,7 @@ Parts = Sequence[tuple[str | None, int]]
 
 
 @pytest.fixture
-def session(tenants: Path) -> lr.Session:
+def session(tenants: Path) -> lr.LayersSession:
     """A fresh session with `sql` in slot 1 and `chat` in slot 2, both slots taken."""
     return lr.load(tenants, threads=1)
 
@@ -148,20 +148,22 @@ MIXES: dict[str, Parts] = {
 class TestRun:
     @pytest.mark.parametrize("mix", MIXES)
     @pytest.mark.parametrize("layer", ["qkv", "up"])
-    def test_named_segments(self, session: lr.Session, tenants: Path, layer: str, mix: str) -> None:
+    def test_named_segments(
+        self, session: lr.LayersSession, tenants: Path, layer: str, mix: str
+    ) -> None:
         x = draw(layer, sum(length for _, length in MIXES[mix]))
         y = session[layer].run(x, segments=MIXES[mix])
         assert y.dtype == np.float32
         assert_near(y, expected(project_of(tenants), layer, x, MIXES[mix]))
 
-    def test_raw_segments_are_the_named_ones(self, session: lr.Session) -> None:
+    def test_raw_segments_are_the_named_ones(self, session: lr.LayersSession) -> None:
         x = draw("qkv", 9)
         named = session["qkv"].run(x, segments=[("chat", 4), ("sql", 0), (None, 3), ("sql", 2)])
         indptr, slots = np.array([0, 4, 4, 7, 9]), np.array([2, 1, 0, 1])
         raw = session["qkv"].run(x, seg_indptr=indptr, seg_slots=slots)
         assert raw.tobytes() == named.tobytes()
 
-    def test_embedding(self, session: lr.Session, tenants: Path) -> None:
+    def test_embedding(self, session: lr.LayersSession, tenants: Path) -> None:
         ids, mix = draw("words", 8), [("spare", 3), (None, 2), ("chat", 1), ("spare", 2)]
         session.unload_adapter("sql")
         session.load_adapter("spare")
@@ -178,7 +180,7 @@ class TestRun:
         wanted = expected(project, "qkv", x, mix, {"q": (project / "q", 2.0)})
         assert_near(y, wanted, 4e-3)
 
-    def test_zero_tokens_give_zero_rows(self, session: lr.Session) -> None:
+    def test_zero_tokens_give_zero_rows(self, session: lr.LayersSession) -> None:
         empty = np.zeros((0, 32), np.float32)
         for segments in ([], [("sql", 0), (None, 0)]):
             y = session["qkv"].run(empty, segments=segments)
@@ -193,7 +195,7 @@ class TestRun:
             session["qkv"].run(empty, segments=[("nobody", 0)])
 
     def test_input_need_not_be_contiguous_or_writable(
-        self, session: lr.Session, tenants: Path
+        self, session: lr.LayersSession, tenants: Path
     ) -> None:
         wide = np.random.default_rng(0).standard_normal((32, 12)).astype(np.float32)
         x = wide.T[::2]
@@ -201,13 +203,13 @@ class TestRun:
         y = session["up"].run(x, segments=[("sql", 6)])
         assert_near(y, expected(project_of(tenants), "up", x, [("sql", 6)]))
 
-    def test_segments_may_be_any_iterable(self, session: lr.Session) -> None:
+    def test_segments_may_be_any_iterable(self, session: lr.LayersSession) -> None:
         x = draw("up", 5)
         y = session["up"].run(x, segments=[("sql", 3), (None, 2)])
         pairs = iter([["sql", np.int32(3)], [None, 2]])
         assert session["up"].run(x, segments=pairs).tobytes() == y.tobytes()
 
-    def test_a_run_leaves_its_input_alone(self, session: lr.Session) -> None:
+    def test_a_run_leaves_its_input_alone(self, session: lr.LayersSession) -> None:
         x = draw("qkv", 4)
         kept = x.copy()
         first = session["qkv"].run(x, segments=[("sql", 4)])
@@ -216,7 +218,7 @@ class TestRun:
         assert first.tobytes() == second.tobytes()
         assert not np.shares_memory(first, second)
 
-    def test_layers_are_found_by_name(self, session: lr.Session) -> None:
+    def test_layers_are_found_by_name(self, session: lr.LayersSession) -> None:
         assert list(session) == ["qkv", "up", "words"]
         assert len(session) == 3
         assert "qkv" in session
@@ -225,7 +227,7 @@ class TestRun:
 
 
 class TestDeviceTensors:
-    def test_torch_in_ort_value_out(self, session: lr.Session) -> None:
+    def test_torch_in_ort_value_out(self, session: lr.LayersSession) -> None:
         x = draw("qkv", 6)
         segments = [("sql", 2), ("chat", 4)]
         value = session["qkv"].run(torch.from_numpy(x), segments=segments)
@@ -234,7 +236,7 @@ class TestDeviceTensors:
         assert y.numpy().tobytes() == session["qkv"].run(x, segments=segments).tobytes()
 
     def test_the_input_is_not_copied(
-        self, session: lr.Session, monkeypatch: pytest.MonkeyPatch
+        self, session: lr.LayersSession, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         bound: list[int] = []
         bind = ort.IOBinding.bind_ortvalue_input
@@ -252,7 +254,7 @@ class TestDeviceTensors:
         session["up"].run(array, segments=[("sql", 3)])
         assert bound == [x.data_ptr(), array.ctypes.data]
 
-    def test_an_output_feeds_the_next_layer(self, session: lr.Session) -> None:
+    def test_an_output_feeds_the_next_layer(self, session: lr.LayersSession) -> None:
         ids = draw("words", 4)
         value = session["words"].run(torch.from_numpy(ids), segments=[(None, 4)])
         y = session["up"].run(value, segments=[("sql", 4)])
@@ -260,20 +262,20 @@ class TestDeviceTensors:
         again = session["up"].run(host, segments=[("sql", 4)])
         assert y.numpy().tobytes() == again.tobytes()
 
-    def test_a_strided_tensor_is_refused(self, session: lr.Session) -> None:
+    def test_a_strided_tensor_is_refused(self, session: lr.LayersSession) -> None:
         with pytest.raises(lr.InputError, match="contiguous tensor that requires no gradient"):
             session["up"].run(torch.randn(32, 4).T, segments=[("sql", 4)])
 
-    def test_a_tensor_with_gradient_is_refused(self, session: lr.Session) -> None:
+    def test_a_tensor_with_gradient_is_refused(self, session: lr.LayersSession) -> None:
         x = torch.randn(4, 32, requires_grad=True)
         with pytest.raises(lr.InputError, match="contiguous tensor that requires no gradient"):
             session["up"].run(x, segments=[("sql", 4)])
 
-    def test_ids_out_of_range_in_a_tensor(self, session: lr.Session) -> None:
+    def test_ids_out_of_range_in_a_tensor(self, session: lr.LayersSession) -> None:
         with pytest.raises(lr.InputError, match="ids range from 0 to 40; expected 0 to 39"):
             session["words"].run(torch.tensor([0, 40]), segments=[(None, 2)])
 
-    def test_another_device_is_refused(self, session: lr.Session) -> None:
+    def test_another_device_is_refused(self, session: lr.LayersSession) -> None:
         class OnCuda:
             """What a CUDA tensor tells before any of its memory is touched."""
 
@@ -389,7 +391,9 @@ def write_huge(folder: Path, dtype: str) -> Path:
 
 
 class TestHotAdapters:
-    def test_load_into_a_free_slot(self, session: lr.Session, tenants: Path, fresh: Path) -> None:
+    def test_load_into_a_free_slot(
+        self, session: lr.LayersSession, tenants: Path, fresh: Path
+    ) -> None:
         x = draw("qkv", 8)
         mix: Parts = [("chat", 3), (None, 2), ("sql", 3)]
         before = session["qkv"].run(x, segments=mix)
@@ -405,7 +409,7 @@ class TestHotAdapters:
         up = session["up"].run(x, segments=renamed)
         assert_near(up, expected(project, "up", x, renamed, {"fresh": (fresh, 6 / 3)}))
 
-    def test_replace_in_place(self, session: lr.Session, tenants: Path, fresh: Path) -> None:
+    def test_replace_in_place(self, session: lr.LayersSession, tenants: Path, fresh: Path) -> None:
         x = draw("qkv", 8)
         mix: Parts = [("chat", 3), (None, 2), ("sql", 3)]
         before = session["qkv"].run(x, segments=mix)
@@ -417,7 +421,7 @@ class TestHotAdapters:
         assert_near(after, expected(project, "qkv", x, mix, {"sql": (fresh, 6 / 3)}))
 
     def test_replace_clears_sites_that_the_new_one_leaves_alone(
-        self, session: lr.Session, tenants: Path, tmp_path: Path
+        self, session: lr.LayersSession, tenants: Path, tmp_path: Path
     ) -> None:
         only_q = write_adapter(tmp_path / "q", {"blocks.0.q": (32, 32)}, rank=1)
         session.load_adapter("sql", only_q)
@@ -441,14 +445,14 @@ class TestHotAdapters:
         y = session["qkv"].run(x, segments=mix)
         assert_near(y, expected(project_of(artifact), "qkv", x, mix, others))
 
-    def test_scale(self, session: lr.Session, tenants: Path, fresh: Path) -> None:
+    def test_scale(self, session: lr.LayersSession, tenants: Path, fresh: Path) -> None:
         x, mix = draw("up", 4), [("sql", 4)]
         session.load_adapter("sql", fresh, scale=-0.25)
         y = session["up"].run(x, segments=mix)
         wanted = expected(project_of(tenants), "up", x, mix, {"sql": (fresh, -0.25 * 6 / 3)})
         assert_near(y, wanted)
 
-    def test_load_what_the_artifact_carries(self, session: lr.Session, tenants: Path) -> None:
+    def test_load_what_the_artifact_carries(self, session: lr.LayersSession, tenants: Path) -> None:
         session.unload_adapter("chat")
         assert session.load_adapter("spare") == 2
         x, mix = draw("up", 5), [("spare", 3), ("sql", 2)]
@@ -456,7 +460,7 @@ class TestHotAdapters:
         assert_near(y, expected(project_of(tenants), "up", x, mix))
 
     def test_scale_multiplies_the_scale_of_the_spec(
-        self, session: lr.Session, tenants: Path
+        self, session: lr.LayersSession, tenants: Path
     ) -> None:
         session.load_adapter("chat", scale=3)
         x, mix = draw("qkv", 3), [("chat", 3)]
@@ -471,7 +475,7 @@ class TestHotAdapters:
         first.load_adapter("sql", fresh)
         assert second["up"].run(x, segments=[("sql", 3)]).tobytes() == before.tobytes()
 
-    def test_no_free_slot(self, session: lr.Session, fresh: Path) -> None:
+    def test_no_free_slot(self, session: lr.LayersSession, fresh: Path) -> None:
         session.pin("sql")
         assert session.load_adapter("fresh", fresh) == 2, "chat is paged out"
         assert session.adapters == {"sql": 1, "fresh": 2}
@@ -485,17 +489,17 @@ class TestHotAdapters:
         assert session.adapters == {"sql": 1, "fresh": 2}
         assert set(session.list_adapters()) == {"sql", "chat", "spare", "fresh"}
 
-    def test_a_name_that_nothing_carries(self, session: lr.Session) -> None:
+    def test_a_name_that_nothing_carries(self, session: lr.LayersSession) -> None:
         text = r"carries no adapter 'new' \(it has sql, chat, spare\); give the path of a PEFT"
         with pytest.raises(lr.AdapterError, match=text):
             session.load_adapter("new")
 
     @pytest.mark.parametrize("name", ["", None, 3])
-    def test_no_name(self, session: lr.Session, fresh: Path, name: Any) -> None:
+    def test_no_name(self, session: lr.LayersSession, fresh: Path, name: Any) -> None:
         with pytest.raises(lr.AdapterError, match=f"expected a name for the adapter, got {name!r}"):
             session.load_adapter(name, fresh)
 
-    def test_unload_what_is_not_loaded(self, session: lr.Session) -> None:
+    def test_unload_what_is_not_loaded(self, session: lr.LayersSession) -> None:
         session.unload_adapter("spare")
         text = r"adapter 'spare' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)$"
         with pytest.raises(lr.UnknownAdapterError, match=text):
@@ -546,21 +550,23 @@ class TestBadAdapters:
     """Each is refused, and the weights that were loaded before still answer."""
 
     @pytest.mark.parametrize("case", BAD_ADAPTERS)
-    def test_refused(self, session: lr.Session, tmp_path: Path, case: str) -> None:
+    def test_refused(self, session: lr.LayersSession, tmp_path: Path, case: str) -> None:
         options, kind, text = BAD_ADAPTERS[case]
         folder = write_adapter(tmp_path / "bad", **options)
         self.refuse(session, folder, kind, re.escape(text))
 
-    def test_not_a_number(self, session: lr.Session, tmp_path: Path) -> None:
+    def test_not_a_number(self, session: lr.LayersSession, tmp_path: Path) -> None:
         nan = {"base_model.model.blocks.0.q.lora_B.weight": np.full((32, 4), np.nan, np.float32)}
         folder = write_adapter(tmp_path / "bad", {"blocks.0.q": (32, 32)}, tensors=nan)
         self.refuse(session, folder, lr.WeightsError, "128 of 128 values are NaN or Inf")
 
-    def test_no_such_folder(self, session: lr.Session, tmp_path: Path) -> None:
+    def test_no_such_folder(self, session: lr.LayersSession, tmp_path: Path) -> None:
         self.refuse(session, tmp_path / "none", lr.AdapterConfigError, "no such file; a PEFT adap")
 
     @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e300])
-    def test_scale_is_not_finite(self, session: lr.Session, fresh: Path, scale: float) -> None:
+    def test_scale_is_not_finite(
+        self, session: lr.LayersSession, fresh: Path, scale: float
+    ) -> None:
         x = draw("qkv", 4)
         before = session["qkv"].run(x, segments=[("sql", 4)])
         with pytest.raises(lr.AdapterWeightsError, match="lora_B overflows float32"):
@@ -580,7 +586,9 @@ class TestBadAdapters:
             layer.load_adapter("q", folder)
         assert layer["qkv"].run(x, segments=[("q", 4)]).tobytes() == before.tobytes()
 
-    def refuse(self, session: lr.Session, folder: Path, kind: type[Exception], text: str) -> None:
+    def refuse(
+        self, session: lr.LayersSession, folder: Path, kind: type[Exception], text: str
+    ) -> None:
         x = draw("qkv", 4)
         before = session["qkv"].run(x, segments=[("sql", 4)])
         with pytest.raises(kind, match=text):
@@ -688,13 +696,13 @@ BAD_SEGMENTS: dict[str, tuple[dict[str, Any], str]] = {
 
 class TestBadBatches:
     @pytest.mark.parametrize("case", BAD_SEGMENTS)
-    def test_segments(self, session: lr.Session, case: str) -> None:
+    def test_segments(self, session: lr.LayersSession, case: str) -> None:
         options, text = BAD_SEGMENTS[case]
         with pytest.raises(lr.SegmentsError, match=re.escape(text)):
             session["up"].run(draw("up", 5), **options)
         assert session["up"].run(draw("up", 5), segments=[("sql", 5)]).shape == (5, 48)
 
-    def test_slot_that_holds_no_adapter(self, session: lr.Session) -> None:
+    def test_slot_that_holds_no_adapter(self, session: lr.LayersSession) -> None:
         session.unload_adapter("chat")
         text = (
             r"slot 2 holds no adapter; loaded are 'sql' \(slot 1\), 'spare' \(no slot\). Load one,"
@@ -704,7 +712,7 @@ class TestBadBatches:
             session["up"].run(draw("up", 2), seg_indptr=ints(0, 2), seg_slots=ints(2))
 
     @pytest.mark.parametrize("name", ["nobody", "spare"])
-    def test_adapter_that_is_not_loaded(self, session: lr.Session, name: str) -> None:
+    def test_adapter_that_is_not_loaded(self, session: lr.LayersSession, name: str) -> None:
         session.unload_adapter("spare")
         text = (
             rf"adapter '{name}' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)."
@@ -713,14 +721,14 @@ class TestBadBatches:
         with pytest.raises(lr.UnknownAdapterError, match=text):
             session["up"].run(draw("up", 2), segments=[("sql", 1), (name, 1)])
 
-    def test_no_adapter_is_loaded(self, session: lr.Session) -> None:
+    def test_no_adapter_is_loaded(self, session: lr.LayersSession) -> None:
         for name in ("sql", "chat", "spare"):
             session.unload_adapter(name)
         with pytest.raises(lr.UnknownAdapterError, match=r"loaded are none\. Load it with"):
             session["up"].run(draw("up", 2), segments=[("sql", 2)])
         assert session["up"].run(draw("up", 2), segments=[(None, 2)]).shape == (2, 48)
 
-    def test_more_adapters_than_slots(self, session: lr.Session) -> None:
+    def test_more_adapters_than_slots(self, session: lr.LayersSession) -> None:
         mix = [("sql", 1), ("chat", 1), ("spare", 1)]
         text = "the batch names 3 adapters, but there are 2 slots; split the batch, or build with"
         with pytest.raises(lr.SlotsExceededError, match=text):
@@ -741,13 +749,13 @@ class TestBadBatches:
             (None, "x is of type NoneType; expected a numpy array or a DLPack tensor"),
         ],
     )
-    def test_input(self, session: lr.Session, x: Any, text: str) -> None:
+    def test_input(self, session: lr.LayersSession, x: Any, text: str) -> None:
         with pytest.raises(lr.InputError, match=re.escape(text)):
             session["up"].run(x, segments=[("sql", 2)])
 
-    def test_ort_value_of_another_dtype(self, session: lr.Session) -> None:
+    def test_ort_value_of_another_dtype(self, session: lr.LayersSession) -> None:
         value = ort.OrtValue.ortvalue_from_numpy(np.zeros((2, 32), np.float16))
-        with pytest.raises(lr.InputError, match=r"x is tensor\(float16\); this artifact"):
+        with pytest.raises(lr.InputError, match=r"x is float16; this artifact"):
             session["up"].run(value, segments=[("sql", 2)])
 
     @pytest.mark.parametrize(
@@ -760,7 +768,7 @@ class TestBadBatches:
             ([1, 2], "ids is of type list; expected a numpy array or a DLPack tensor"),
         ],
     )
-    def test_ids(self, session: lr.Session, ids: Any, text: str) -> None:
+    def test_ids(self, session: lr.LayersSession, ids: Any, text: str) -> None:
         with pytest.raises(lr.InputError, match=re.escape(text)):
             session["words"].run(ids, segments=[("sql", 2)])
 
@@ -839,7 +847,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
     shutil.copytree(tenants, folder)
     opened: list[str] = []
 
-    def open_then_swap(path: Path, manifest: Manifest, *rest: Any) -> lr.Session:
+    def open_then_swap(path: Path, manifest: Manifest, *rest: Any) -> lr.LayersSession:
         session = open_session(path, manifest, *rest)
         opened.append(manifest.created)
         if len(opened) == 1:

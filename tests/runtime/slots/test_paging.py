@@ -16,6 +16,7 @@ from support.adapters import write_adapter
 from support.waiting import DEADLINE, num_waiting, wait_until, weights
 
 import loraexport_runtime as lr
+from loraexport_runtime.adapters.header import digest_adapter
 from loraexport_runtime.slots.buffers import StackBuffer
 from loraexport_runtime.slots.pool import AdapterInfo, Blocks, Slots
 from loraexport_runtime.slots.table import HostAdapter
@@ -41,7 +42,7 @@ class Memory:
         self.before_read: Callable[[str], object] = str
         adapters = {name: weights(index + 1) for index, name in enumerate(names)}
         self.on_disk = {name: adapters[name].blocks for name in unread}
-        adapters |= {name: HostAdapter({"site": 1}, None) for name in unread}
+        adapters |= {name: HostAdapter({"site": 1}, None, "", 1.0, None) for name in unread}
         loaded = {name: index + 1 for index, name in enumerate(names[:num_slots])}
         self.slots = Slots(num_slots, loaded, adapters, self.read, self.write)
 
@@ -141,9 +142,9 @@ class TestPins:
         assert memory.slots.pin("c") == 1
         assert memory.values == {1: 3, 2: 2}
         assert memory.slots.listing() == {
-            "a": AdapterInfo(None, False, {"site": 1}),
-            "b": AdapterInfo(2, False, {"site": 1}),
-            "c": AdapterInfo(1, True, {"site": 1}),
+            "a": AdapterInfo(None, False, {"site": 1}, "digest 1", 1.0, None, 1),
+            "b": AdapterInfo(2, False, {"site": 1}, "digest 2", 1.0, None, 1),
+            "c": AdapterInfo(1, True, {"site": 1}, "digest 3", 1.0, None, 1),
         }
 
     def test_twice_is_once(self) -> None:
@@ -355,8 +356,10 @@ class TestSession:
     def test_a_carried_adapter_needs_no_load(self, tenants: Path) -> None:
         session = lr.load(tenants, threads=1)
         x = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+        ranks = {"blocks.0.up": 2, "words": 2}
+        digest = digest_adapter(tenants / "adapters/spare")
         assert session.list_adapters()["spare"] == AdapterInfo(
-            None, False, {"blocks.0.up": 2, "words": 2}
+            None, False, ranks, digest, 1.0, None, 1
         )
         y = session["up"].run(x, segments=[("spare", 3), ("chat", 2)])
         assert session.adapters == {"chat": 2, "spare": 1}
@@ -399,7 +402,7 @@ class TestSession:
         x = np.zeros((4, 32), np.float32)
         session["up"].run(x, segments=[("sql", 2), ("spare", 2)])
         for name in ("new", "sql", "spare"):
-            blocks = session.slots._table.adapters[name].blocks
+            blocks = session._host.slots._table.adapters[name].blocks
             assert blocks is not None
             kept = [weakref.ref(block) for block in blocks.values()]
             del blocks
@@ -410,7 +413,7 @@ class TestSession:
 
     def test_a_replaced_adapter_frees_host_memory(self, tenants: Path, tmp_path: Path) -> None:
         session = lr.load(tenants, threads=1)
-        blocks = session.slots._table.adapters["sql"].blocks
+        blocks = session._host.slots._table.adapters["sql"].blocks
         assert blocks is not None
         kept = [weakref.ref(block) for block in blocks.values()]
         del blocks
@@ -430,7 +433,7 @@ def test_hammer(
     names = ["sql", "chat", "spare", "other"]
     x = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
 
-    def outputs(session: lr.Session, layer: str, first: str, second: str) -> bytes:
+    def outputs(session: lr.LayersSession, layer: str, first: str, second: str) -> bytes:
         segments = [(first, 2), (second, 2), (None, 1), (first, 2)]
         return bytes(session[layer].run(x, segments=segments).tobytes())
 

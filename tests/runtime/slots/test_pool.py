@@ -221,11 +221,11 @@ class TestReplaceInPlace:
     def test_an_interrupted_wait_lets_the_name_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slots = make(1, {"a": 1})
 
-        def interrupt() -> None:
+        def interrupt(timeout: float | None) -> None:
             raise KeyboardInterrupt
 
         with slots.lease(["a"]), monkeypatch.context() as patched:
-            patched.setattr(slots._changed, "wait", interrupt)
+            patched.setattr(slots._queue.changed, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 slots.fill("a", NEW)
             with slots.lease(["a"]) as held:

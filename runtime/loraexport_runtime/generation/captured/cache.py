@@ -26,6 +26,10 @@ class Cache:
         self._logits: ort.OrtValue | None = None
         self._steps: dict[tuple[int, int], Step] = {}
 
+    def has_step(self, rows: int, length: int) -> bool:
+        """Whether the step of this size is there already, in memory that is large enough."""
+        return (rows, length) in self._steps
+
     def step(self, rows: int, length: int) -> "Step":
         """The step of batches of this size; each size has one, over the same memory."""
         graph = self._graph
@@ -63,4 +67,5 @@ class Cache:
             step.release()
         self._steps.clear()
         self._memory.clear()
+        self._zeros = self._logits = None
         self._size = 0

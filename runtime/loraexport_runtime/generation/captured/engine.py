@@ -6,11 +6,12 @@ memory that the captured steps use. A step chooses the likeliest tokens itself a
 them, so that a greedy one brings nothing to the device.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from .next_inputs import write_tail
 from .step import Prompts, Step
 from .top_tokens import BoundTopTokens, TopTokens
 
+_LOG = logging.getLogger(__name__)
 _LENGTHS = 256
 """A cache's length is a multiple of this, or the model's whole context."""
 _IDLE = 2
@@ -41,12 +43,18 @@ class DrivenEngine:
     and a session with such graphs makes one run at a time.
     """
 
-    def __init__(self, folder: Path, pad: int, provider: str, capture: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pad: int,
+        providers: list[tuple[str, dict[str, Any]]],
+        capture: bool | None = None,
+    ) -> None:
         """Open the graph of a folder with a genai_config.json.
 
         Args:
-            provider: "cpu" or "cuda".
             capture: the steps as CUDA graphs; else they run over the same memory as they are.
+                Default: where the first provider is CUDA.
 
         Raises:
             ProviderError: the provider cannot run here, or cannot capture this graph.
@@ -58,10 +66,10 @@ class DrivenEngine:
                 " cannot be captured; pass cuda_graphs=False"
             )
         decoder = config["model"]["decoder"]
-        plain = devices.normalise_providers([provider])
-        device = devices.session_device(plain[0])
+        device = devices.session_device(providers[0])
         require_device(device)
-        pairs = devices.with_cuda_graphs(plain) if capture else plain
+        capture = device[0] == "cuda" if capture is None else capture
+        pairs = devices.with_cuda_graphs(providers) if capture else providers
         try:
             tail = write_tail(decoder["inputs"].values())
             session = open_session(folder / decoder["filename"], pairs, {}, None, tail)
@@ -73,10 +81,11 @@ class DrivenEngine:
             ) from error
         self._graph = read_graph(session, decoder, device, capture)
         graph = self._graph
-        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, plain)
+        self._top = TopTokens(graph.logits_dtype, graph.vocabulary, providers)
         self._pad = pad
         self._context = int(config["model"]["context_length"])
         self._idle: deque[Cache] = deque()
+        self._is_closed = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-decode")
 
     def start(
@@ -95,7 +104,8 @@ class DrivenEngine:
                 yield from self._sampled(cache, step, prompts, steps, sampling)
         finally:
             # Maybe in another thread, or while Python collects garbage: so without a lock of ours.
-            self._idle.append(cache)
+            if not self._is_closed:
+                self._idle.append(cache)
 
     def warm_up(self, rows: int, length: int) -> None:
         """Take the memory and capture the step of batches of this size ahead of the first one.
@@ -104,9 +114,17 @@ class DrivenEngine:
             length: of the longest prompt and the new tokens together.
         """
         prompts, slots = [[self._pad]] * rows, np.zeros(rows, dtype=np.int64)
-        taken = self.start(prompts, slots, length - 1, Sampling())
-        next(taken)
-        taken.close()
+        steps = self.start(prompts, slots, length - 1, Sampling())
+        next(steps)
+        steps.close()
+
+    def close(self) -> None:
+        """Give caches, session and thread up; no call runs, and none comes any more."""
+        self._is_closed = True
+        while self._idle:
+            self._do(self._idle.pop().release)
+        self._worker.shutdown()
+        del self._graph, self._top
 
     def _pad_prompts(self, tokens: Sequence[list[int]], slots: np.ndarray) -> Prompts:
         num, rows = len(tokens), 1 << (len(tokens) - 1).bit_length()
@@ -155,8 +173,12 @@ class DrivenEngine:
     def _step(self, cache: Cache, rows: int, length: int) -> Step:
         while len(self._idle) > _IDLE:
             self._idle.popleft().release()
+        is_new = not cache.has_step(rows, length)
         step = cache.step(rows, length)
         cache.clear()
+        if is_new:
+            verb = "captured" if self._graph.capture else "prepared"
+            _LOG.info("%s the decode step of %d rows of up to %d tokens", verb, rows, length)
         return step
 
     def _read(self, cache: Cache, step: Step, prompts: Prompts) -> np.ndarray:

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from ...device.dtypes import ONNX_TYPES
 from ...device.memory import host_value
+from ...device.ort_session import quiet_options
 from ...device.providers import session_device
 from .onnx_bytes import field, graph, node, value
 
@@ -23,18 +24,16 @@ _PARTS = 128
 class TopTokens:
     """logits [batch, n, vocabulary] -> the highest of every row, from the highest down.
 
-    To draw from them: the likeliest alone comes from the decoder's graph itself, see tail.py.
+    To draw from them: the likeliest alone comes from the decoder's graph itself (next_inputs.py).
     Not captured: replays of a second CUDA graph of TopK gave tokens that no row had.
     """
 
     def __init__(
         self, dtype: str, vocabulary: int, providers: Sequence[tuple[str, dict[str, Any]]]
     ) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1  # no second pool of threads that spin beside the decoder's
+        # One thread: no second pool of threads that spin beside the decoder's.
         self._session = ort.InferenceSession(
-            _graph(dtype), options, providers=list(providers), enable_fallback=0
+            _graph(dtype), quiet_options(1), providers=list(providers), enable_fallback=0
         )
         self._device = session_device(providers[0])
         self._dtype = dtype

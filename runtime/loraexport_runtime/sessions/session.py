@@ -1,0 +1,185 @@
+"""What every open session has, whatever its artifact's kind: adapters, statistics, and an end."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+from ..buckets.replays import Replays, check_capturable
+from ..contract.manifest import Manifest, Stack
+from ..device import providers as devices
+from ..device.ort_session import require_device
+from ..slots.gate import Gate
+from ..slots.host import AdapterHost
+from ..slots.pool import AdapterInfo
+from .stats import SessionStats
+
+_LOG = logging.getLogger(__name__)
+
+
+class ArtifactSession(ABC):
+    """An open artifact and the adapters in its slots; `LayersSession` and `ModelSession` run it.
+
+    Threads: every method may be called from any thread, at the same time as any other, but for
+    `warm_up`. A run takes the slots of all adapters that it names when it begins and keeps them
+    until it ends: so it sees the weights of before a load, an unload or a replacement that happens
+    meanwhile, or, if it began later, those of after it, and never a mixture. A load waits for the
+    runs that use the slot that it writes. `close` waits for the calls that have begun, and those
+    that come later raise ClosedError. With CUDA graphs one run computes at a time, and `warm_up`
+    has to come before other threads use the device: CUDA refuses much of their work during a
+    capture.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        providers: list[tuple[str, dict[str, Any]]],
+        cuda_graphs: bool,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._device = devices.session_device(providers[0])
+        for provider in providers:
+            require_device(devices.session_device(provider))
+        self._replays = Replays(capture=self._device[0] == "cuda") if cuda_graphs else None
+        if self._replays is not None:
+            check_capturable(manifest)
+        # Not while a graph is captured: CUDA refuses the copy, and gives the capture up.
+        guard = nullcontext() if self._replays is None else self._replays.lock
+        self._host = AdapterHost(folder, manifest, self._device, guard)
+        self._gate = Gate(f"the session of {folder}", "open the artifact again")
+        self._providers = providers
+        if self._replays is not None and self._replays.capture:
+            self._providers = devices.with_cuda_graphs(providers)
+
+    @property
+    def adapters(self) -> dict[str, int]:
+        """The adapters that sit in slots now, name -> slot. Runs may name more: `list_adapters`."""
+        with self._gate:
+            return self._host.slots.loaded
+
+    def list_adapters(self) -> dict[str, AdapterInfo]:
+        """Every adapter that a run may name: its slot if it is in one, its digest, its ranks."""
+        with self._gate:
+            return self._host.slots.listing()
+
+    def load_adapter(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        *,
+        scale: float = 1.0,
+        base: str | Path | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Put an adapter into a slot, in place; other rows are undisturbed. Returns the slot.
+
+        The name of a loaded adapter replaces it: a run sees the old weights or the new ones. With
+        no slot free, the least recently used adapter without a pin is paged out to host memory.
+        The load takes its slot at once, not on first use, so that the first run finds it there.
+
+        Args:
+            path: a PEFT directory; default: the adapter of this name that the artifact carries,
+                with the scale of its spec.
+            scale: multiplies the adapter's scaling.
+            base: the base's directory, which an adapter with DoRA needs: its outputs are scaled by
+                m / ||W + s B A||. W is found there by its digest.
+            timeout: seconds to wait for a slot, once the adapter is read; None: as long as the runs
+                take that hold it.
+
+        Raises:
+            AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
+            SlotsExceededError: every slot is kept for a pinned adapter; nothing has changed.
+            SlotTimeoutError: no slot was free in time; nothing has changed.
+            ClosedError: the session is closed.
+        """
+        with self._gate:
+            read = None if path is None else Path(path)
+            return self._host.load(name, read, scale, None if base is None else Path(base), timeout)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, in host memory too; runs that use it finish, and a pin ends.
+
+        Raises UnknownAdapterError, ClosedError.
+        """
+        with self._gate:
+            self._host.slots.remove(name)
+        _LOG.info("adapter %r unloaded", name)
+
+    def pin(self, name: str, *, timeout: float | None = None) -> int:
+        """Bring an adapter into a slot, and keep it there until `unpin`. Returns the slot.
+
+        Args:
+            timeout: seconds to wait for a slot; None: as long as it takes.
+
+        Raises:
+            UnknownAdapterError: it is not loaded.
+            SlotsExceededError: every slot is kept for another pinned adapter.
+            SlotTimeoutError: no slot was free in time; nothing has changed.
+            ClosedError: the session is closed.
+        """
+        with self._gate:
+            return self._host.slots.pin(name, timeout)
+
+    def unpin(self, name: str) -> None:
+        """Allow it to be paged out again. Raises UnknownAdapterError, ClosedError."""
+        with self._gate:
+            self._host.slots.unpin(name)
+
+    def export_adapters(self, folder: str | Path) -> dict[str, int]:
+        """Write the slots for onnxruntime's own LoraAdapter API. Returns adapter name -> slot.
+
+        One `<graph>.onnx_adapter` for each graph, because a graph refuses parameters that are not
+        its own, and `slots.json` with what is returned: see `write_onnx_adapters`. Slots without
+        an adapter are written as zeros.
+        """
+        with self._gate:
+            return self._host.export(Path(folder), self._graph_stacks())
+
+    def stats(self) -> SessionStats:
+        """What the session has done so far; also once it is closed."""
+        counts, replays = self._host.slots.counts(), self._replays
+        return SessionStats(
+            slots_held=counts.slots_held,
+            hits=counts.hits,
+            pages=counts.pages,
+            evictions=counts.evictions,
+            waits=counts.waits,
+            wait_seconds=counts.wait_seconds,
+            runs=counts.runs,
+            run_seconds=counts.run_seconds,
+            bucket_hits=0 if replays is None else replays.num_hits,
+            bucket_misses=0 if replays is None else replays.num_misses,
+        )
+
+    def close(self) -> None:
+        """End the session: wait for the calls that have begun, then give its memory and threads up.
+
+        Every later call raises ClosedError, but for `stats` and this one, which does nothing then.
+        `with load(…) as session:` closes it too.
+        """
+        if not self._gate.close():
+            return
+        self._drop_graphs()
+        self._host.close()
+        if self._replays is not None:
+            self._replays.close()
+        _LOG.info("closed %s", self.folder)
+
+    def __enter__(self) -> Self:
+        self._gate.check()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
+        """The stacks that each ONNX graph of the artifact takes, by the name of its file."""
+
+    @abstractmethod
+    def _drop_graphs(self) -> None:
+        """Let go of onnxruntime's sessions, and of the buckets over them."""
