@@ -1,5 +1,6 @@
 """Whole models that compute texts without their padding (export.packed)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -182,4 +183,18 @@ def test_a_plan_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message:
 def test_a_model_whose_positions_are_not_known(tmp_path: Path) -> None:
     spec = write_vit_project(tmp_path, export=PORTABLE)
     with pytest.raises(BaseModelError, match="a model of type 'vit' cannot be packed, but bert"):
+        build(spec, tmp_path / "out")
+
+
+def test_pooling_that_takes_the_first_column(tmp_path: Path) -> None:
+    base = {"kind": "transformers", "path": "bert", "task": "sentence-embedding"}
+    spec = write_model_project(tmp_path, export=PORTABLE, base=base)
+    modules = [
+        {"idx": index, "name": name, "path": name, "type": f"sentence_transformers.{name}"}
+        for index, name in enumerate(("Transformer", "Pooling"))
+    ]
+    (tmp_path / "bert/modules.json").write_text(json.dumps(modules))
+    (tmp_path / "bert/Pooling").mkdir()
+    (tmp_path / "bert/Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+    with pytest.raises(BaseModelError, match="pooling takes the first column, which may be paddi"):
         build(spec, tmp_path / "out")

@@ -70,3 +70,13 @@ def test_the_costs_that_come_along_choose_as_the_measurements_do() -> None:
         measured = {one: seconds for one, seconds in found.items() if seconds is not None}
         chosen = min(measured, key=lambda one: added(costs, one, shape))
         assert measured[chosen] <= 1.1 * min(measured.values()), cell
+
+
+def test_the_loop_has_no_model() -> None:
+    with pytest.raises(ValueError, match="no cost of 'segmented'"):
+        work("segmented", SHAPES[0])
+
+
+def test_a_file_of_costs_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"No such file .*; give a calibration's costs\.json"):
+        read_costs(tmp_path / "costs.json")

@@ -1,6 +1,7 @@
 """Plans of decoders, and the bases and keys that a plan or a build refuses."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,9 @@ def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"no tokenizer.json, which onnxruntime-genai needs"):
         build(spec, tmp_path / "artifacts")
     assert not (tmp_path / "artifacts/decoder").exists()
+
+
+def test_a_build_without_the_model_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai.models.builder", None)
+    with pytest.raises(BaseModelError, match=r"pip install 'loraexport\[genai\]'"):
+        build(write_decoder(tmp_path, FAMILIES["Llama"]), tmp_path / "out")

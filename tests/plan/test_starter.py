@@ -82,6 +82,14 @@ def test_the_task_is_found(tmp_path: Path, architecture: str, task: str) -> None
     assert find_task(tmp_path) == "sentence-embedding"
 
 
+@pytest.mark.parametrize("text", [None, "{", "[]"], ids=["none", "open", "list"])
+def test_a_directory_that_says_no_task(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(BaseModelError, match=r"no config\.json that can be read: "):
+        find_task(tmp_path)
+
+
 def test_a_plan_reads_what_init_wrote(folder: Path) -> None:
     spec = write_spec(str(folder / "bert"), [folder / "sql"], folder / "spec.yaml")
     assert [one.name for one in make_plan(spec, folder).adapters] == ["sql"]

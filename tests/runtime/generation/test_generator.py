@@ -118,6 +118,15 @@ def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
     assert plain.text == decoded[: len(plain.text)]
 
 
+def test_a_chat_without_a_template(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "_has_template", False)
+    chat = [{"role": "user", "content": "hello"}]
+    with pytest.raises(lr.InputError, match=r"prompts\[1\] is a chat, but .* no chat template"):
+        generator.generate(["hello", chat], max_new_tokens=1)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "message"),
     [
