@@ -213,6 +213,16 @@ def test_verify_finds_the_base_or_says_what_it_takes_instead(bert: Any, tmp_path
         verify_artifact(copy, manifest, other)
 
 
+def test_verify_says_that_the_base_is_of_another_kind(bert: Any, tmp_path: Path) -> None:
+    _, folder, artifact = bert
+    other = tmp_path / "graph"
+    shutil.copytree(folder / "graph", other)
+    (other / "genai_config.json").write_text('{"model": {"decoder": {}}}')
+    text = "graph: it is a decoder, and the artifact is a graph; give the base that it was built"
+    with pytest.raises(BaseModelError, match=text):
+        verify_artifact(artifact, Manifest.read(artifact), other)
+
+
 def stored_source(artifact: Path) -> str:
     return str(json.loads((artifact / "parity/parity.json").read_text())["reference"])
 
