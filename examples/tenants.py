@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 
 from loraexport_runtime import ModelSession, load
 
-ADAPTERS = Path(__file__).resolve().parent.parent / "specs/adapters"
-sys.path.insert(0, str(ADAPTERS))
-import train  # noqa: E402
+SPECS = Path(__file__).resolve().parent.parent / "specs"
+ADAPTERS = SPECS / "adapters"
+sys.path.insert(0, str(SPECS / "make"))
+import train_minilm as train  # noqa: E402
 
 BATCH = 48
 

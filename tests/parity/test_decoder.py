@@ -1,4 +1,4 @@
-"""Whole decoders on onnxruntime-genai: every family of the README against PEFT's own generate, a
+"""Whole decoders on onnxruntime-genai: every family of the docs against PEFT's own generate, a
 batch with its own adapter for every prompt, and planted faults."""
 
 import json
@@ -86,13 +86,13 @@ def test_a_family(name: str, home: Home) -> None:
         assert len(set(others.values())) == 3, f"row {index}: an adapter changes no token"
 
 
-def test_the_readme_names_these_families() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## Generation\n", 1)[1].split("\n## ", 1)[0]
+def test_the_docs_name_these_decoders() -> None:
+    text = (ROOT / "docs/guides/generation.md").read_text(encoding="utf-8")
+    section = text.split("\n## Decoders\n", 1)[1].split("\n## ", 1)[0]
     table = [line for line in section.splitlines() if line.startswith("|")]
     rows = ["| decoder | notes |", "| --- | --- |"]
     rows += [f"| {name} | {family.notes} |" for name, family in FAMILIES.items()]
-    assert table == rows, "write this into README.md:\n" + "\n".join(rows)
+    assert table == rows, "write this into docs/guides/generation.md:\n" + "\n".join(rows)
 
 
 def test_the_artifact(artifact: Path) -> None:

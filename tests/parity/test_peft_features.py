@@ -1,7 +1,7 @@
 """PEFT's features on whole models, each held to PEFT in mixed batches.
 
 A feature counts by two proofs: the build's own parity, and the runtime's mixed batch against plain
-models into which PEFT has merged one adapter each. The README's table is `FEATURES`.
+models into which PEFT has merged one adapter each. The docs' table is `FEATURES`.
 """
 
 import json
@@ -44,16 +44,16 @@ pytestmark = [
 ]
 
 
-def test_the_readme_lists_these_features() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## PEFT\n", 1)[1].split("\n## ", 1)[0]
+def test_the_docs_list_these_features() -> None:
+    text = (ROOT / "docs/reference/peft.md").read_text(encoding="utf-8")
+    section = text.split("\n## Support\n", 1)[1].split("\n## ", 1)[0]
     table = [line for line in section.splitlines() if line.startswith("|")]
     rows = [
         "| feature | in a mixed batch | PEFT's own mixed batch | note |",
         "| --- | --- | --- | --- |",
     ]
     rows += [f"| {one.name} | {one.in_batch} | {one.peft} | {one.note} |" for one in FEATURES]
-    assert table == rows, "write this into README.md:\n" + "\n".join(rows)
+    assert table == rows, "write this into docs/reference/peft.md:\n" + "\n".join(rows)
 
 
 def test_the_table_names_every_refused_field() -> None:

@@ -129,8 +129,9 @@ class LayerSession:
                 are not checked: that would wait for the device.
             segments: (adapter name, number of tokens) in order; None names the base. No tokens
                 give no rows.
-            seg_indptr, seg_slots: the same as int64 arrays [n + 1] and [n] of slot numbers. Pin
-                those adapters: a load or another batch may page others into their slots.
+            seg_indptr: int64 [n + 1], the segments' offsets; beside seg_slots, in place of names.
+            seg_slots: int64 [n], their slot numbers. Pin those adapters: a load or another batch
+                may page others into their slots.
             timeout: seconds to wait for slots, where other runs hold them; None: as long as it
                 takes.
 
