@@ -210,7 +210,7 @@ BUILDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Feature:
-    """A row of the README's table, and what proves it."""
+    """A row of the docs' table, and what proves it."""
 
     name: str
     peft: str
