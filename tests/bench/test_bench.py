@@ -28,9 +28,10 @@ from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_
 from loraexport.bench.workloads.projects import Lab, model_spec
 from loraexport.bench.workloads.schema import Workloads, read_workloads
 from loraexport.cli import app as cli
-from loraexport.errors import ParityError, ProviderError, SpecError, UsageError
+from loraexport.errors import ParityError, SpecError, UsageError
 from loraexport.plan.costs import Shape, added, read_costs
 from loraexport.spec.schema import Costs
+from loraexport_runtime import ProviderError
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -24,6 +24,7 @@ from loraexport.tensors import to_numpy
 from loraexport_runtime import InputError, LayersSession, ModelSession, ProviderError, load
 from loraexport_runtime.buckets.bucket import Bucket
 from loraexport_runtime.buckets.replays import Replays
+from loraexport_runtime.checking.check import check_artifact
 from loraexport_runtime.checking.decoder import compare_tokens, load_reference
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, stored_tolerance
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
@@ -335,6 +336,27 @@ def test_captured_steps_give_the_reference_tokens(
     rows = compare_tokens("captured", generator, generator.manifest, reference, tolerance)
     assert {row.adapter for row in rows} == {"base", "first", "second"}
     assert all(row.passed for row in rows), rows
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_check_of_a_decoder(decoder: Decoder, dtype: str) -> None:
+    """Logits, onnxruntime-genai's tokens, and those of captured steps."""
+    report = check_artifact(decoder("Llama", dtype), ["cuda"])
+    assert (report.status, report.skipped) == ("passed", {})
+    names = {"onnx-cuda", "onnx-genai-cuda", "onnx-captured-cuda"}
+    assert {row.implementation for row in report.rows} == names
+
+
+def test_check_takes_every_provider_that_runs_here(folder: Path) -> None:
+    artifact, _ = build(spec(folder, "masked", "float16"), folder / "checked")
+    assert {row.implementation for row in check_artifact(artifact).rows} == {
+        "onnx-cpu",
+        "onnx-cuda",
+    }
+    artifact, _ = build(spec(folder, "masked", "bfloat16"), folder / "checked")
+    report = check_artifact(artifact)
+    assert {row.implementation for row in report.rows} == {"onnx-cuda"}
+    assert "no bfloat16 MatMul" in report.skipped["onnx-cpu"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

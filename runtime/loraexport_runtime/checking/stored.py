@@ -12,6 +12,7 @@ from ..contract.files import resolve
 from ..contract.manifest import Manifest
 from ..device.dtypes import NUMPY_DTYPES
 from ..errors import ArtifactError
+from .rows import slot_names
 
 CASES_FILE = "parity/cases.safetensors"
 SOURCE = "the stored cases"
@@ -49,7 +50,7 @@ def read_stored(folder: Path, manifest: Manifest) -> StoredArrays:
         ArtifactError: the manifest lists none, or the file is missing or damaged.
     """
     file = resolve(folder, CASES_FILE)
-    if CASES_FILE not in manifest.files or all(one.slot is None for one in manifest.adapters):
+    if CASES_FILE not in manifest.files or not slot_names(manifest):
         raise ArtifactError(f"{file}: the artifact holds no stored cases; build it again")
     try:
         content = file.read_bytes()
