@@ -68,5 +68,5 @@ def open_session(
         case Decoder():
             raise ArtifactError(
                 f"{folder}: its kind is 'decoder'; open it with"
-                " loraexport_runtime.generation.load_generator()"
+                " loraexport_runtime.generation.load.load_generator()"
             )
