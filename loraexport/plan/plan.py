@@ -79,10 +79,7 @@ def make_plan(spec: Spec, folder: Path) -> AnyPlan:
     ]
     max_rank = spec.max_rank or max(header.max_rank for header in headers)
     num_slots = spec.slots or len(spec.adapters)
-    directory = None
-    if spec.base.path is not None:
-        directory = resolve_directory(spec.base.path, folder, BaseModelError)
-    layers, kind = _plan_base(spec, directory, headers, num_slots, max_rank)
+    layers, kind = _plan_base(spec, folder, headers, num_slots, max_rank)
     adapters = tuple(
         _plan_adapter(spec, index, header, layers, num_slots)
         for index, header in enumerate(headers)
@@ -91,25 +88,24 @@ def make_plan(spec: Spec, folder: Path) -> AnyPlan:
 
 
 def _plan_base(
-    spec: Spec,
-    directory: Path | None,
-    headers: Sequence[AdapterHeader],
-    num_slots: int,
-    max_rank: int,
+    spec: Spec, folder: Path, headers: Sequence[AdapterHeader], num_slots: int, max_rank: int
 ) -> tuple[tuple[LayerPlan, ...], PlanKind]:
+    def directory(path: str) -> Path:
+        return resolve_directory(path, folder, BaseModelError)
+
     sizes = spec, num_slots, max_rank
-    if isinstance(spec.base, LayersSpec):
-        return plan_layers(spec.base, directory, headers, *sizes)
-    assert directory is not None, "all other bases have a path"
     match spec.base:
-        case TransformersSpec() as base:
-            return plan_model(base, directory, headers, *sizes)
-        case CausalLmSpec():
-            return plan_decoder(directory, headers, *sizes)
-        case OnnxSpec() as base:
-            generates = (directory / GENAI_CONFIG).is_file()
-            layers, graph = plan_graph(base, directory, generates, headers, *sizes)
-            return layers, DecoderPlan(directory, graph) if generates else graph
+        case LayersSpec(path=path) as base:
+            return plan_layers(base, None if path is None else directory(path), headers, *sizes)
+        case TransformersSpec(path=path) as base:
+            return plan_model(base, directory(path), headers, *sizes)
+        case CausalLmSpec(path=path):
+            return plan_decoder(directory(path), headers, *sizes)
+        case OnnxSpec(path=path) as base:
+            place = directory(path)
+            generates = (place / GENAI_CONFIG).is_file()
+            layers, graph = plan_graph(base, place, generates, headers, *sizes)
+            return layers, DecoderPlan(place, graph) if generates else graph
 
 
 def _base_source(base: BaseSpec) -> str:
