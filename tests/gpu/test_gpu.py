@@ -21,7 +21,14 @@ from loraexport.pipeline.build import build
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_numpy
-from loraexport_runtime import InputError, LayersSession, ModelSession, ProviderError, load
+from loraexport_runtime import (
+    ClosedError,
+    InputError,
+    LayersSession,
+    ModelSession,
+    ProviderError,
+    load,
+)
 from loraexport_runtime.buckets.bucket import Bucket
 from loraexport_runtime.buckets.replays import Replays
 from loraexport_runtime.checking.check import check_artifact
@@ -474,6 +481,31 @@ def test_captured_layers(folder: Path, replayed: list[int], strategy: str, dtype
         for _ in range(4):
             list(threads.map(lambda segments: check("qkv", segments), mixes))
     check("qkv", [("sql", 3), (None, 2), ("chat", 1)])
+
+
+def test_a_session_with_captured_graphs_is_closed(folder: Path) -> None:
+    """Its graphs were captured by two threads; what opens after it computes the same."""
+    artifact, _ = build(spec(folder, "masked", "float16"), folder / "closed")
+    x, segments = np.ones((5, 32), np.float16), [("sql", 3), (None, 2)]
+    outputs = set()
+    for _ in range(3):
+        captured, _ = _opened(artifact, LayersSession)
+        with captured, ThreadPoolExecutor(1) as thread:
+            captured.warm_up([16])
+            outputs.add(captured["qkv"].run(x, segments=segments).tobytes())
+            outputs.add(thread.submit(captured["qkv"].run, x, segments).result().tobytes())
+            assert captured.stats().bucket_hits == 2
+        with pytest.raises(ClosedError, match="is closed; open the artifact again"):
+            captured["qkv"].run(x, segments=segments)
+    assert len(outputs) == 1
+
+
+def test_a_device_that_is_not_there(folder: Path, capfd: Any) -> None:
+    artifact, _ = build(spec(folder, "masked", "float32"), folder / "closed")
+    capfd.readouterr()
+    with pytest.raises(ProviderError, match=r"there is no device 99; CUDA finds \d+, counted from"):
+        load(artifact, [("cuda", {"device_id": 99})])
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("blend", [False, True])

@@ -79,6 +79,7 @@ class GenaiModel:
         config.clear_providers()
         if device.kind == "cuda":
             config.append_provider("cuda")
+            config.set_provider_option("cuda", "use_tf32", "0")
         self.model = self.og.Model(config)
 
 

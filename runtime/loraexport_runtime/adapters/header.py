@@ -145,11 +145,7 @@ def read_adapter(path: Path) -> AdapterHeader:
 
 
 def digest_adapter(path: Path) -> str:
-    """sha256 over the two files that define an adapter, as hexadecimal text.
-
-    Raises:
-        WeightsError: one of them is missing, or may not be read.
-    """
+    """sha256 over an adapter's two files, in hexadecimal. Raises WeightsError: one is missing."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:

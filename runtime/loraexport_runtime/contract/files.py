@@ -38,7 +38,7 @@ def unreadable(error: OSError) -> str:
     """Why a file cannot be read, in words: one that is there may be closed to this user."""
     if isinstance(error, PermissionError):
         return "permission denied; let the user that this process runs as read it"
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
+    if isinstance(error, FileNotFoundError):
         return "no such file"
     return f"cannot be read: {error.strerror or error}"
 

@@ -143,12 +143,13 @@ def test_a_file_of_an_artifact(tenants: Path, folder: Path, file: str) -> None:
 
 def test_what_is_missing_is_missing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "none", tmp_path / "file/none"):
+    problems = {"none": "no such file", "file/none": "cannot be read: Not a directory"}
+    for path, problem in problems.items():
         with pytest.raises(OSError, match=r"No such file|Not a directory") as caught:
-            path.read_bytes()
-        assert unreadable(caught.value) == "no such file"
-        with pytest.raises(lr.WeightsError, match=rf"^{path}.*: no such file$"):
-            digest_adapter(path)
+            (tmp_path / path).read_bytes()
+        assert unreadable(caught.value) == problem
+        with pytest.raises(lr.WeightsError, match=rf"^{tmp_path / path}.*: {problem}$"):
+            digest_adapter(tmp_path / path)
     with pytest.raises(OSError, match="Is a directory") as caught:
         tmp_path.read_bytes()
     assert unreadable(caught.value) == "cannot be read: Is a directory"

@@ -3,14 +3,17 @@
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraexport_runtime.device import installed
 
+ROOT = Path(__file__).parents[3]
 IMPORT = "import loraexport_runtime"
 
 
@@ -85,3 +88,13 @@ def test_what_the_import_brings() -> None:
         " assert all(hasattr(lr, name) for name in lr.__all__)"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_a_service_on_the_cpu_installs() -> None:
+    """Everything that the runtime needs, with the CPU's onnxruntime in place of CUDA's."""
+    runtime = ROOT / "runtime"
+    project = tomllib.loads((runtime / "pyproject.toml").read_text())["project"]
+    needed = {line.partition(";")[0].strip() for line in project["dependencies"]}
+    lines = (runtime / "requirements-cpu.txt").read_text().splitlines()
+    asked = {line for line in lines if line and not line.startswith("#")}
+    assert asked == {line for line in needed if not line.startswith("onnxruntime-gpu")}
