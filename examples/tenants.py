@@ -50,7 +50,7 @@ def encode_mixed(
         random.Random(0).shuffle(encoded)
     else:
         encoded.sort(key=lambda row: len(row[2]))
-    found: dict[str, dict[str, np.ndarray]] = {adapter: {} for adapter, _, _ in rows}
+    encodings: dict[str, dict[str, np.ndarray]] = {adapter: {} for adapter, _, _ in rows}
     mixed, seconds, real, every = 0, 0.0, 0, 0
     for start in range(0, len(encoded), BATCH):
         batch = encoded[start : start + BATCH]
@@ -69,12 +69,12 @@ def encode_mixed(
         real, every = real + int(mask.sum()), every + mask.size
         mixed += len(set(adapters)) > 1
         for (adapter, text, _), vector in zip(batch, vectors, strict=True):
-            found[adapter][text] = vector
+            encodings[adapter][text] = vector
     print(
         f"{len(encoded)} texts in batches of {BATCH}, {mixed} of them with several adapters;"
         f" {real / every:.0%} of their tokens no padding; {seconds:.1f} s"
     )
-    return found
+    return encodings
 
 
 def main() -> None:

@@ -63,6 +63,9 @@ NEEDS = {
     "loraexport bench specs/bench/h200.yaml --out bench": "a GPU",
     "loraexport verify artifacts/NAME --providers cuda --json": "a GPU",
     "python -m loraexport_runtime check artifacts/tenants --providers cuda": "a GPU",
+    "python -m loraexport_runtime check artifacts/quickstart --providers cuda --digest $DIGEST": (
+        "a GPU"
+    ),
 }
 SCRIPTS = {"scripts/demo", "scripts/test", "scripts/check", "scripts/docs"}
 

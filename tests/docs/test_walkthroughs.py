@@ -203,6 +203,19 @@ def test_tables_from_results(
     assert (tmp_path / "bench/bench.md").is_file()
 
 
+HAS_NODE = (ROOT / "examples/node/node_modules/onnxruntime-node").is_dir()
+
+
+@pytest.mark.skipif(not HAS_NODE, reason="npm install --prefix examples/node --ignore-scripts")
+def test_node(workplace: Path) -> None:
+    """The same shares as in Python, of the same batch."""
+    command = ["node", "examples/node/run.mjs", "artifacts/minilm"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=True)
+    printed = run_program("examples/plain_onnxruntime.py", "artifacts/minilm", at=workplace)
+    shares = [line for line in printed.splitlines() if "moved:" in line]
+    assert [line for line in done.stdout.splitlines() if "moved:" in line] == shares
+
+
 @pytest.fixture(scope="module")
 def tenants_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the artifact and the adapter that the page on operations speaks of."""
