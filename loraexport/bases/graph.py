@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.contract.files import digest_file
+from loraexport_runtime.contract.foreign import require_file
 
 from ..errors import BaseModelError
 from ..graphs.files import external_files, read_graph
@@ -21,6 +22,7 @@ def load_base(plan: Plan) -> Base:
     """The digests of a graph's files and of its sites' weights, as they are stored."""
     assert plan.graph is not None, "the plan is of a graph"
     model = read_graph(plan.graph.file)
+    _require_data(model, plan.graph.file)
     by_output = {one.output: one for one in list_products(model.graph)}
     digests = {}
     for planned in plan.layers:
@@ -28,8 +30,24 @@ def load_base(plan: Plan) -> Base:
         stored = {one.output: digest_array(_values(one.weight)) for one in products}
         for part in planned.layer.slices:
             digests[part.site] = digest_of(stored | {"columns": f"{part.offset}, {part.width}"})
-    files = {plan.graph.file, *external_files(model, plan.graph.file)}
-    return Base({}, digests, digest_of({file.name: digest_file(file) for file in sorted(files)}))
+    files = sorted({plan.graph.file, *external_files(model, plan.graph.file)})
+    return Base({}, digests, digest_of({file.name: digest_file(file) for file in files}))
+
+
+def _require_data(model: ir.Model, file: Path) -> None:
+    """Raise BaseModelError unless each file of external data is there and whole."""
+    for data in sorted(external_files(model, file)):
+        require_file(data, BaseModelError, f"{file.name} keeps weights in it; copy it too")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            size = (file.parent / tensor.location).stat().st_size
+            if size < end:
+                raise BaseModelError(
+                    f"{file.parent / tensor.location}: {size} bytes, but {value.name!r} of"
+                    f" {file.name} ends at {end}; copy or download it again"
+                )
 
 
 def load_graph(plan: Plan, folder: Path) -> ir.Model:

@@ -40,12 +40,12 @@ def _prove_graph(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
         "onnx", False, None, signature.inputs, signature.outputs, "graphs/model.onnx", None
     )
     manifest = replace(make_manifest(plan, base), model=model)
+    copy_tokenizer(plan.graph.directory, folder, model, progress)
     progress("graft multi-LoRA into it")
     sites = onnx_graph.find_sites(plan, graph, signature.layouts)
     stacks = pack_adapters(plan, base, [one.layer for one in sites])
     graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
     save_grafted(graph, folder / "graphs/model.onnx")
-    copy_tokenizer(plan.graph.directory, folder, model, progress)
     progress("verify")
     oracle = open_rows(plan, folder, manifest, plain)
     reference = model_reference.make_reference(oracle, manifest, model, plan.spec.parity.seed)

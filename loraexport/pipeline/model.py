@@ -31,10 +31,12 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
 
     progress("read weights")
     assert plan.model is not None, "the plan is of a whole model"
+    directory, seed = plan.model.directory, plan.spec.parity.seed
     base, modules = load_model(plan)
     manifest = make_manifest(plan, base)
     model = manifest.model
     assert model is not None, "the manifest has what the plan has"
+    copy_tokenizer(directory, folder, model, progress)
     if model.torchscript:
         progress("export the model to TorchScript")
         export_model_torchscript(modules, plan.spec.name, folder / model.torchscript)
@@ -46,8 +48,6 @@ def _prove_model(plan: Plan, folder: Path, progress: Progress) -> tuple[Manifest
     for name, scales in modules.output_scales.items():
         if scales:
             (folder / "adapters" / name / SCALES_FILE).write_bytes(save(scales))
-    directory, seed = plan.model.directory, plan.spec.parity.seed
-    copy_tokenizer(directory, folder, model, progress)
     progress("verify")
     adapters = read_adapters(folder, manifest)
     plain = PlainModel(directory, manifest, model, adapters)

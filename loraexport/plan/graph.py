@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from loraexport_runtime.adapters.header import AdapterHeader
 from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.contract.foreign import has_file
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
 from loraexport_runtime.errors import AdapterWeightsError
 
@@ -53,8 +54,8 @@ def plan_onnx(
     """
     file = directory / base.file
     products = list_products(read_graph(file).graph)
-    generates = (directory / GENAI_CONFIG).is_file()
-    config = read_genai_config(directory)["model"] if generates else None
+    generates = has_file(directory / GENAI_CONFIG)
+    config = read_genai_config(directory, BaseModelError)["model"] if generates else None
     modules = {module for header in headers for module in header.modules}
     places = find_places(products, base.sites, config, modules, file)
     known = [site for place in places for site in place.sites]

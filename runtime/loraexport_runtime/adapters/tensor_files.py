@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..contract.foreign import require_file
 from ..errors import WeightsError
 
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -45,11 +46,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 name: TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:
-        if path.is_dir():
-            raise WeightsError(f"{path}: a folder, not a safetensors file") from error
+        # Of every file that it cannot open, safetensors says that there is none.
+        require_file(path, WeightsError)
         if _is_lfs_pointer(path):
             raise WeightsError(
                 f"{path}: a Git LFS pointer, not the weights themselves; fetch them with"
