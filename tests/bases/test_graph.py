@@ -521,7 +521,7 @@ def test_a_plan_of_a_graph_needs_no_torch(tmp_path: Path) -> None:
     spec = _packed(tmp_path, sites=[rule])
     code = (
         "import sys; from pathlib import Path; from loraexport.plan.plan import make_plan\n"
-        "from loraexport.spec.schema import read_spec\n"
+        "from loraexport.spec.reader import read_spec\n"
         f"path = Path({str(spec)!r})\n"
         "print(len(make_plan(read_spec(path), path.parent).layers))\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
