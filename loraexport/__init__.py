@@ -22,6 +22,7 @@ from loraexport_runtime.errors import (
 from .errors import (
     BaseModelError,
     BuildBusyError,
+    DiskFullError,
     ExportError,
     ParityError,
     SpecError,
@@ -40,6 +41,7 @@ __all__ = [
     "BatchError",
     "BuildBusyError",
     "BuildResult",
+    "DiskFullError",
     "ExportError",
     "LoraexportError",
     "ParityError",
@@ -93,6 +95,7 @@ def build(
         BaseModelError, AdapterError, WeightsError: the base or an adapter cannot be used.
         ParityError: a graph disagrees with the reference; nothing is published.
         BuildBusyError, UsageError: another build holds the artifact, or `out` cannot be written.
+        DiskFullError: there is no room for what is written.
         ExportError: torch or onnx failed on a graph.
     """
     from .pipeline.build import build as run_build

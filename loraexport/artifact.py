@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,13 @@ from loraexport_runtime.contract.files import MANIFEST_FILE, FileEntry, digest_f
 from loraexport_runtime.contract.json_values import dump
 from loraexport_runtime.contract.manifest import FORMAT_VERSION, Manifest, ParitySummary
 from loraexport_runtime.contract.seal import DIGEST_FILE, digest_line
+from loraexport_runtime.errors import LoraexportError
 
-from .errors import BuildBusyError, UsageError
+from .errors import BuildBusyError, DiskFullError, ExportError, UsageError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROOM = 64 * 1024
+"""Bytes left, with which a file system counts as full."""
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Linux, renameat2
 _RENAME_SWAP = 2  # macOS, renamex_np
@@ -69,6 +74,7 @@ def staging(out: Path, name: str) -> Iterator[Staging]:
     Raises:
         BuildBusyError: another build of this artifact is running.
         UsageError: `out/name` exists and is no artifact, or `out` cannot be written.
+        DiskFullError: `out`, or the folder of temporary files, is full.
     """
     target = out / name
     for path in (target, _failed(target)):
@@ -84,11 +90,40 @@ def staging(out: Path, name: str) -> Iterator[Staging]:
             if left.name.removeprefix(f".{name}.staging-").isdigit():
                 shutil.rmtree(left)
         folder = out / f".{name}.staging-{os.getpid()}"
-        folder.mkdir()
         try:
+            folder.mkdir()
             yield Staging(folder, target)
+        except Exception as error:
+            _raise_if_full(error, folder)  # while what was written is there still
+            raise
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException:  # a signal, which may not leave half of it
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+
+def _raise_if_full(error: Exception, folder: Path) -> None:
+    """Raise DiskFullError if that is what an error means, or the error behind it.
+
+    Libraries say only that a write failed, so that the room which is left has to tell.
+    """
+    causes: list[BaseException] = [error]
+    while (behind := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(behind)
+    said = [one for one in causes if isinstance(one, OSError) and one.errno in _FULL]
+    places = [folder, Path(tempfile.gettempdir())]
+    full = [place for place in places if place.exists() and shutil.disk_usage(place).free < _ROOM]
+    is_explained = isinstance(error, LoraexportError) and not isinstance(error, ExportError)
+    if not said and (is_explained or not full):
+        return
+    named = next((one.filename for one in said if one.filename), None)
+    place = named or (full or places)[0]
+    raise DiskFullError(
+        f"{place}: no space left on the device; nothing was published. Free some, or choose another"
+        " --out (or TMPDIR, for a temporary file)"
+    ) from error
 
 
 def _failed(target: Path) -> Path:
@@ -119,6 +154,7 @@ def _open_lock(out: Path, name: str) -> TextIO:
         out.mkdir(parents=True, exist_ok=True)
         return (out / f".{name}.lock").open("a")
     except OSError as error:
+        _raise_if_full(error, out)
         raise UsageError(f"--out {out}: cannot be written ({error}); choose another") from error
 
 

@@ -11,7 +11,10 @@ LoraexportError                     runtime's root; exit code 1 if nothing below
 ├── WeightsError        4           (runtime) a weight file is damaged, unsafe or not finite
 ├── AdapterError        4           (runtime) an adapter cannot be used, with its two kinds
 ├── ArtifactError       5           (runtime) an artifact is damaged
+├── DiskFullError       1           there is no room for what a build writes
 └── ExportError         1           torch or onnx failed on a graph: a fault of our own
+
+Two ends of a command are no errors: 130 after SIGINT (Ctrl-C), 143 after SIGTERM.
 """
 
 from collections.abc import Sequence
@@ -49,6 +52,10 @@ class UsageError(LoraexportError):
 
 class BuildBusyError(UsageError):
     """Another build of the same artifact is running."""
+
+
+class DiskFullError(LoraexportError):
+    """There is no room for what a build writes; nothing was published."""
 
 
 class ParityError(LoraexportError):

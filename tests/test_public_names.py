@@ -22,6 +22,7 @@ EXPORTER = {
     "BatchError",
     "BuildBusyError",
     "BuildResult",
+    "DiskFullError",
     "ExportError",
     "LoraexportError",
     "ParityError",

@@ -10,22 +10,22 @@ from loraexport_runtime.contract.genai_config import GENAI_CONFIG, end_tokens, r
 from loraexport_runtime.contract.kinds import Decoder
 
 from ..errors import BaseModelError
-from ..hf.tokenizer import TOKENIZER_FILE, write_tokenizer
+from ..hf.tokenizer import TOKENIZER_FILE, find_files, write_tokenizer
 
 FOLDER = "generator"
 
 
 def require_tokenizer(directory: Path, folder: Path) -> None:
-    """Make tokenizer.json of the base's vocabulary where the base has no such file.
+    """Check the base's tokenizer; make tokenizer.json of its vocabulary where it has none.
 
     Args:
         directory: the base.
         folder: gets the file.
 
     Raises:
-        BaseModelError: it cannot be made; onnxruntime-genai opens no folder without.
+        BaseModelError: it is damaged, or cannot be made; onnxruntime-genai opens no folder without.
     """
-    if (directory / TOKENIZER_FILE).is_file():
+    if TOKENIZER_FILE in {file.name for file in find_files(directory)}:
         return  # it is copied with the others
     why = write_tokenizer(directory, folder / TOKENIZER_FILE)
     if why:
@@ -42,7 +42,7 @@ def adapt_config(folder: Path) -> int:
         The padding: a token that no prompt holds, as onnxruntime-genai takes it for padding
         wherever it stands.
     """
-    data = read_genai_config(folder)
+    data = read_genai_config(folder, BaseModelError)
     pad = _choose_pad(folder, data["model"])
     data["model"]["pad_token_id"] = pad
     data["model"]["decoder"].setdefault("session_options", {})["log_severity_level"] = 3
@@ -70,7 +70,13 @@ def _choose_pad(folder: Path, config: dict[str, Any]) -> int:
     pad = config.get("pad_token_id")
     if isinstance(pad, int) and pad >= 0 and pad not in ends:
         return pad
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of whatever reads this kind of tokenizer
+        said = (str(error).strip().splitlines() or ["no message"])[0]
+        raise BaseModelError(
+            f"{folder}: transformers cannot read the tokenizer: {said}; save it there again"
+        ) from error
     template = str(tokenizer.chat_template or "")
     for index, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
         text = str(token)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.contract.files import digest_file
+from loraexport_runtime.contract.foreign import require_file
 
 from ..errors import BaseModelError
 from ..graphs.files import external_files, read_graph
@@ -23,6 +24,7 @@ NO_PLAIN_MODEL = "the base is an ONNX graph"
 def load_base(plan: AnyPlan, graph: GraphPlan) -> Base:
     """The digests of a graph's files and of its sites' weights, as they are stored."""
     model = read_graph(graph.file)
+    _require_data(model, graph.file)
     by_output = {one.output: one for one in list_products(model.graph)}
     digests = {}
     for planned in plan.layers:
@@ -32,6 +34,22 @@ def load_base(plan: AnyPlan, graph: GraphPlan) -> Base:
             digests[part.site] = digest_of(stored | {"columns": f"{part.offset}, {part.width}"})
     files = {graph.file, *external_files(model, graph.file)}
     return Base({}, digests, digest_of({file.name: digest_file(file) for file in sorted(files)}))
+
+
+def _require_data(model: ir.Model, file: Path) -> None:
+    """Raise BaseModelError unless each file of external data is there and whole."""
+    for data in sorted(external_files(model, file)):
+        require_file(data, BaseModelError, f"{file.name} keeps weights in it; copy it too")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            size = (file.parent / tensor.location).stat().st_size
+            if size < end:
+                raise BaseModelError(
+                    f"{file.parent / tensor.location}: {size} bytes, but {value.name!r} of"
+                    f" {file.name} ends at {end}; copy or download it again"
+                )
 
 
 def load_graph(graph: GraphPlan) -> ir.Model:

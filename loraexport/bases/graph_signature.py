@@ -1,14 +1,13 @@
 """What an ONNX graph takes and gives, and how each tensor's rows lie: seen by running it."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from loraexport_runtime.contract.foreign import has_file, read_object, value_of
 from loraexport_runtime.contract.kinds import TensorEntry
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
@@ -183,7 +182,10 @@ def find_tokens(plan: Plan[GraphPlan], model: ir.Model) -> Tokens:
         BaseModelError: neither the graph nor the config says how large the vocabulary is.
     """
     file = plan.kind.directory / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_object(file, BaseModelError) if has_file(file) else {}
+    for key in ("pad_token_id", "vocab_size"):
+        if config.get(key) is not None:
+            value_of(config, key, int, file, BaseModelError)
     pad = config.get("pad_token_id") or 0
     ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
     if ids is None:
@@ -197,8 +199,8 @@ def find_tokens(plan: Plan[GraphPlan], model: ir.Model) -> Tokens:
             elif user.op_type == "Gather" and table is not None and table.is_initializer():
                 assert table.shape is not None, "an initializer has a shape"
                 return Tokens(int(table.shape[0]), pad)  # type: ignore[arg-type]
-    if "vocab_size" in config:
-        return Tokens(int(config["vocab_size"]), pad)
+    if config.get("vocab_size") is not None:
+        return Tokens(config["vocab_size"], pad)
     raise BaseModelError(
         f"{plan.kind.file}: no table that input_ids look up, and no vocab_size in {file}; put the"
         " model's config.json there"

@@ -20,9 +20,17 @@ from loraexport_runtime.errors import LoraexportError
 from ..errors import BaseModelError, ParityError, UsageError, exit_code
 from .console import err_console, out_console, print_error, print_json, print_tree, show_progress
 from .show_parity import print_report, report_dict
+from .stop import Stopped, stoppable
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a fault of our own, or a full disk; 2 the spec or the usage is wrong;"
+    " 3 parity failed, nothing was published; 4 a base or an adapter cannot be used; 5 an artifact"
+    " is damaged; 130 stopped by Ctrl-C, 143 by SIGTERM: no artifact is changed in part."
+)
 
 app = typer.Typer(
     help="One YAML spec and one command: multi-LoRA graphs for stock onnxruntime.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -271,7 +279,11 @@ def main() -> None:
     """Entry point: run a command; an error becomes one readable block and its exit code."""
     debug = "--debug" in sys.argv
     try:
-        app()
+        with stoppable():
+            app()
+    except Stopped as stop:
+        print_error("Stopped", f"by {stop.signal.name}")
+        sys.exit(128 + stop.signal)
     except LoraexportError as error:
         if debug:
             traceback.print_exc()

@@ -3,12 +3,13 @@
 The number of segments stays dynamic. The file holds no example inputs and no source paths.
 """
 
+import io
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +84,12 @@ def _trace(module: nn.Module, arguments: tuple[Tensor, ...], label: str, path: P
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
                 module, arguments, check_trace=False
             )
-            traced.save(str(path))
+            # In memory: where a disk is full, torch's own writer ends the process.
+            written = io.BytesIO()
+            torch.jit.save(traced, written)
     except Exception as error:
         raise ExportError(f"{label}: torch.jit.trace failed: {str(error).strip()}") from error
-    _strip(path)
+    path.write_bytes(_strip(written.getvalue()))
 
 
 @contextmanager
@@ -97,9 +100,9 @@ def _quiet_jit() -> Iterator[None]:
         yield
 
 
-def _strip(path: Path) -> None:
-    """Rewrite the archive: no example inputs, no source ranges, no device of its own."""
-    reader = torch._C.PyTorchFileReader(str(path))
+def _strip(archive: bytes) -> bytes:
+    """The archive without example inputs, source ranges, and a device of its own."""
+    reader: Any = torch._C.PyTorchFileReader(io.BytesIO(archive))
     records = [
         (name, reader.get_record(name))
         for name in reader.get_all_records()
@@ -107,8 +110,9 @@ def _strip(path: Path) -> None:
     ]
     # Operators are read as of this version; a new archive alone would say the oldest.
     record = next(name for name in reader.get_all_records() if name.endswith("version"))
-    version = int(reader.get_record(record))  # before the writer empties the file
-    writer = torch._C.PyTorchFileWriter(str(path))
+    version = int(reader.get_record(record))
+    stripped = io.BytesIO()
+    writer: Any = torch._C.PyTorchFileWriter(stripped)
     writer.set_min_version(version)
     for name, data in records:
         if name.endswith(".py"):
@@ -116,6 +120,7 @@ def _strip(path: Path) -> None:
         if name not in ("version", "byteorder"):
             writer.write_record(name, data, len(data))
     writer.write_end_of_file()
+    return stripped.getvalue()
 
 
 def _follow_device(code: str) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from loraexport_runtime.contract.foreign import require_file
+
 from ..errors import BaseModelError
 
 
@@ -23,8 +25,7 @@ def read_graph(file: Path) -> ir.Model:
     Raises:
         BaseModelError: there is none, or it is damaged.
     """
-    if not file.is_file():
-        raise BaseModelError(f"{file}: no such file; base.file names the graph in base.path")
+    require_file(file, BaseModelError, "base.file names the graph in base.path")
     try:
         return ir.load(file)
     except Exception as error:  # protobuf's own, which is no dependency of ours

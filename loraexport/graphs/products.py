@@ -157,13 +157,28 @@ def _names(node: ir.Node, weight: ir.Value) -> tuple[str, ...]:
     stem = re.sub(r"(\.MatMul)?\.(weight|qweight)(_Q\d)?$", "", name)
     if stem != name:
         found.append(stem)
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    scopes = _scopes(node)
     if len(scopes) > 1 and scopes[-2]:
-        found.append(str(scopes[-2]))
+        found.append(scopes[-2])
     path = str(node.name or "").strip("/").rpartition("/")[0].replace("/", ".")
     if path:
         found.append(path)
     return tuple(found)
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """The modules around a node, as torch.onnx.export notes them: the literal of a list."""
+    noted = node.metadata_props.get(_SCOPES, "[]")
+    try:
+        scopes = ast.literal_eval(noted)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        scopes = None
+    if not isinstance(scopes, list) or not all(isinstance(one, str) for one in scopes):
+        raise BaseModelError(
+            f"node {node.name!r}: its metadata {_SCOPES!r} is no list of names, but"
+            f" {noted[:40]!r}; export the graph again, or remove it"
+        )
+    return scopes
 
 
 def _key(name: str) -> str:

@@ -1,9 +1,9 @@
 """A Hugging Face directory -> name, shape and file of every tensor, from headers alone."""
 
-import json
 from pathlib import Path
 
 from loraexport_runtime.adapters.tensor_files import TensorInfo, read_header
+from loraexport_runtime.contract.foreign import has_file, read_object, value_of
 
 from ..errors import BaseModelError
 
@@ -18,9 +18,9 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
         BaseModelError: there is no safetensors file, or the index does not fit its shards.
         WeightsError: a file's header is damaged.
     """
-    if (folder / _INDEX).is_file():
+    if has_file(folder / _INDEX):
         return _read_shards(folder)
-    if (folder / _SINGLE).is_file():
+    if has_file(folder / _SINGLE):
         return read_header(folder / _SINGLE)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -41,13 +41,10 @@ def read_checkpoint(folder: Path) -> dict[str, TensorInfo]:
 
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:
     index = folder / _INDEX
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shard_of = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BaseModelError(
-            f"{index}: expected an object with weight_map, name -> file ({error!r})"
-        ) from error
+    weight_map = value_of(
+        read_object(index, BaseModelError), "weight_map", dict, index, BaseModelError
+    )
+    shard_of = {str(name): str(file) for name, file in weight_map.items()}
     if not shard_of:
         raise BaseModelError(f"{index}: weight_map is empty; save the model again")
     headers = {}
@@ -57,7 +54,7 @@ def _read_shards(folder: Path) -> dict[str, TensorInfo]:
                 f"{index}: shard {shard!r} is not a file of this folder; a shard lies beside its"
                 " index and is named without a path"
             )
-        if not (folder / shard).is_file():
+        if not shard or not has_file(folder / shard):
             raise BaseModelError(
                 f"{index}: shard {shard} is not there; the download is not complete, fetch it again"
             )

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from loraexport_runtime.contract.foreign import read_object
 from loraexport_runtime.contract.manifest import Layer
 
 from ..errors import BaseModelError
@@ -55,8 +56,10 @@ def load_plain_model(directory: Path, task: str, headless: Mapping[str, int]) ->
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BaseModelError(f"{directory}: transformers cannot load it: {error}") from error
+    except Exception as error:  # its own code, on a config and weights that do not fit it
+        raise BaseModelError(
+            f"{directory}: transformers cannot load it: {type(error).__name__}: {error}"
+        ) from error
     drawn = {f"{site}.{part}" for site in headless for part in ("weight", "bias")}
     missing = sorted(
         name
@@ -94,10 +97,11 @@ def has_rotary_positions(config: Any) -> bool:
 
 def read_config(directory: Path, task: str) -> Any:
     """The config of the model that a task needs: of a whole CLIP its vision tower's."""
+    read_object(directory / "config.json", BaseModelError, "give a Hugging Face model's directory")
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # a class of its own for every kind of value that does not fit
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelError(f"{directory}: no model that transformers knows: {first}") from error
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, dict)]

@@ -1,12 +1,12 @@
 """Hidden states -> one vector per text, as a sentence-transformers directory declares it."""
 
-import json
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from loraexport_runtime.contract.foreign import has_file, read_json, read_object, value_of
 
 from ..errors import BaseModelError
 
@@ -31,17 +31,21 @@ class SentencePooling(nn.Module):
         Raises:
             BaseModelError: the files are missing, or declare what is not supported, by name.
         """
-        try:
-            modules = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
-            kinds = [str(one["type"]).rsplit(".", 1)[-1] for one in modules]
-            pooling = next(one for one in modules if str(one["type"]).endswith(".Pooling"))
-            file = directory / pooling["path"] / "config.json"
-            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-            raise BaseModelError(
-                f"{directory}: no pooling is declared (modules.json and its config), which task"
-                " sentence-embedding needs; use task feature-extraction"
-            ) from error
+        listed = directory / "modules.json"
+        if not has_file(listed):
+            raise _no_pooling(directory)
+        modules = read_json(listed, BaseModelError)
+        if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+            raise BaseModelError(f"{listed}: expected a list of objects; download it again")
+        types = [value_of(one, "type", str, listed, BaseModelError) for one in modules]
+        kinds = [name.rsplit(".", 1)[-1] for name in types]
+        if "Pooling" not in kinds:
+            raise _no_pooling(directory)
+        inner = value_of(modules[kinds.index("Pooling")], "path", str, listed, BaseModelError)
+        file = directory / inner / "config.json"
+        if PurePosixPath(inner).is_absolute() or ".." in PurePosixPath(inner).parts:
+            raise BaseModelError(f"{listed}: path {inner!r} leaves the folder; download it again")
+        config = read_object(file, BaseModelError, "the download is not complete, fetch it again")
         unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
         if unknown:
             raise BaseModelError(f"{directory}: modules.json lists {unknown[0]}; not supported")
@@ -67,3 +71,10 @@ class SentencePooling(nn.Module):
             lowest = torch.finfo(hidden.dtype).min
             vector = torch.where(mask > 0, hidden, lowest).amax(1)
         return F.normalize(vector, p=2.0, dim=1) if self.normalise else vector
+
+
+def _no_pooling(directory: Path) -> BaseModelError:
+    return BaseModelError(
+        f"{directory}: no pooling is declared (modules.json and its config), which task"
+        " sentence-embedding needs; use task feature-extraction"
+    )

@@ -71,10 +71,11 @@ def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
             # Only Auto classes have a public one.
             make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
             model = make(config)
-    except (ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # its own code, on whatever values a config has
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BaseModelError(
             f"{directory}: transformers cannot build a model of type {config.model_type!r} for task"
-            f" {task!r}: {str(error).splitlines()[0]}"
+            f" {task!r}: {first}"
         ) from error
     modules = {name: module for name, module in model.named_modules() if _is_site(module)}
     signature = _signature(model, config, task, dtype)

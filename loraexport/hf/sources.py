@@ -6,6 +6,7 @@ import re
 from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath
 
+from loraexport_runtime.contract.foreign import reason
 from loraexport_runtime.errors import LoraexportError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?$")
@@ -28,10 +29,13 @@ def resolve_directory(source: str, folder: Path, error: type[LoraexportError]) -
     if "://" in source:
         raise error(f"{source!r} is an address; give a directory, a hub id or package:<module>/…")
     local = folder / source
-    if local.is_dir():
-        return local
-    if local.exists():
-        raise error(f"{local} is a file; give the directory that holds it")
+    try:
+        if local.is_dir():
+            return local
+        if local.exists():
+            raise error(f"{local} is a file; give the directory that holds it")
+    except OSError as cause:
+        raise error(f"{local}: {reason(cause)}") from cause
     if _HUB_ID.match(source) and not source.startswith("."):
         return _hub_directory(source, local, error)
     raise error(f"{local}: no such directory; paths are relative to the spec's folder")

@@ -6,10 +6,23 @@ from typing import Any
 import tokenizers
 import transformers
 
+from loraexport_runtime.contract.foreign import read_object, require_file
+
+from ..errors import BaseModelError
 from .model import no_progress_bar
 from .quiet import quiet_models
 
 TOKENIZER_FILE = "tokenizer.json"
+_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 _VOCABULARIES = ("vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _TEXTS = (
     "Tenants share one base; each row has its own adapter.",
@@ -19,6 +32,32 @@ _TEXTS = (
     "",
 )
 """Of words, spaces, digits, scripts, code, and what looks like a special token."""
+
+
+def find_files(directory: Path) -> list[Path]:
+    """The files of a directory's tokenizer and image processor, by name.
+
+    Raises:
+        BaseModelError: one of them cannot be read, is no JSON, or no tokenizer.
+    """
+    files = sorted({file for pattern in _FILES for file in directory.glob(pattern)})
+    for file in files:
+        require_file(file, BaseModelError)
+        if file.suffix == ".json":
+            read_object(file, BaseModelError)
+        if file.name == TOKENIZER_FILE:
+            _read_tokenizer(file)
+    return files
+
+
+def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise BaseModelError(
+            f"{file}: no tokenizer that the tokenizers library reads: {error}; copy or download it"
+            " again, or remove it if there is a vocabulary beside it"
+        ) from error
 
 
 def has_vocabulary(directory: Path) -> bool:
@@ -51,7 +90,7 @@ def write_tokenizer(directory: Path, file: Path) -> str | None:
         return f"transformers finds no vocabulary for a {type(tokenizer).__name__} in {directory}"
     file.parent.mkdir(parents=True, exist_ok=True)
     backend.save(str(file))
-    saved = tokenizers.Tokenizer.from_file(str(file))
+    saved = _read_tokenizer(file)
     differing = [one for one in _TEXTS if saved.encode(one).ids != tokenizer(one)["input_ids"]]
     if differing:
         file.unlink()

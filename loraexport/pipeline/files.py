@@ -7,22 +7,9 @@ from loraexport_runtime.adapters.config import CONFIG_FILE, WEIGHTS_FILE
 from loraexport_runtime.contract.kinds import Graph, Model
 from loraexport_runtime.contract.manifest import Manifest
 
-from ..errors import BaseModelError
 from ..plan.plan import AdapterPlan
 from ..spec.schema import Spec
 from .progress import Progress
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
-
 
 _TOKENIZER = "tokenizer/tokenizer.json"
 
@@ -37,14 +24,14 @@ def copy_tokenizer(directory: Path, folder: Path, model: Model, progress: Progre
         folder: the artifact.
 
     Raises:
-        BaseModelError: a file of the base cannot be read.
+        BaseModelError: a file of them is damaged.
     """
-    from ..hf.tokenizer import write_tokenizer
+    from ..hf.tokenizer import find_files, write_tokenizer
 
     target = folder / Path(_TOKENIZER).parent
-    for file in sorted({file for one in _TOKENIZER_FILES for file in directory.glob(one)}):
+    for file in find_files(directory):
         target.mkdir(exist_ok=True)
-        copy_foreign(file, target / file.name)
+        shutil.copyfile(file, target / file.name)
     if _takes_text(model) and not (folder / _TOKENIZER).is_file():
         progress("write tokenizer.json")
         why = write_tokenizer(directory, folder / _TOKENIZER)
@@ -70,17 +57,6 @@ def text_note(manifest: Manifest) -> str | None:
 
 def _takes_text(model: Model) -> bool:
     return any(entry.name == "input_ids" for entry in model.inputs)
-
-
-def copy_foreign(file: Path, target: Path) -> None:
-    """Copy a file of the base. Raises BaseModelError: it cannot be read."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise BaseModelError(
-            f"{file}: cannot be copied into the artifact: {error.strerror}"
-        ) from error
-    target.write_bytes(data)
 
 
 def portable(spec: Spec) -> Spec:

@@ -50,12 +50,12 @@ def export(loaded: LoadedGraph, folder: Path, progress: Progress) -> Manifest:
     progress("run the graph to see its dimensions")
     seen = read_signature(plan, graph)
     model = Model("onnx", False, None, seen.inputs, seen.outputs, _FILE, None, plan.kind.facts)
+    copy_tokenizer(plan.kind.directory, folder, model, progress)
     progress("graft multi-LoRA into it")
     sites = find_sites(plan, plan.kind, graph, seen.layouts)
     stacks = pack_adapters(plan, loaded.base, [site.layer for site in sites])
     graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
     save_grafted(graph, folder / _FILE)
-    copy_tokenizer(plan.kind.directory, folder, model, progress)
     return make_manifest(plan, loaded.base, Graph(model))
 
 

@@ -47,6 +47,7 @@ def export(loaded: LoadedModel, folder: Path, progress: Progress) -> Manifest:
     plan, modules = loaded.plan, loaded.modules
     model = _describe(plan)
     manifest = make_manifest(plan, loaded.base, model)
+    copy_tokenizer(plan.kind.directory, folder, model, progress)
     if model.torchscript:
         progress("export the model to TorchScript")
         export_model_torchscript(modules, plan.spec.name, folder / model.torchscript)
@@ -58,7 +59,6 @@ def export(loaded: LoadedModel, folder: Path, progress: Progress) -> Manifest:
     for name, scales in modules.output_scales.items():
         if scales:
             (folder / "adapters" / name / SCALES_FILE).write_bytes(save(scales))
-    copy_tokenizer(plan.kind.directory, folder, model, progress)
     return manifest
 
 

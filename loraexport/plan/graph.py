@@ -61,7 +61,7 @@ def plan_graph(
     """
     file = directory / base.file
     products = list_products(read_graph(file).graph)
-    config = read_genai_config(directory)["model"] if generates else None
+    config = read_genai_config(directory, BaseModelError)["model"] if generates else None
     modules = {module for header in headers for module in header.modules}
     places = find_places(products, base.sites, config, modules, file)
     known = [site for place in places for site in place.sites]

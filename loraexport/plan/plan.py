@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from loraexport_runtime.adapters.fit import check_fit
 from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
 from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.contract.foreign import has_file
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG
 from loraexport_runtime.contract.manifest import AdapterSite
 from loraexport_runtime.errors import AdapterError
@@ -103,7 +104,7 @@ def _plan_base(
             return plan_decoder(directory(path), headers, *sizes)
         case OnnxSpec(path=path) as base:
             place = directory(path)
-            generates = (place / GENAI_CONFIG).is_file()
+            generates = has_file(place / GENAI_CONFIG)
             layers, graph = plan_graph(base, place, generates, headers, *sizes)
             return layers, DecoderPlan(place, graph) if generates else graph
 

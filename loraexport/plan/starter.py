@@ -1,12 +1,12 @@
 """A base and adapters -> a commented spec of the whole model, to start from."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from loraexport_runtime.adapters.header import AdapterHeader, read_adapter
 from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.contract.foreign import has_file, read_object, value_of
 
 from ..errors import BaseModelError, SpecError, UsageError
 from ..hf.sources import resolve_directory
@@ -82,14 +82,14 @@ def write_spec(base: str, adapters: Sequence[Path], path: Path) -> Spec:
 
 def find_task(directory: Path) -> str:
     """The task that a Hugging Face directory's own files speak of."""
-    if (directory / "modules.json").is_file():
+    file = directory / "config.json"
+    config = read_object(file, BaseModelError, "give a Hugging Face model's directory")
+    if has_file(directory / "modules.json"):
         return "sentence-embedding"
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        architectures = [str(name) for name in config.get("architectures") or []]
-    except (OSError, ValueError, AttributeError) as error:
-        raise BaseModelError(f"{directory}: no config.json that can be read: {error}") from error
-    for name in architectures:
+    architectures = []
+    if config.get("architectures") is not None:
+        architectures = value_of(config, "architectures", list, file, BaseModelError)
+    for name in map(str, architectures):
         for ending, task in _TASKS.items():
             if name.endswith(ending):
                 return task

@@ -99,7 +99,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_folder_in_place_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="a folder, not a safetensors file"):
+    with pytest.raises(WeightsError, match="a folder, where a file has to be"):
         read_header(tmp_path)
 
 

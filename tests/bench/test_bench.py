@@ -18,6 +18,7 @@ from loraexport.bench import run as bench_run
 from loraexport.bench.contest import Contest, Contestant, check_agreement, run_contest
 from loraexport.bench.contestants.bound_graph import Graph
 from loraexport.bench.contestants.eager import wrap_with_peft
+from loraexport.bench.contestants.variants import plan_variant
 from loraexport.bench.device import Device
 from loraexport.bench.floors import floor
 from loraexport.bench.report.markdown import to_markdown
@@ -30,6 +31,7 @@ from loraexport.bench.workloads.schema import Workloads, read_workloads
 from loraexport.cli import app as cli
 from loraexport.errors import ParityError, SpecError, UsageError
 from loraexport.plan.costs import Shape, added, read_costs
+from loraexport.plan.plan import Plan, make_plan
 from loraexport.spec.schema import Costs
 from loraexport_runtime import ProviderError
 
@@ -71,6 +73,7 @@ TINY: dict[str, Any] = {
             "ranks": [4],
             "shapes": [{"rows": 3, "tokens": 5}],
             "fill": 0.6,
+            "variants": ["apart", "features", "blend"],
             "leave_out": ["masked torch"],
         },
         {
@@ -169,20 +172,22 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     ]
     eager = ["segmented torch", "masked torch"]
     decoders = ["base GenAI", "mixed GenAI"]
+    variants = ["mixed apart", "mixed features", "mixed blend"]
     expected = {
         "layer": {*BASES, *eager, *PEERS, "masked"},
-        "bert": {*BASES, "segmented torch", *PEERS, "mixed", "mixed packed"},
+        "bert": {*BASES, "segmented torch", *PEERS, "mixed", "mixed packed", *variants},
         "llama": {*BASES, *PEERS, *decoders, "mixed"},
     }
     captured = {
         "layer": {"base captured", "masked captured"},
-        "bert": {"base captured", "mixed captured"},
+        "bert": {f"{one} captured" for one in ("base", "mixed", *variants)},
+        "llama": {"base captured", "mixed captured"},
     }
     runtime = {"base runtime", "mixed runtime"}
     for cell in cells:
         extra = runtime if cell.phase == "decode" else set()
         assert {one.name for one in cell.entries} == expected[cell.workload] | extra
-        graphs = captured.get(cell.workload, captured["bert"])
+        graphs = captured[cell.workload]
         assert cell.left_out == ({} if cell.phase == "prefill" else dict.fromkeys(graphs, CAPTURED))
         assert cell.ours in expected[cell.workload] | extra
         for entry in cell.entries:
@@ -191,6 +196,30 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
             assert timing.wall > 0
             assert timing.rounds == 3
             assert entry.difference <= (0.5 if cell.phase == "decode" else 1e-3)
+
+
+def test_the_variants_of_a_model(tmp_path: Path) -> None:
+    """Each is another form of the same adapters on the same sites."""
+    bench = Workloads.model_validate_json(json.dumps(TINY))
+    workload = next(one for one in bench.workloads if one.kind == "model")
+    lab = Lab(tmp_path, Device("cpu", 1), bench)
+
+    def make(features: Any = None, **export: Any) -> Plan:
+        spec = model_spec(workload, lab, 2, 4, **export)
+        return make_plan(spec.model_copy(update={"features": features}), tmp_path)
+
+    plain = make()
+    sites = [part.site for one in plain.layers for part in one.layer.slices]
+    apart = plan_variant("apart", make)
+    assert len(apart.layers) == len(sites) > len(plain.layers)
+    assert [part.site for one in apart.layers for part in one.layer.slices] == sites
+    assert {len(one.layer.slices) for one in plain.layers} == {1, 3}
+    features = plan_variant("features", make)
+    roles = {stack.role for one in features.layers for stack in one.layer.stacks}
+    assert roles == {"lora_A", "lora_B", "output_scale", "bias"}
+    blend = plan_variant("blend", make)
+    assert blend.spec.export.blend
+    assert not plain.spec.export.blend
 
 
 def test_floors_are_the_plans_numbers(measured: Path) -> None:

@@ -109,7 +109,7 @@ def test_an_artifact_of_texts_has_one_or_says_that_it_has_none(
     write_vocabulary(tmp_path / "bert")
     folder = loraexport.build(spec, tmp_path / "with", stages.append).folder
     assert run("inspect", folder) == ""
-    assert stages[-3] == "write tokenizer.json"
+    assert stages[-4] == "write tokenizer.json"  # before the export, so that it fails early
     names = {file.name for file in (folder / "tokenizer").iterdir()}
     assert names == {"tokenizer.json", "vocab.txt", "tokenizer_config.json"}
     assert text_note(Manifest.read(folder)) is None

@@ -290,5 +290,9 @@ def test_pooling_must_be_declared(tmp_path: Path) -> None:
 def test_no_model_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     base = {"kind": "transformers", "path": "empty", "task": "feature-extraction"}
+    missing = r"empty/config\.json: no such file; give a Hugging Face model's directory"
+    with pytest.raises(BaseModelError, match=missing):
+        build(write_model_project(tmp_path, base=base), tmp_path / "artifacts")
+    (tmp_path / "empty/config.json").write_text('{"model_type": "nope"}')
     with pytest.raises(BaseModelError, match="no model that transformers knows"):
         build(write_model_project(tmp_path, base=base), tmp_path / "artifacts")

@@ -384,10 +384,20 @@ def test_index_that_disagrees_with_its_shards(
         plan_of(project)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', "\x00"])
-def test_broken_index(project: Project, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[]", "expected an object, got a list"),
+        ("{}", "key 'weight_map' is missing"),
+        ('{"weight_map": []}', "weight_map: expected an object, got a list"),
+        ("\x00", "not JSON: Expecting value"),
+        ("", "the file is empty"),
+    ],
+)
+def test_broken_index(project: Project, text: str, expected: str) -> None:
     (project.folder / "base/model.safetensors.index.json").write_text(text)
-    with pytest.raises(BaseModelError, match="expected an object with weight_map, name -> file"):
+    with pytest.raises(BaseModelError, match=rf"model\.safetensors\.index\.json: {expected}"):
         plan_of(project)
 
 

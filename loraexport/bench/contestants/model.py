@@ -45,6 +45,7 @@ from ..workloads.projects import Lab, adapter_names, model_spec
 from ..workloads.schema import ModelWorkload, Shape
 from .bound_graph import Graph
 from .eager import with_loop, wrap_with_peft
+from .variants import plan_variant, variant_contestants
 
 _COMPARED = 8
 
@@ -72,13 +73,16 @@ class _Model:
         self.mixed, self.graph = cache(self._mixed), cache(self._graph)
         self.stacks = cache(self._stacks)
 
-    def _plan(self, slots: int, tokens: int, **export: Any) -> Plan[ModelPlan]:
+    def _plan(
+        self, slots: int, tokens: int, features: Any = None, **export: Any
+    ) -> Plan[ModelPlan]:
         """Tuned for the device and so many tokens, as a user would for such batches."""
         tune = {"device": self.lab.device.kind, "tokens": tokens}
         spec = model_spec(self.workload, self.lab, self.adapters, self.rank, tune=tune, **export)
-        spec = spec.model_copy(update={"adapters": spec.adapters[:slots]})
+        changes = {"adapters": spec.adapters[:slots], "features": features}
         # `model_spec` writes kind transformers.
-        return cast("Plan[ModelPlan]", make_plan(spec, self.lab.folder))
+        plan = make_plan(spec.model_copy(update=changes), self.lab.folder)
+        return cast("Plan[ModelPlan]", plan)
 
     @cached_property
     def base(self) -> ModelModules:
@@ -106,8 +110,8 @@ class _Model:
         return load_model(self._plan(self.adapters, tokens))[1]
 
     def _graph(self, kind: str, captured: bool, tokens: int = 0) -> Graph:
-        """`base`, `mixed`, `packed` (mixed, without padding), or `alone`: the mixed graph of one
-        slot; tuned for so many tokens."""
+        """`base`, `mixed`, `packed` (mixed, without padding), a variant, or `alone`: the mixed
+        graph of one slot; tuned for so many tokens."""
         name = kind if kind == "base" else f"{kind}-{self.rank}-{self.adapters}-{tokens}"
         path = self.lab.folder / f"{name}.onnx"
         if not path.is_file():
@@ -115,6 +119,9 @@ class _Model:
                 modules = load_model(self._plan(1, tokens))[1]
             elif kind == "packed":
                 modules = load_model(self._plan(self.adapters, tokens, packed=True))[1]
+            elif kind in self.workload.variants:
+                plan = plan_variant(kind, partial(self._plan, self.adapters, tokens))
+                modules = load_model(plan)[1]
             else:
                 modules = self.base if kind == "base" else self.mixed(tokens)
             export_model_onnx(modules, kind, path)
@@ -183,6 +190,7 @@ class _Batch:
             Contestant("mixed", "mixed", partial(self.onnx, "mixed", False)),
             Contestant("mixed captured", "mixed", partial(self.onnx, "mixed", True)),
         ]
+        found += variant_contestants(workload.variants, self.onnx)
         ours = ["mixed captured", "mixed"]
         if workload.fill < 1:
             packed = partial(self.onnx, "packed", False)

@@ -27,6 +27,7 @@ Peer = Literal[
     "base GenAI",
     "mixed GenAI",
 ]
+Variant = Literal["apart", "features", "blend"]
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1)]
 
 
@@ -82,6 +83,11 @@ class ModelWorkload(_Workload):
         1.0,
         description="share of the tokens that are not padding: rows of different lengths, evenly"
         " spread up to a shape's tokens; below 1 packed graphs take part",
+    )
+    variants: tuple[Variant, ...] = Field(
+        (),
+        description="the mixed graph in other forms too: sites that share no product, places for"
+        " DoRA and biases at every site, or weights of slots",
     )
 
 

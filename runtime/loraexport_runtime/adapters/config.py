@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..contract.files import unreadable
+from ..contract.foreign import reason
 from ..errors import AdapterConfigError
 
 CONFIG_FILE = "adapter_config.json"
@@ -98,7 +98,7 @@ def read_config(path: Path) -> dict[str, Any]:
             f" and {WEIGHTS_FILE}"
         ) from error
     except OSError as error:
-        raise AdapterConfigError(f"{file}: {unreadable(error)}") from error
+        raise AdapterConfigError(f"{file}: {reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise AdapterConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(config, dict):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..contract.files import unreadable
+from ..contract.foreign import reason
 from ..contract.manifest import Layer
 from ..errors import WeightsError
 from .tensor_files import FLOAT_DTYPES, TensorInfo, digests_of, read_header, read_tensors
@@ -80,7 +80,7 @@ def find_base_weights(folder: Path, wanted: Mapping[str, str]) -> dict[str, np.n
     try:
         os.scandir(folder).close()
     except PermissionError as error:  # glob takes such a folder for an empty one
-        raise WeightsError(f"{folder}: {unreadable(error)}") from error
+        raise WeightsError(f"{folder}: {reason(error)}") from error
     except OSError:
         pass  # no folder: none of its tensors is the weight
     files = sorted(folder.glob("*.safetensors"))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..contract.files import digest_file, unreadable
+from ..contract.files import digest_file
+from ..contract.foreign import reason
 from ..errors import AdapterWeightsError, WeightsError
 from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_config
 from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header
@@ -151,7 +152,7 @@ def digest_adapter(path: Path) -> str:
         try:
             digest.update(bytes.fromhex(digest_file(path / name)))
         except OSError as error:
-            raise WeightsError(f"{path / name}: {unreadable(error)}") from error
+            raise WeightsError(f"{path / name}: {reason(error)}") from error
     return digest.hexdigest()
 
 
@@ -162,7 +163,7 @@ def _is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise WeightsError(f"{path}: {unreadable(error)}") from error
+        raise WeightsError(f"{path}: {reason(error)}") from error
     return True
 
 

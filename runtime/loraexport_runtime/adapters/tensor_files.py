@@ -9,7 +9,7 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..contract.files import unreadable
+from ..contract.foreign import reason, require_file
 from ..errors import WeightsError
 
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -46,11 +46,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 name: TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
-    except FileNotFoundError as error:  # safetensors raises it too for what it may not read
-        raise WeightsError(f"{path}: {_why_not_opened(path)}") from error
     except (SafetensorError, OSError) as error:
-        if path.is_dir():
-            raise WeightsError(f"{path}: a folder, not a safetensors file") from error
+        # Of every file that it cannot open, safetensors says that there is none.
+        require_file(path, WeightsError)
         if _is_lfs_pointer(path):
             raise WeightsError(
                 f"{path}: a Git LFS pointer, not the weights themselves; fetch them with"
@@ -59,14 +57,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise WeightsError(
             f"{path}: not a whole safetensors file ({error}); copy or download it again"
         ) from error
-
-
-def _why_not_opened(path: Path) -> str:
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        return unreadable(error)
-    return "it was not there a moment ago; try again"
 
 
 def _is_lfs_pointer(path: Path) -> bool:
@@ -99,7 +89,8 @@ def read_tensors(infos: Iterable[tuple[str, TensorInfo]]) -> dict[str, np.ndarra
                 for name in names:
                     arrays[name] = file.get_tensor(name)
         except OSError as error:
-            raise WeightsError(f"{path}: {_why_not_opened(path)}") from error
+            require_file(path, WeightsError)
+            raise WeightsError(f"{path}: {reason(error)}; try again") from error
         for name in names:
             require_finite(arrays[name], f"{path}: tensor {name!r}")
     return arrays

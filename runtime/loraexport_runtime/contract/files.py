@@ -34,15 +34,6 @@ def resolve(folder: Path, path: str) -> Path:
     return folder / path
 
 
-def unreadable(error: OSError) -> str:
-    """Why a file cannot be read, in words: one that is there may be closed to this user."""
-    if isinstance(error, PermissionError):
-        return "permission denied; let the user that this process runs as read it"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return f"cannot be read: {error.strerror or error}"
-
-
 def difference(file: Path, entry: FileEntry) -> str:
     """How a file differs from its entry; empty if it does not. Raises OSError: it is unreadable."""
     try:

@@ -1,42 +1,57 @@
 """genai_config.json, by which onnxruntime-genai knows a decoder's folder."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
-from .files import unreadable
+from ..errors import ArtifactError, LoraexportError
+from .foreign import read_object, value_of
 
 GENAI_CONFIG = "genai_config.json"
-_MODEL = {"context_length": int, "vocab_size": int, "eos_token_id": (int, list), "decoder": dict}
-_DECODER = {
-    "filename": str,
-    "inputs": dict,
-    "outputs": dict,
-    "num_hidden_layers": int,
-    "num_key_value_heads": int,
-    "head_size": int,
-}
+_SIZES = (
+    "vocab_size",
+    "context_length",
+    "decoder.head_size",
+    "decoder.num_attention_heads",
+    "decoder.num_key_value_heads",
+    "decoder.num_hidden_layers",
+)
+_NAMES = tuple(
+    f"decoder.{key}"
+    for part in ("key", "value")
+    for key in (f"inputs.past_{part}_names", f"outputs.present_{part}_names")
+)
 
 
-def read_genai_config(folder: Path) -> dict[str, Any]:
-    """The whole config: `model`, and how it is searched.
+def read_genai_config(folder: Path, error: type[LoraexportError] = ArtifactError) -> dict[str, Any]:
+    """The whole config, `model` and how it is searched, with all that this project reads of it.
 
     Raises:
-        ArtifactError: it is missing, no JSON, or lacks what a decoder is run by.
+        error: the file is missing or damaged, or a value is missing or of another type.
     """
     file = folder / GENAI_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{file}: {unreadable(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: not JSON: {error}; copy or make the folder again") from error
-    _require(file, "", config, {"model": dict, "search": dict})
-    _require(file, "model.", config["model"], _MODEL)
-    _require(file, "model.decoder.", config["model"]["decoder"], _DECODER)
-    return dict(config)
+    config = read_object(file, error)
+    value_of(config, "search", dict, file, error)
+    model = value_of(config, "model", dict, file, error)
+    for key in _SIZES:
+        if value_of(model, key, int, file, error) < 1:
+            raise error(f"{file}: model.{key}: expected a positive integer; download it again")
+    value_of(model, "decoder.filename", str, file, error)
+    for key in _NAMES:
+        if "%d" not in value_of(model, key, str, file, error):
+            raise error(f"{file}: model.{key}: expected a name with %d; download it again")
+    for key in ("inputs", "outputs"):
+        for name in value_of(model, f"decoder.{key}", dict, file, error):
+            value_of(model["decoder"][key], name, str, file, error)
+    if "session_options" in model["decoder"]:
+        value_of(model, "decoder.session_options", dict, file, error)
+    ends = model.get("eos_token_id")
+    if not (_are_tokens(ends) if isinstance(ends, list) else _are_tokens([ends])):
+        raise error(f"{file}: model.eos_token_id: expected one token or several, got {ends!r}")
+    for key in ("bos_token_id", "pad_token_id"):
+        if model.get(key) is not None:
+            value_of(model, key, int, file, error)
+    return config
 
 
 def end_tokens(model: Mapping[str, Any]) -> list[int]:
@@ -45,12 +60,5 @@ def end_tokens(model: Mapping[str, Any]) -> list[int]:
     return list(ends) if isinstance(ends, list) else [ends]
 
 
-def _require(file: Path, where: str, part: Any, kinds: Mapping[str, Any]) -> None:
-    for key, kind in kinds.items():
-        value = part.get(key) if isinstance(part, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            problem = "is missing" if value is None else f"is {value!r}"
-            raise ArtifactError(
-                f"{file}: {where}{key} {problem}, so no decoder can be run by it; make the folder"
-                " again with onnxruntime-genai's model builder"
-            )
+def _are_tokens(values: list[Any]) -> bool:
+    return bool(values) and all(type(value) is int for value in values)
