@@ -127,7 +127,14 @@ def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fa
     assert "peft" not in failed
 
 
-@pytest.mark.parametrize("strategy", ["segmented", "augmented", "chunked"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "augmented",
+        pytest.param("segmented", marks=pytest.mark.slow),
+        pytest.param("chunked", marks=pytest.mark.slow),
+    ],
+)
 def test_every_strategy_serves_a_model(tmp_path: Path, strategy: str) -> None:
     spec = write_model_project(tmp_path, export={"formats": ["onnx"], "strategy": strategy})
     _, report = build(spec, tmp_path / "artifacts")
