@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from loraexport_runtime.generation.load import load_generator
+from loraexport_runtime import load_generator
 
 SENTENCE = "Aged 43, Quinn Eriksen found work as a painter in Prague."
 CAPITAL = "What is the capital of France?"
