@@ -53,7 +53,7 @@ RUNTIME: dict[str, set[str]] = {
         *("errors", "contract", "device", "adapters", "slots", "buckets"),
         *("sessions", "generation"),
     },
-    "": {"errors", "version", "sessions", "slots", "generation"},
+    "": {"errors", "version", "device", "sessions", "slots", "generation"},
     "version": set(),
     "__main__": {"errors", "checking"},
 }

@@ -145,7 +145,7 @@ def test_directory_without_config(tmp_path: Path) -> None:
 
 def test_path_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "adapter").write_text("")
-    with pytest.raises(AdapterConfigError, match="cannot be read: Not a directory"):
+    with pytest.raises(AdapterConfigError, match=r"adapter_config\.json: Not a directory"):
         read_adapter(tmp_path / "adapter")
 
 

@@ -121,7 +121,7 @@ def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
 def test_a_chat_without_a_template(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generator, "_has_template", False)
+    monkeypatch.setattr(generator._prompts, "_has_template", False)
     chat = [{"role": "user", "content": "hello"}]
     with pytest.raises(lr.InputError, match=r"prompts\[1\] is a chat, but .* no chat template"):
         generator.generate(["hello", chat], max_new_tokens=1)

@@ -279,7 +279,7 @@ def test_what_is_logged(artifact: Path, caplog: pytest.LogCaptureFixture) -> Non
     generator.warm_up(3, 30)
     generator.warm_up(4, 30)
     texts = [record.getMessage() for record in caplog.records]
-    assert texts[0].startswith(f"opened {artifact} (causal_lm, 2 slots) on CPUExecutionProvider in")
+    assert texts[0].startswith(f"opened {artifact} (decoder, 2 slots) on CPUExecutionProvider in")
     assert texts[1:] == [
         f"closed {artifact}",
         "prepared the decode step of 4 rows of up to 128 tokens",

@@ -1,7 +1,6 @@
 """A session in a service: closed, counted, logged, told by type, its adapters replaced."""
 
 import gc
-import json
 import logging
 import shutil
 import threading
@@ -16,6 +15,7 @@ import onnxruntime as ort
 import pytest
 from support.adapters import write_adapter
 from support.builds import write_model_project
+from support.manifests import edit_manifest
 from support.waiting import DEADLINE, wait_until
 
 import loraexport_runtime as lr
@@ -378,7 +378,7 @@ def test_loaders_by_kind(tenants: Path, model: Path) -> None:
     text = r"its kind is 'layers'; open it with load_layers\(\), or with load\(\), which opens"
     with pytest.raises(lr.ArtifactError, match=text):
         lr.load_model(tenants)
-    text = r"its kind is 'transformers'; open it with load_model\(\), or with load\(\), which op"
+    text = r"its kind is 'model'; open it with load_model\(\), or with load\(\), which op"
     with pytest.raises(lr.ArtifactError, match=text):
         lr.load_layers(model)
 
@@ -387,14 +387,14 @@ def test_loaders_pass_everything_on(tenants: Path, model: Path, tmp_path: Path) 
     for artifact, load in ((tenants, lr.load_layers), (model, lr.load_model)):
         unproven = tmp_path / artifact.name / load.__name__
         shutil.copytree(artifact, unproven)
-        data = json.loads((unproven / "manifest.json").read_text())
-        data["parity"]["status"] = "deferred"
-        (unproven / "manifest.json").write_text(json.dumps(data))
+        edit_manifest(unproven, lambda manifest: manifest["parity"].update(status="deferred"))
         with pytest.raises(lr.ArtifactError, match="parity is 'deferred'"):
             load(unproven)
         load(unproven, ["cpu"], threads=1, allow_unverified=True).close()
         with pytest.raises(lr.ProviderError, match="CUDA graphs were asked for on CPUExecution"):
             load(artifact, cuda_graphs=True)
+        with pytest.raises(lr.ArtifactError, match=f"but the pinned digest is {'0' * 64}"):
+            load(artifact, digest="0" * 64)
 
 
 def test_a_layer_that_is_not_there(session: lr.LayersSession) -> None:
