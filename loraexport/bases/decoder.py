@@ -59,7 +59,7 @@ class GenaiGraph:
                 (folder / name).write_bytes(content)
 
 
-def load_base(plan: Plan[DecoderPlan]) -> Base:
+def load_decoder_base(plan: Plan[DecoderPlan]) -> Base:
     """Read the weights of a planned decoder's sites, or of a graph that exists their digests.
 
     Raises:
@@ -67,12 +67,12 @@ def load_base(plan: Plan[DecoderPlan]) -> Base:
     """
     decoder = plan.kind
     if decoder.graph is not None:
-        return onnx_graph.load_base(plan, decoder.graph)
+        return onnx_graph.load_graph_base(plan, decoder.graph)
     layers = [one.layer for one in plan.layers]
     return read_base(load_plain_model(decoder.directory, "causal-lm", {}), layers)
 
 
-def load_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
+def load_decoder_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
     """The base's graph: the one that exists, or the one that the model builder makes.
 
     Raises:
@@ -85,7 +85,7 @@ def load_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
     return GenaiGraph(onnx_graph.load_graph(graph), files)
 
 
-def find_sites(plan: Plan[DecoderPlan], model: ir.Model) -> list[Graft]:
+def find_decoder_sites(plan: Plan[DecoderPlan], model: ir.Model) -> list[Graft]:
     """Where the plan's layers are in the base's graph.
 
     Raises:

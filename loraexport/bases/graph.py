@@ -21,7 +21,7 @@ NO_PLAIN_MODEL = "the base is an ONNX graph"
 """Why no Hugging Face model can be asked."""
 
 
-def load_base(plan: AnyPlan, graph: GraphPlan) -> Base:
+def load_graph_base(plan: AnyPlan, graph: GraphPlan) -> Base:
     """The digests of a graph's files and of its sites' weights, as they are stored."""
     model = read_graph(graph.file)
     _require_data(model, graph.file)

@@ -23,7 +23,7 @@ from .adapters import AdapterWeights, put_base
 from .weights import Base, SiteWeights, digest_of
 
 
-def load_base(plan: Plan[LayersPlan]) -> Base:
+def load_layers_base(plan: Plan[LayersPlan]) -> Base:
     """Read the weights of a plan's layers.
 
     Raises:

@@ -55,7 +55,7 @@ class ModelModules:
     """Adapter -> site -> DoRA's g."""
 
 
-def load_model(plan: Plan[ModelPlan]) -> tuple[Base, ModelModules]:
+def load_model_base(plan: Plan[ModelPlan]) -> tuple[Base, ModelModules]:
     """Read a planned model and its adapters, and put multi-LoRA sites into it.
 
     Raises:

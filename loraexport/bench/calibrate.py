@@ -7,7 +7,7 @@ import yaml
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..errors import UsageError
-from ..plan.costs import Measured, Shape, fit
+from ..plan.costs import LayerShape, Measured, fit
 from ..plan.stacks import BYTES_PER_VALUE
 from ..spec.schema import Costs
 from .results import Results
@@ -35,7 +35,9 @@ def calibrate(results: Results, out: Path) -> Costs:
             seconds = cell.seconds(f"{strategy} captured")
             if base is not None and seconds is not None and cell.workload in sizes:
                 layer = sizes[cell.workload]
-                shape = Shape(cell.tokens, *layer, cell.adapters, cell.rank, size, has_bias=True)
+                shape = LayerShape(
+                    cell.tokens, *layer, cell.adapters, cell.rank, size, has_bias=True
+                )
                 measured.append(Measured(strategy, shape, 1e6 * (seconds - base), 1e6 * base))
     if not measured:
         raise UsageError("no layer of this run was captured, so there is nothing to calibrate with")

@@ -126,7 +126,7 @@ def check_agreement(
     found = {}
     for name, y in outputs.items():
         reference = outputs[first.setdefault(groups[name], name)]
-        found[name] = difference(y, reference)
+        found[name] = largest_difference(y, reference)
         allowed = _TOKENS_TOLERANCE if y.dtype == np.int64 else _TOLERANCES[dtype]
         if not found[name] <= allowed:  # NaN is not
             raise ParityError(
@@ -135,7 +135,7 @@ def check_agreement(
             )
     if len(first) == 2:
         base, mixed = (outputs[first[group]] for group in ("base", "mixed"))
-        moved = difference(mixed, base)
+        moved = largest_difference(mixed, base)
         if mixed.dtype != np.int64 and not moved > _TOLERANCES[dtype]:
             raise ParityError(
                 f"{where}: the adapters move the base's output by {moved:.1e} only, so that a"
@@ -144,7 +144,7 @@ def check_agreement(
     return found
 
 
-def difference(y: np.ndarray, reference: np.ndarray) -> float:
+def largest_difference(y: np.ndarray, reference: np.ndarray) -> float:
     """max |y - y0| / max |y0|; of tokens the share of rows that differ anywhere."""
     if y.shape != reference.shape:
         return float("inf")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loraexport_runtime.adapters.config import CONFIG_FILE, read_config
+from loraexport_runtime.adapters.config import CONFIG_FILE, read_lora_config
 from loraexport_runtime.adapters.dora import output_scale
 from loraexport_runtime.adapters.header import AdapterHeader, AdapterModule
 from loraexport_runtime.adapters.sites import match_sites
@@ -122,7 +122,7 @@ def measure_moves(header: AdapterHeader, base: Path) -> tuple[Move, ...]:
 def _is_turned(weight: np.ndarray, header: AdapterHeader, module: AdapterModule) -> bool:
     """Whether a weight is stored [in, out]."""
     if weight.shape[0] == weight.shape[1] and not module.is_embedding:
-        return bool(read_config(header.path).get("fan_in_fan_out"))
+        return bool(read_lora_config(header.path).get("fan_in_fan_out"))
     return weight.shape != (module.out_features, module.in_features)
 
 
@@ -137,7 +137,7 @@ def _check_shapes(
     header: AdapterHeader, modules: Mapping[str, str], tensors: Mapping[str, tuple[str, TensorInfo]]
 ) -> None:
     """A linear weight is [out, in], with fan_in_fan_out also [in, out]; an embedding [in, out]."""
-    fan_in_fan_out = bool(read_config(header.path).get("fan_in_fan_out"))
+    fan_in_fan_out = bool(read_lora_config(header.path).get("fan_in_fan_out"))
     for site, name in modules.items():
         module, info = header.modules[name], tensors[site][1]
         if info.dtype not in FLOAT_DTYPES:

@@ -6,12 +6,18 @@ from functools import cache, partial
 from pathlib import Path
 
 from loraexport_runtime.checking.decoder import load_reference
-from loraexport_runtime.checking.decoder_steps import read_config
+from loraexport_runtime.checking.decoder_steps import read_model_config
 from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 
 from ..bases.adapters import pack_adapters
-from ..bases.decoder import GenaiGraph, find_sites, load_base, load_graph, plain_directory
+from ..bases.decoder import (
+    GenaiGraph,
+    find_decoder_sites,
+    load_decoder_base,
+    load_decoder_graph,
+    plain_directory,
+)
 from ..bases.genai_folder import FOLDER, adapt_config, describe, require_tokenizer
 from ..bases.weights import Base
 from ..export.graft import graft
@@ -39,7 +45,7 @@ class LoadedDecoder:
 
 def load(plan: Plan[DecoderPlan]) -> LoadedDecoder:
     """See Recipe."""
-    return LoadedDecoder(plan, load_base(plan), cache(partial(load_graph, plan)))
+    return LoadedDecoder(plan, load_decoder_base(plan), cache(partial(load_decoder_graph, plan)))
 
 
 def export(loaded: LoadedDecoder, folder: Path, progress: Progress) -> Manifest:
@@ -52,7 +58,7 @@ def export(loaded: LoadedDecoder, folder: Path, progress: Progress) -> Manifest:
     decoder = describe(folder / FOLDER, adapt_config(folder / FOLDER))
     progress("graft multi-LoRA into it")
     graph = base.model.clone()
-    sites = find_sites(plan, graph)
+    sites = find_decoder_sites(plan, graph)
     layers = tuple(site.layer for site in sites)
     stacks = pack_adapters(plan, loaded.base, layers)
     graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
@@ -67,7 +73,7 @@ def prove(subject: Subject[Decoder], loaded: LoadedDecoder | None) -> Report:
     if loaded is None:
         reference, plain = load_reference(folder, manifest), NO_BASE
     else:
-        plan, config = loaded.plan, read_config(folder, decoder)
+        plan, config = loaded.plan, read_model_config(folder, decoder)
         oracle = open_decoder(plan, folder, manifest, config, lambda: loaded.graph().model.clone())
         reference = make_reference(oracle, manifest, config, subject.spec.parity.seed)
         plain = plain_directory(plan)

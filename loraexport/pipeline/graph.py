@@ -10,7 +10,7 @@ from loraexport_runtime.contract.kinds import Graph, Model
 from loraexport_runtime.contract.manifest import Manifest
 
 from ..bases.adapters import pack_adapters
-from ..bases.graph import NO_PLAIN_MODEL, find_sites, load_base, load_graph
+from ..bases.graph import NO_PLAIN_MODEL, find_sites, load_graph, load_graph_base
 from ..bases.graph_signature import read_signature
 from ..bases.weights import Base
 from ..export.graft import graft
@@ -41,7 +41,7 @@ class LoadedGraph:
 
 def load(plan: Plan[GraphPlan]) -> LoadedGraph:
     """See Recipe."""
-    return LoadedGraph(plan, load_base(plan, plan.kind), load_graph(plan.kind))
+    return LoadedGraph(plan, load_graph_base(plan, plan.kind), load_graph(plan.kind))
 
 
 def export(loaded: LoadedGraph, folder: Path, progress: Progress) -> Manifest:

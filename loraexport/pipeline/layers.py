@@ -10,7 +10,7 @@ from loraexport_runtime.contract.kinds import Layers
 from loraexport_runtime.contract.manifest import Manifest
 
 from ..bases.adapters import load_adapters
-from ..bases.layers import LayerModules, build_modules, load_base
+from ..bases.layers import LayerModules, build_modules, load_layers_base
 from ..bases.weights import Base
 from ..export.onnx import export_onnx
 from ..export.torchscript import export_torchscript
@@ -35,7 +35,7 @@ class LoadedLayers:
 
 def load(plan: Plan[LayersPlan]) -> LoadedLayers:
     """See Recipe."""
-    base = load_base(plan)
+    base = load_layers_base(plan)
     return LoadedLayers(plan, base, build_modules(plan, base, load_adapters(plan, base)))
 
 

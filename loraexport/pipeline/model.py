@@ -10,7 +10,7 @@ from loraexport_runtime.checking.model import load_reference
 from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Manifest
 
-from ..bases.model import ModelModules, load_model
+from ..bases.model import ModelModules, load_model_base
 from ..bases.weights import Base
 from ..export.onnx import export_model_onnx
 from ..export.torchscript import export_model_torchscript
@@ -39,7 +39,7 @@ class LoadedModel:
 
 def load(plan: Plan[ModelPlan]) -> LoadedModel:
     """See Recipe."""
-    return LoadedModel(plan, *load_model(plan))
+    return LoadedModel(plan, *load_model_base(plan))
 
 
 def export(loaded: LoadedModel, folder: Path, progress: Progress) -> Manifest:

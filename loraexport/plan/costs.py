@@ -24,7 +24,7 @@ _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """A linear layer and a batch: T tokens, `slots`, rows of a stack per slot."""
 
     tokens: int
@@ -49,7 +49,7 @@ def read_costs(path: Path = COSTS_FILE) -> Costs:
         ) from error
 
 
-def work(strategy: Strategy, shape: Shape) -> tuple[int, float, float]:
+def work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
     """(kernels, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
 
     masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | h], and K
@@ -85,19 +85,19 @@ class Measured:
     """A layer that was timed, in microseconds."""
 
     strategy: Strategy
-    shape: Shape
+    shape: LayerShape
     added: float
     base: float
     """The base alone."""
 
 
-def added(costs: Costs, strategy: Strategy, shape: Shape) -> float:
+def added(costs: Costs, strategy: Strategy, shape: LayerShape) -> float:
     """Microseconds that the strategy adds to the base alone."""
     kernels, gbytes, gflops = work(strategy, shape)
     return costs.launch * kernels + costs.gbyte * gbytes + costs.gflop * gflops
 
 
-def is_apart(costs: Costs, shape: Shape, slices: int) -> bool:
+def is_apart(costs: Costs, shape: LayerShape, slices: int) -> bool:
     """Whether a product for each slice costs less than one for all, and y's split after it."""
     moved = 2 * shape.tokens * shape.out_features * shape.bytes_per_value
     return costs.launch * (slices - 1) < costs.launch + costs.gbyte * moved / 1e9

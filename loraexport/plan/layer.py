@@ -9,7 +9,7 @@ from loraexport_runtime.contract.manifest import Layer
 from loraexport_runtime.errors import AdapterConfigError
 
 from ..spec.schema import Spec
-from .costs import Shape, is_apart
+from .costs import LayerShape, is_apart
 from .stacks import BYTES_PER_VALUE, LORA, make_stacks
 from .strategy import choose_strategy, costs_of
 
@@ -78,7 +78,7 @@ def make_layer_plan(
     size = BYTES_PER_VALUE[spec.export.dtype]
     widths = [size_out]
     if strategy == "augmented" and spec.base.kind == "transformers":
-        shape = Shape(spec.typical_tokens, size_in, size_out, num_slots, on_average, size)
+        shape = LayerShape(spec.typical_tokens, size_in, size_out, num_slots, on_average, size)
         if is_apart(costs_of(spec), shape, len(layer.slices)):
             widths = [part.width for part in layer.slices]
     stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias, slot_rows)

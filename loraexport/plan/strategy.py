@@ -6,7 +6,7 @@ from typing import Literal
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..spec.schema import Costs, Spec
-from .costs import Shape, added, read_costs
+from .costs import LayerShape, added, read_costs
 from .stacks import BYTES_PER_VALUE
 
 _own_costs = functools.cache(read_costs)  # every layer of a plan asks for them
@@ -46,7 +46,7 @@ def choose_strategy(
         return "masked", "its shrink is a gather, so only the expand is a product"
     costs = costs_of(spec)
     size = BYTES_PER_VALUE[spec.export.dtype]
-    shape = Shape(tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
+    shape = LayerShape(tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
     candidates: list[Strategy] = ["augmented", "masked"]
     if spec.base.kind == "layers":
         candidates.append("chunked")

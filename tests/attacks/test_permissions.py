@@ -16,7 +16,7 @@ from loraexport.hf.sources import resolve_directory
 from loraexport.hf.tokenizer import find_files
 from loraexport.plan.starter import find_task
 from loraexport.spec.reader import read_spec
-from loraexport_runtime.adapters.config import read_config
+from loraexport_runtime.adapters.config import read_lora_config
 from loraexport_runtime.adapters.tensor_files import read_header
 from loraexport_runtime.contract.genai_config import read_genai_config
 from loraexport_runtime.errors import AdapterConfigError, LoraexportError, WeightsError
@@ -58,7 +58,7 @@ READERS: list[tuple[str, Callable[[Path], object], type[LoraexportError]]] = [
         lambda file: read_genai_config(file.parent, BaseModelError),
         BaseModelError,
     ),
-    ("adapter_config.json", lambda file: read_config(file.parent), AdapterConfigError),
+    ("adapter_config.json", lambda file: read_lora_config(file.parent), AdapterConfigError),
     ("spec.yaml", lambda file: read_spec(file), SpecError),
 ]
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from loraexport.bench import run as bench_run
 from loraexport.bench.contest import Contest, Contestant, check_agreement, run_contest
-from loraexport.bench.contestants.bound_graph import Graph
+from loraexport.bench.contestants.bound_graph import BoundGraph
 from loraexport.bench.contestants.eager import wrap_with_peft
 from loraexport.bench.contestants.variants import plan_variant
 from loraexport.bench.device import Device
@@ -30,7 +30,7 @@ from loraexport.bench.workloads.projects import Lab, model_spec
 from loraexport.bench.workloads.schema import Workloads, read_workloads
 from loraexport.cli import app as cli
 from loraexport.errors import ParityError, SpecError, UsageError
-from loraexport.plan.costs import Shape, added, read_costs
+from loraexport.plan.costs import LayerShape, added, read_costs
 from loraexport.plan.plan import Plan, make_plan
 from loraexport.spec.schema import Costs
 from loraexport_runtime import ProviderError
@@ -531,7 +531,7 @@ def test_who_cannot_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
         raise RuntimeError("/tmp/loraexport-bench-x1/base.onnx: no such kernel\nand more")
 
     def capture() -> Work:
-        Graph(tmp_path / "none.onnx", device, captured=True)
+        BoundGraph(tmp_path / "none.onnx", device, captured=True)
         raise AssertionError("not reached")
 
     contestants = [
@@ -598,8 +598,8 @@ def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
 # Calibration
 
 
-def _shape(tokens: int, adapters: int) -> Shape:
-    return Shape(tokens, 32, 32, adapters, 4, 4, has_bias=True)
+def _shape(tokens: int, adapters: int) -> LayerShape:
+    return LayerShape(tokens, 32, 32, adapters, 4, 4, has_bias=True)
 
 
 def _captured(results: Path, costs: Costs) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.builds import write_model_project, write_vit_project
 
-from loraexport.bases.model import load_model
+from loraexport.bases.model import load_model_base
 from loraexport.export.fuse import fuse
 from loraexport.export.onnx import export_model_onnx
 from loraexport.plan.plan import make_plan
@@ -22,7 +22,7 @@ HEADS, SIZE, WIDTH = 2, 4, 8
 
 def export(spec: Path) -> dict[str, list[ir.Node]]:
     """The nodes of a project's graph by operator."""
-    _, modules = load_model(make_plan(read_spec(spec), spec.parent))
+    _, modules = load_model_base(make_plan(read_spec(spec), spec.parent))
     path = spec.with_name("model.onnx")
     export_model_onnx(modules, "model", path)
     found: dict[str, list[ir.Node]] = {}

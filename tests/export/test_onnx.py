@@ -15,7 +15,7 @@ from support.builds import Project
 from support.models import write_base
 
 from loraexport.bases.adapters import load_adapters
-from loraexport.bases.layers import LayerModules, build_modules, load_base
+from loraexport.bases.layers import LayerModules, build_modules, load_layers_base
 from loraexport.errors import ExportError
 from loraexport.export import onnx as onnx_export
 from loraexport.export.onnx import export_onnx
@@ -58,7 +58,7 @@ def build(folder: Path, strategy: str, dtype: str = "float32") -> tuple[LayerMod
         export={"strategy": strategy, "dtype": dtype},
     )
     plan = make_plan(read_spec(spec), folder)
-    base = load_base(plan)
+    base = load_layers_base(plan)
     linear, embedding = build_modules(plan, base, load_adapters(plan, base))
     return linear, embedding
 

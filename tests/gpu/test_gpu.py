@@ -14,7 +14,7 @@ from support.decoders import FAMILIES, PAD, VOCABULARY, write_decoder
 from support.models import write_base
 
 from loraexport.bases.adapters import load_adapters
-from loraexport.bases.layers import LayerModules, build_modules, load_base
+from loraexport.bases.layers import LayerModules, build_modules, load_layers_base
 from loraexport.lora.segmented import SegmentedLayer
 from loraexport.parity.implementations import open_torchscript
 from loraexport.pipeline.build import build
@@ -77,7 +77,7 @@ def spec(folder: Path, strategy: str, dtype: str, **changes: Any) -> Path:
 
 def modules(folder: Path, dtype: str) -> tuple[LayerModules, ...]:
     plan = make_plan(read_spec(spec(folder, "masked", dtype)), folder)
-    base = load_base(plan)
+    base = load_layers_base(plan)
     return build_modules(plan, base, load_adapters(plan, base))
 
 

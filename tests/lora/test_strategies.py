@@ -17,7 +17,7 @@ from support.builds import Project
 from support.models import write_base
 
 from loraexport.bases.adapters import load_adapters
-from loraexport.bases.layers import LayerModules, build_modules, load_base
+from loraexport.bases.layers import LayerModules, build_modules, load_layers_base
 from loraexport.export.onnx import export_onnx
 from loraexport.export.torchscript import export_torchscript
 from loraexport.parity.oracle import read_reference_adapter, reference_output
@@ -119,7 +119,7 @@ class Built:
             export={"dtype": drawn.dtype, "strategy": strategy},
         )
         self.plan = make_plan(read_spec(path), folder)
-        self.base = load_base(self.plan)
+        self.base = load_layers_base(self.plan)
         loaded = load_adapters(self.plan, self.base)
         self.modules: LayerModules = build_modules(self.plan, self.base, loaded)[0]
         site_names = [part.site for part in self.modules.layer.slices]

@@ -24,7 +24,7 @@ from support.peft_features import (
     run_plain,
 )
 
-from loraexport.bases.model import load_model
+from loraexport.bases.model import load_model_base
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport.tensors import to_torch
@@ -146,7 +146,7 @@ def test_an_adapter_of_weight_0_that_overflows_in_float16_does_not_reach_a_row(
     data = yaml.safe_load(path.read_text())
     data["adapters"].append({"name": "huge", "path": str(_huge(world, tmp_path / "huge", 6e4))})
     path.write_text(yaml.safe_dump(data))
-    modules = load_model(make_plan(read_spec(path), path.parent))[1]
+    modules = load_model_base(make_plan(read_spec(path), path.parent))[1]
     inputs = make_inputs(world.session("bert"), "bert")
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     weights = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.25], [0, 0, 0], [1, 0, 0]])

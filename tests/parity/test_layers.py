@@ -18,7 +18,7 @@ from loraexport.errors import BaseModelError, ParityError, UsageError
 from loraexport.lora import segmented, segments
 from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
-from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Piece, compare
+from loraexport_runtime.checking.rows import LAYER_TOLERANCES, CasePart, compare
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.slots.host import AdapterHost
 
@@ -227,7 +227,7 @@ def rows_of(change: Callable[[np.ndarray], np.ndarray]) -> bool:
     labels = ("test", "layer", "site", "adapter")
     output = base + change(delta)
     row = compare(
-        labels, [Piece("case", output, base + delta, base, base)], LAYER_TOLERANCES["bfloat16"]
+        labels, [CasePart("case", output, base + delta, base, base)], LAYER_TOLERANCES["bfloat16"]
     )
     return row.passed
 

@@ -33,7 +33,7 @@ from support.peft_features import (
 from loraexport_runtime import (
     AdapterConfigError,
 )
-from loraexport_runtime.adapters.config import FIELDS, Refused, read_config
+from loraexport_runtime.adapters.config import FIELDS, Refused, read_lora_config
 
 # PEFT says of an embedding LoRA that it saves the embedding too; of lora_bias that it cannot be
 # merged into a layer without a bias, and, wrongly, that its tensors are shards.
@@ -148,7 +148,7 @@ def test_a_refused_field_is_refused_by_name(
     plain = json.loads((world.adapter("bert/plain") / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**plain, key: value}))
     with pytest.raises(AdapterConfigError) as caught:
-        read_config(tmp_path)
+        read_lora_config(tmp_path)
     assert f"{key} = {value!r}" in str(caught.value)
     rule = FIELDS[key]
     if isinstance(rule, Refused):

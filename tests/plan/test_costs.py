@@ -7,14 +7,14 @@ import pytest
 
 from loraexport.bench.results import read_results
 from loraexport.errors import UsageError
-from loraexport.plan.costs import Measured, Shape, added, fit, read_costs, work
+from loraexport.plan.costs import LayerShape, Measured, added, fit, read_costs, work
 from loraexport.spec.schema import Costs
 from loraexport_runtime.contract.manifest import Strategy
 
 ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES: tuple[Strategy, ...] = ("masked", "augmented", "chunked")
 SHAPES = [
-    Shape(tokens, 4096, size_out, slots, 16, 2)
+    LayerShape(tokens, 4096, size_out, slots, 16, 2)
     for tokens, size_out, slots in product((8, 512, 8192), (1024, 4096), (2, 8, 128))
 ]
 
@@ -24,12 +24,12 @@ CELLS = list(product(STRATEGIES, SHAPES))
 
 def test_the_work_of_one_layer() -> None:
     """10 tokens, 4 features to 6, 2 slots of 3 rows, 2 bytes: every term written out."""
-    shape = Shape(10, 4, 6, 2, 3, 2)
+    shape = LayerShape(10, 4, 6, 2, 3, 2)
     select = 10 * 4 + 3.5 * 10 * 6 + 6 * 4 + 6 * 6
     flops = 2 * 10 * 6 * (4 + 6) / 1e9
     assert work("masked", shape) == (4, (select + 10 * 6 + 4 * 10 * 6) * 2 / 1e9, flops)
     assert work("augmented", shape) == (3, (select + 2 * 10 * 10 + 10 * 6) * 2 / 1e9, flops)
-    with_bias = work("augmented", Shape(10, 4, 6, 2, 3, 2, has_bias=True))
+    with_bias = work("augmented", LayerShape(10, 4, 6, 2, 3, 2, has_bias=True))
     assert with_bias[0] == 2
     assert with_bias[1] == pytest.approx(work("augmented", shape)[1] - 2 * 10 * 6 * 2 / 1e9)
     places, chunks = 128, 2
@@ -65,7 +65,7 @@ def test_the_costs_that_come_along_choose_as_the_measurements_do() -> None:
     layers = [cell for cell in results.cells if cell.kind == "layers"]
     assert len(layers) >= 6
     for cell in layers:
-        shape = Shape(cell.tokens, 4096, 4096, cell.adapters, cell.rank, 2, has_bias=True)
+        shape = LayerShape(cell.tokens, 4096, 4096, cell.adapters, cell.rank, 2, has_bias=True)
         found = {one: cell.seconds(f"{one} captured") for one in STRATEGIES}
         measured = {one: seconds for one, seconds in found.items() if seconds is not None}
         chosen = min(measured, key=lambda one: added(costs, one, shape))

@@ -16,7 +16,7 @@ NOT_CAPTURED = -1
 """onnxruntime's own number for a run that is not to be captured, in a session that captures."""
 
 
-class Graph:
+class BoundGraph:
     """A session of one graph. `bind` gives calls that take no argument and copy nothing.
 
     Captured: every call that `bind` gives is a CUDA graph of its own, over its own inputs and

@@ -22,7 +22,7 @@ from ..work import CannotRun
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptBatch:
     """int64 [rows, length] on the host, a slot for each row, and how many tokens shall follow."""
 
     ids: np.ndarray
@@ -37,11 +37,11 @@ class Prompts:
     def length(self) -> int:
         return int(self.ids.shape[1])
 
-    def of(self, rows: Sequence[int]) -> "Prompts":
-        return Prompts(self.ids[rows], self.slots[rows], self.new_tokens)
+    def of(self, rows: Sequence[int]) -> "PromptBatch":
+        return PromptBatch(self.ids[rows], self.slots[rows], self.new_tokens)
 
 
-class Decoder(Protocol):
+class DecodeRunner(Protocol):
     """What the contestants have in common."""
 
     @property
@@ -88,7 +88,7 @@ class GenaiDecoder:
 
     most_steps = None
 
-    def __init__(self, model: GenaiModel, prompts: Prompts, mixed: bool) -> None:
+    def __init__(self, model: GenaiModel, prompts: PromptBatch, mixed: bool) -> None:
         self._model, self._prompts, self._mixed = model, prompts, mixed
         self._generator: Any = None
 
@@ -164,7 +164,7 @@ class RuntimeDecoder:
     most_steps = None
     prepare = None
 
-    def __init__(self, engine: DrivenEngine, prompts: Prompts) -> None:
+    def __init__(self, engine: DrivenEngine, prompts: PromptBatch) -> None:
         self._engine, self._prompts = engine, prompts
         self._taken: Any = None
 
@@ -201,7 +201,7 @@ class EagerDecoder:
     """Its steps cost the same, and it is slow: so many stand for all."""
     prepare = None
 
-    def __init__(self, model: Any, prompts: Prompts, device: Device, **arguments: Any) -> None:
+    def __init__(self, model: Any, prompts: PromptBatch, device: Device, **arguments: Any) -> None:
         """
         Args:
             arguments: of every call, such as PEFT's adapter_names.

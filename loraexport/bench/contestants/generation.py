@@ -17,7 +17,7 @@ from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.generation.captured.engine import DrivenEngine
 
 from ...bases.adapters import pack_adapters
-from ...bases.decoder import find_sites, load_base, load_graph
+from ...bases.decoder import find_decoder_sites, load_decoder_base, load_decoder_graph
 from ...bases.genai_folder import adapt_config
 from ...export.graft import graft
 from ...graphs.files import save_grafted
@@ -33,18 +33,18 @@ from ..work import Work
 from ..workloads.batches import draw_slots, rows_by_slot
 from ..workloads.projects import Lab, adapter_names, model_spec
 from ..workloads.schema import GenerationWorkload
-from .bound_graph import Graph
+from .bound_graph import BoundGraph
 from .decoders import (
-    Decoder,
+    DecodeRunner,
     EagerDecoder,
     GenaiDecoder,
     GenaiModel,
     GroupedDecoder,
-    Prompts,
+    PromptBatch,
     RuntimeDecoder,
 )
 from .eager import wrap_with_peft
-from .plain_decoder import PlainDecoder
+from .plain_decoder import TorchDecoder
 
 _COMPARED = 2
 """New tokens: the prefill's, and one of a step; the more, the likelier is a tie in one of them."""
@@ -76,7 +76,7 @@ class _Decoder:
     def _export(self, folder: Path) -> dict[str, Path]:
         """onnxruntime-genai's graph as `base`, and with multi-LoRA grafted into it as `mixed`."""
         folders = {name: folder / name for name in ("base", "mixed")}
-        base = load_graph(self.plan)
+        base = load_decoder_graph(self.plan)
         model = base.model
         folder.mkdir()
         base.write_files(folders["mixed"])
@@ -84,8 +84,10 @@ class _Decoder:
         self._set_threads(folders["mixed"] / GENAI_CONFIG)
         shutil.copytree(folders["mixed"], folders["base"])
         save_grafted(model, folders["base"] / "model.onnx")
-        sites = find_sites(self.plan, model)
-        stacks = pack_adapters(self.plan, load_base(self.plan), [one.layer for one in sites])
+        sites = find_decoder_sites(self.plan, model)
+        stacks = pack_adapters(
+            self.plan, load_decoder_base(self.plan), [one.layer for one in sites]
+        )
         graft(model, sites, stacks, self.plan.num_slots, self.lab.bench.dtype)
         save_grafted(model, folders["mixed"] / "model.onnx")
         return folders
@@ -104,8 +106,8 @@ class _Decoder:
         providers = normalise_providers([self.lab.bench.device])
         return DrivenEngine(self.folders[group], self.pad, providers)
 
-    def _graph(self, group: Group, captured: bool) -> Graph:
-        return Graph(self.folders[group] / "model.onnx", self.lab.device, captured)
+    def _graph(self, group: Group, captured: bool) -> BoundGraph:
+        return BoundGraph(self.folders[group] / "model.onnx", self.lab.device, captured)
 
     @cached_property
     def plain(self) -> Any:
@@ -136,7 +138,7 @@ class _Batch:
         size = (rows, workload.prompt_tokens)
         # 0 is padding, and 1 and 2 start and end a text by default.
         ids = np.random.default_rng(seed).integers(3, decoder.config["vocab_size"], size)
-        self._prompts = Prompts(ids, np.array(slots), workload.new_tokens)
+        self._prompts = PromptBatch(ids, np.array(slots), workload.new_tokens)
 
     def contest(self) -> Contest:
         decoder, workload, rows = self._decoder, self._decoder.workload, self._prompts.rows
@@ -160,7 +162,7 @@ class _Batch:
         return Contest(cell, list(self._contestants()), ours, workload.leave_out)
 
     def _contestants(self) -> Iterator[Contestant]:
-        ways: list[tuple[str, Group, Callable[[], Decoder]]] = [
+        ways: list[tuple[str, Group, Callable[[], DecodeRunner]]] = [
             ("base torch", "base", self._base_torch),
             ("base", "base", partial(self._plain, "base", False)),
             ("base captured", "base", partial(self._plain, "base", True)),
@@ -178,7 +180,7 @@ class _Batch:
             if self.phase == "decode" or not name.endswith(("captured", "runtime")):
                 yield Contestant(name, group, partial(self._work, make))
 
-    def _work(self, make: Callable[[], Decoder]) -> Work:
+    def _work(self, make: Callable[[], DecodeRunner]) -> Work:
         decoder = make()
         if self.phase == "prefill":
             return Work([decoder.prefill], decoder.logits, prepare=decoder.prepare)
@@ -191,28 +193,28 @@ class _Batch:
             prepare=decoder.start_decode,
         )
 
-    def _base_torch(self) -> Decoder:
+    def _base_torch(self) -> DecodeRunner:
         return EagerDecoder(self._decoder.plain, self._prompts, self._lab.device)
 
-    def _peft(self) -> Decoder:
+    def _peft(self) -> DecodeRunner:
         """`adapter_names`, a name for each row."""
         names = adapter_names(self._decoder.adapters)
         rows = [names[slot - 1] for slot in self._prompts.slots]
         model, device = self._decoder.peft, self._lab.device
         return EagerDecoder(model, self._prompts, device, adapter_names=rows)
 
-    def _plain(self, group: Group, captured: bool) -> Decoder:
+    def _plain(self, group: Group, captured: bool) -> DecodeRunner:
         graph, config = self._decoder.graph(group, captured), self._decoder.config
         dtype = self._lab.bench.dtype
-        return PlainDecoder(graph, config, self._prompts, self._lab.device, dtype)
+        return TorchDecoder(graph, config, self._prompts, self._lab.device, dtype)
 
-    def _runtime(self, group: Group) -> Decoder:
+    def _runtime(self, group: Group) -> DecodeRunner:
         return RuntimeDecoder(self._decoder.engine(group), self._prompts)
 
-    def _genai(self, group: Group) -> Decoder:
+    def _genai(self, group: Group) -> DecodeRunner:
         return GenaiDecoder(self._decoder.genai(group), self._prompts, group == "mixed")
 
-    def _one_at_a_time(self) -> Decoder:
+    def _one_at_a_time(self) -> DecodeRunner:
         """A batch of its own for each adapter, all on the mixed graph, step by step in turn.
 
         GenAI's own switching has one adapter's A and B in the graph, and ours reads those of all

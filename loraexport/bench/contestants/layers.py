@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...bases.adapters import load_adapters
-from ...bases.layers import LayerModules, build_modules, load_base
+from ...bases.layers import LayerModules, build_modules, load_layers_base
 from ...bases.weights import Base
 from ...plan.layers import LayersPlan
 from ...plan.plan import Plan, make_plan
@@ -25,7 +25,7 @@ from ..work import Work, run_in_turn
 from ..workloads.batches import draw_slots, even_bounds, rows_by_slot
 from ..workloads.projects import Lab, adapter_names, layers_spec
 from ..workloads.schema import LayersWorkload
-from .bound_graph import Graph
+from .bound_graph import BoundGraph
 from .chain import AloneChain, BaseChain, LoopChain, MixedChain, export_chain
 from .eager import wrap_with_peft
 
@@ -51,7 +51,7 @@ class _Chains:
     ) -> None:
         self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
         own = self.plan("segmented")
-        self.base = base or load_base(own)  # it does not depend on the adapters
+        self.base = base or load_layers_base(own)  # it does not depend on the adapters
         self.own_plan = own
         self._weights = load_adapters(own, self.base)
         self.layers = cache(self._layers)
@@ -73,7 +73,7 @@ class _Chains:
         layers = self.layers(strategy)
         return {name: value for one in layers for name, value in one.stacks.items()}
 
-    def _graph(self, kind: str, captured: bool) -> Graph:
+    def _graph(self, kind: str, captured: bool) -> BoundGraph:
         """`base`, `alone` (one adapter for all tokens), or a strategy."""
         shared = {"base": "base", "alone": f"alone-{self.rank}"}
         name = shared.get(kind, f"{kind}-{self.rank}-{self.adapters}")
@@ -85,7 +85,7 @@ class _Chains:
                 stacks = {key: value[: self.rank] for key, value in stacks.items()}
             make = {"base": BaseChain, "alone": AloneChain}.get(kind, MixedChain)
             export_chain(make(layers), layers, stacks, self.lab.bench.dtype, path)
-        return Graph(path, self.lab.device, captured)
+        return BoundGraph(path, self.lab.device, captured)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraexport_runtime.contract.manifest import Stack
 
-from ...bases.model import ModelModules, load_model
+from ...bases.model import ModelModules, load_model_base
 from ...bases.multi_lora_model import MultiLoraModel
 from ...errors import UsageError
 from ...export.onnx import export_model_onnx
@@ -43,7 +43,7 @@ from ..work import Work, run_in_turn
 from ..workloads.batches import draw_slots, rows_by_slot, spread_lengths
 from ..workloads.projects import Lab, adapter_names, model_spec
 from ..workloads.schema import ModelWorkload, Shape
-from .bound_graph import Graph
+from .bound_graph import BoundGraph
 from .eager import with_loop, wrap_with_peft
 from .variants import plan_variant, variant_contestants
 
@@ -107,25 +107,25 @@ class _Model:
         )
 
     def _mixed(self, tokens: int) -> ModelModules:
-        return load_model(self._plan(self.adapters, tokens))[1]
+        return load_model_base(self._plan(self.adapters, tokens))[1]
 
-    def _graph(self, kind: str, captured: bool, tokens: int = 0) -> Graph:
+    def _graph(self, kind: str, captured: bool, tokens: int = 0) -> BoundGraph:
         """`base`, `mixed`, `packed` (mixed, without padding), a variant, or `alone`: the mixed
         graph of one slot; tuned for so many tokens."""
         name = kind if kind == "base" else f"{kind}-{self.rank}-{self.adapters}-{tokens}"
         path = self.lab.folder / f"{name}.onnx"
         if not path.is_file():
             if kind == "alone":
-                modules = load_model(self._plan(1, tokens))[1]
+                modules = load_model_base(self._plan(1, tokens))[1]
             elif kind == "packed":
-                modules = load_model(self._plan(self.adapters, tokens, packed=True))[1]
+                modules = load_model_base(self._plan(self.adapters, tokens, packed=True))[1]
             elif kind in self.workload.variants:
                 plan = plan_variant(kind, partial(self._plan, self.adapters, tokens))
-                modules = load_model(plan)[1]
+                modules = load_model_base(plan)[1]
             else:
                 modules = self.base if kind == "base" else self.mixed(tokens)
             export_model_onnx(modules, kind, path)
-        return Graph(path, self.lab.device, captured)
+        return BoundGraph(path, self.lab.device, captured)
 
     def on_device(self, stacks: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: to_torch(one).to(self.lab.device.torch) for name, one in stacks.items()}
@@ -143,7 +143,7 @@ class _Model:
     def eager(self) -> tuple[nn.Module, nn.Module, list[Tensor]]:
         """(masked, the seed's loop, the stacks of both), on the device."""
         tokens = self.workload.shapes[0].num_tokens  # of no matter here
-        modules = load_model(self._plan(self.adapters, tokens, strategy="masked"))[1]
+        modules = load_model_base(self._plan(self.adapters, tokens, strategy="masked"))[1]
         loop = with_loop(copy.deepcopy(modules.module), modules.layers, self.adapters)
         stacks = list(self.on_device(modules.stacks).values())
         place = self.lab.device.torch

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...tensors import TORCH_DTYPES
 from ..device import Device
-from .bound_graph import NOT_CAPTURED, Graph
-from .decoders import Prompts
+from .bound_graph import NOT_CAPTURED, BoundGraph
+from .decoders import PromptBatch
 
 _LOGITS = {
     "tensor(float)": torch.float32,
@@ -19,7 +19,7 @@ _LOGITS = {
 }
 
 
-class PlainDecoder:
+class TorchDecoder:
     """The same graph on plain onnxruntime: shared KV buffers, the prefill never captured.
 
     A step reads an attention mask of full length, padded with zeros, so that its shapes and
@@ -30,7 +30,12 @@ class PlainDecoder:
     prepare = None
 
     def __init__(
-        self, graph: Graph, config: Mapping[str, Any], prompts: Prompts, device: Device, dtype: str
+        self,
+        graph: BoundGraph,
+        config: Mapping[str, Any],
+        prompts: PromptBatch,
+        device: Device,
+        dtype: str,
     ) -> None:
         """
         Args:

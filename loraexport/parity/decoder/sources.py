@@ -14,11 +14,11 @@ from loraexport_runtime.checking.decoder_steps import empty_cache
 from loraexport_runtime.checking.model import Mix
 from loraexport_runtime.contract.manifest import Manifest
 
-from ...bases.decoder import find_sites, plain_directory
+from ...bases.decoder import find_decoder_sites, plain_directory
 from ...hf.model import load_plain_model
 from ...plan.decoder import DecoderPlan
 from ...plan.plan import Plan
-from ..model.graph_model import SOURCE, GraphModel
+from ..model.graph_model import GRAPH_SOURCE, GraphModel
 from ..model.plain_model import merged_into
 from ..oracle import ReferenceAdapter, read_adapters
 from .reference import ReferenceDecoder, read_logits
@@ -42,7 +42,7 @@ def open_decoder(
     if isinstance(directory, Path):
         return PlainDecoder(directory, adapters)
     base = graph()
-    made = GraphModel(base, find_sites(plan, base), adapters)
+    made = GraphModel(base, find_decoder_sites(plan, base), adapters)
     return GraphDecoder(made, empty_cache(config, 1, manifest.dtype))
 
 
@@ -80,7 +80,7 @@ class PlainDecoder:
 class GraphDecoder:
     """The base's own graph, without a cache: every step reads the whole text again."""
 
-    source = SOURCE
+    source = GRAPH_SOURCE
 
     def __init__(self, graph: GraphModel, empty: np.ndarray) -> None:
         """`empty`: keys or values of no tokens, for one prompt."""

@@ -22,7 +22,7 @@ from ...plan.graph import GraphPlan
 from ...plan.plan import Plan
 from ..oracle import ReferenceAdapter, read_adapters
 
-SOURCE = "the base's own graph, the adapter's product added in float64"
+GRAPH_SOURCE = "the base's own graph, the adapter's product added in float64"
 
 
 class GraphModel:
@@ -72,7 +72,7 @@ def open_rows(
 class GraphRows:
     """A graph of whole batches, as a reference for them."""
 
-    source = SOURCE
+    source = GRAPH_SOURCE
 
     def __init__(
         self, graph: GraphModel, outputs: Sequence[str], label: str, tokens: Tokens

@@ -83,7 +83,7 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 _CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_lora_config(path: Path) -> dict[str, Any]:
     """The fields of an adapter directory's config, PEFT's defaults for what it leaves out.
 
     Raises:

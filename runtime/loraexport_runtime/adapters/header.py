@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ..contract.files import digest_file
 from ..contract.foreign import reason
 from ..errors import AdapterWeightsError, WeightsError
-from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_config
+from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_lora_config
 from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header
 
 Feature = Literal["dora", "bias", "heads"]
@@ -103,7 +103,7 @@ def read_adapter(path: Path) -> AdapterHeader:
         AdapterWeightsError: a tensor is unpaired, of an unknown role, or disagrees with the config.
         WeightsError: the weights file is missing, pickled or damaged.
     """
-    config = read_config(path)
+    config = read_lora_config(path)
     weights = path / WEIGHTS_FILE
     if not _is_there(weights):
         pickled = path / "adapter_model.bin"

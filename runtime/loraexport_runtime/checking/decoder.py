@@ -20,7 +20,7 @@ from .decoder_steps import Logits, open_runner
 from .model import BASE, Mix, mix_labels, only
 from .rows import (
     MODEL_TOLERANCES,
-    Piece,
+    CasePart,
     Row,
     Tolerance,
     compare,
@@ -156,7 +156,7 @@ def compare_logits(
 ) -> list[Row]:
     """Run every case; a row for each adapter."""
     labels = mix_labels(manifest)
-    pieces: dict[str, list[Piece]] = {who: [] for who in labels.values()}
+    pieces: dict[str, list[CasePart]] = {who: [] for who in labels.values()}
     for case in make_cases(manifest):
         prompts, tokens = reference.prompts[case.name], reference.tokens[case.name]
         four = (
@@ -167,7 +167,7 @@ def compare_logits(
         )
         for mix in set(case.rows):
             keep = np.array([row == mix for row in case.rows])
-            piece = Piece(case.name, *(part[keep].reshape(-1, part.shape[-1]) for part in four))
+            piece = CasePart(case.name, *(part[keep].reshape(-1, part.shape[-1]) for part in four))
             pieces[labels[mix]].append(piece)
     return [
         compare((implementation, "causal-lm", "logits", who), parts, tolerance)

@@ -16,7 +16,7 @@ from ..device.memory import host_value
 from ..device.ort_session import open_session
 
 
-def read_config(folder: Path, decoder: Decoder) -> dict[str, Any]:
+def read_model_config(folder: Path, decoder: Decoder) -> dict[str, Any]:
     """What onnxruntime-genai is told of the model."""
     config: dict[str, Any] = read_genai_config(resolve(folder, decoder.folder))["model"]
     return config
@@ -44,7 +44,7 @@ def open_runner(
     session = open_session(resolve(folder, decoder.onnx), [provider], {}, None)
     names = [entry.name for entry in session.get_inputs()]
     past = [name for name in names if name.startswith("past_key_values.")]
-    config = read_config(folder, decoder)
+    config = read_model_config(folder, decoder)
 
     def run(prompts: list[list[int]], tokens: np.ndarray, adapter_ids: np.ndarray) -> np.ndarray:
         lengths = np.array([len(prompt) for prompt in prompts])

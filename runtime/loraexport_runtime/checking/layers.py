@@ -11,7 +11,7 @@ from ..contract.manifest import Layer, Manifest
 from ..sessions.layers import LayersSession
 from .rows import (
     LAYER_TOLERANCES,
-    Piece,
+    CasePart,
     Row,
     Tolerance,
     compare,
@@ -181,7 +181,7 @@ def _compare_layer(
         for part in layer.slices:
             columns = slice(part.offset, part.offset + part.width)
             pieces = [
-                Piece(
+                CasePart(
                     case.name,
                     output[picked][:, columns],
                     reference.expected[layer.name, case.name][picked][:, columns],

@@ -12,10 +12,10 @@ from ..contract.kinds import Model, TensorEntry
 from ..contract.manifest import Manifest
 from ..device.dtypes import NUMPY_DTYPES
 from ..sessions.model import ModelSession
-from ..slots.batch import Row as Names
+from ..slots.batch import RowAdapters as Names
 from .rows import (
     MODEL_TOLERANCES,
-    Piece,
+    CasePart,
     Row,
     Tolerance,
     compare,
@@ -209,7 +209,7 @@ def compare_model(
         blends: False leaves rows that blend out, for an implementation with other rules.
     """
     labels = mix_labels(manifest)
-    pieces: dict[tuple[str, str], list[Piece]] = {
+    pieces: dict[tuple[str, str], list[CasePart]] = {
         (entry.name, who): [] for entry in model.outputs for who in (*labels.values(), "blend")
     }
     for case in make_cases(manifest, model):
@@ -229,7 +229,7 @@ def compare_model(
                 if not blends and mix not in labels:
                     continue
                 keep = (tokens.T & np.array([row == mix for row in case.rows])).T
-                piece = Piece(case.name, *(part[keep] for part in four))
+                piece = CasePart(case.name, *(part[keep] for part in four))
                 pieces[entry.name, labels.get(mix, "blend")].append(piece)
     return [
         compare((implementation, model.task, output, who), parts, tolerance)

@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Piece:
+class CasePart:
     """What one case gives of one site and one adapter, [tokens, width] each."""
 
     case: str
@@ -76,7 +76,7 @@ class Piece:
 
 
 def compare(
-    labels: tuple[str, str, str, str], pieces: Sequence[Piece], tolerance: Tolerance
+    labels: tuple[str, str, str, str], pieces: Sequence[CasePart], tolerance: Tolerance
 ) -> Row:
     """Hold one adapter's outputs at one site, over all cases, to the reference.
 
@@ -115,7 +115,7 @@ def compare(
     )
 
 
-def _largest_error(piece: Piece) -> float:
+def _largest_error(piece: CasePart) -> float:
     """NaN counts as the largest of all; -1 for a piece of no tokens."""
     errors = np.abs(piece.output.astype(np.float64) - piece.expected)
     return float(np.nan_to_num(errors, nan=np.inf).max(initial=-1.0))

@@ -53,7 +53,7 @@ def load(
     session = open_artifact(
         folder,
         allow_unverified,
-        lambda manifest: open_session(folder, manifest, pairs, threads, cuda_graphs),
+        lambda manifest: make_session(folder, manifest, pairs, threads, cuda_graphs),
         digest,
     )
     _LOG.info(
@@ -121,7 +121,7 @@ def load_model(
     return session
 
 
-def open_session(
+def make_session(
     folder: Path,
     manifest: Manifest,
     providers: list[tuple[str, dict[str, Any]]],

@@ -19,7 +19,7 @@ from ..device.dtypes import NUMPY_DTYPES
 from ..device.memory import dtype_of, shape_of
 from ..device.ort_session import open_session
 from ..errors import ArtifactError, InputError, ProviderError
-from ..slots.batch import Row, are_plain, read_rows, row_arrays, row_names
+from ..slots.batch import RowAdapters, are_plain, read_rows, row_arrays, row_names
 from .session import ArtifactSession
 
 _LOG = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ModelSession(ArtifactSession):
     def run(
         self,
         inputs: Mapping[str, Any],
-        adapters: Sequence[Row] | None = None,
+        adapters: Sequence[RowAdapters] | None = None,
         *,
         timeout: float | None = None,
     ) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class ModelSession(ArtifactSession):
             self._device,
         )
 
-    def _check_rows(self, rows: Sequence[Row]) -> None:
+    def _check_rows(self, rows: Sequence[RowAdapters]) -> None:
         """Refuse what this graph cannot give. Raises InputError."""
         if self._headless is None and are_plain(rows):
             return

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import InputError, SegmentsError
 
-Row = str | Mapping[str, float] | None
+RowAdapters = str | Mapping[str, float] | None
 """One adapter, a blend of several with their weights, or the base."""
 
 _PLAIN = {str, type(None)}
@@ -87,7 +87,7 @@ def check_segments(seg_indptr: np.ndarray, seg_slots: np.ndarray, num_tokens: in
     _check_sum(int(seg_indptr[-1]), num_tokens)
 
 
-def read_rows(adapters: Any, batch: int) -> list[Row]:
+def read_rows(adapters: Any, batch: int) -> list[RowAdapters]:
     """What each row of a batch uses, checked.
 
     Raises:
@@ -119,12 +119,12 @@ def read_rows(adapters: Any, batch: int) -> list[Row]:
     return rows
 
 
-def are_plain(rows: Sequence[Row]) -> TypeGuard[Sequence[str | None]]:
+def are_plain(rows: Sequence[RowAdapters]) -> TypeGuard[Sequence[str | None]]:
     """Whether no row blends: what most batches are, and quickly told."""
     return {type(row) for row in rows} <= _PLAIN
 
 
-def row_names(rows: Sequence[Row]) -> list[str]:
+def row_names(rows: Sequence[RowAdapters]) -> list[str]:
     """Every adapter that the rows name."""
     if are_plain(rows):
         return [name for name in rows if name is not None]
@@ -137,7 +137,7 @@ def row_names(rows: Sequence[Row]) -> list[str]:
 
 
 def row_arrays(
-    rows: Sequence[Row], slots: Mapping[str | None, int], num_slots: int
+    rows: Sequence[RowAdapters], slots: Mapping[str | None, int], num_slots: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """`adapter_ids int64 [batch]`, and `adapter_weights float32 [batch, slots]` if a row blends."""
     if are_plain(rows):

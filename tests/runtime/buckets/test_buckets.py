@@ -24,7 +24,7 @@ from loraexport_runtime.buckets.bucket import Bucket
 from loraexport_runtime.buckets.replays import Replays, _run
 from loraexport_runtime.buckets.rows import RowBuckets
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.sessions.load import open_session
+from loraexport_runtime.sessions.load import make_session
 
 CPU = [("CPUExecutionProvider", {})]
 STRATEGIES = ("masked", "augmented", "chunked")
@@ -46,7 +46,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def open_with_buckets(artifact: Path) -> Any:
-    return open_session(artifact, Manifest.read(artifact), CPU, 1, cuda_graphs=True)
+    return make_session(artifact, Manifest.read(artifact), CPU, 1, cuda_graphs=True)
 
 
 def near(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1e-5) -> None:

@@ -15,7 +15,7 @@ from support.adapters import write_adapter
 
 import loraexport_runtime as lr
 from loraexport_runtime.adapters import tensor_files
-from loraexport_runtime.adapters.config import read_config
+from loraexport_runtime.adapters.config import read_lora_config
 from loraexport_runtime.adapters.dora import find_base_weights
 from loraexport_runtime.adapters.header import digest_adapter, read_adapter
 from loraexport_runtime.adapters.tensor_files import read_header, read_tensors
@@ -63,7 +63,7 @@ def adapter(folder: Path) -> Path:
 def config_of_an_adapter(folder: Path) -> Callable[[], object]:
     path = adapter(folder)
     close(path / "adapter_config.json")
-    return lambda: read_config(path)
+    return lambda: read_lora_config(path)
 
 
 def weights_of_an_adapter(folder: Path) -> Callable[[], object]:

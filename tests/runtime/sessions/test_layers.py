@@ -848,7 +848,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
     opened: list[str] = []
 
     def open_then_swap(path: Path, manifest: Manifest, *rest: Any) -> lr.LayersSession:
-        session = open_session(path, manifest, *rest)
+        session = make_session(path, manifest, *rest)
         opened.append(manifest.created)
         if len(opened) == 1:
             text = (folder / "manifest.json").read_text()
@@ -856,8 +856,8 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
             write_manifest(folder, newer)
         return session
 
-    open_session = module.open_session
-    monkeypatch.setattr(module, "open_session", open_then_swap)
+    open_session = module.make_session
+    monkeypatch.setattr(module, "make_session", open_then_swap)
     session = lr.load(folder, threads=1)
     assert len(opened) == 2
     assert session.manifest.created == opened[1] == "2099-01-01T00:00:00+00:00"

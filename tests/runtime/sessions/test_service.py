@@ -22,7 +22,7 @@ import loraexport_runtime as lr
 from loraexport.pipeline.build import build
 from loraexport_runtime.adapters.header import digest_adapter
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.sessions.load import open_session
+from loraexport_runtime.sessions.load import make_session
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 X = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
@@ -48,7 +48,7 @@ def texts(batch: int = 2, sequence: int = 3) -> dict[str, np.ndarray]:
 
 
 def open_with_buckets(artifact: Path) -> Any:
-    return open_session(artifact, Manifest.read(artifact), CPU, 1, cuda_graphs=True)
+    return make_session(artifact, Manifest.read(artifact), CPU, 1, cuda_graphs=True)
 
 
 # Closing

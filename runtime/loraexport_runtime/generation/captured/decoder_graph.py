@@ -47,7 +47,7 @@ class DecoderGraph:
         return next(self._graph_ids)
 
 
-def read_graph(
+def read_decoder_graph(
     session: ort.InferenceSession,
     decoder: Mapping[str, Any],
     device: tuple[str, int],

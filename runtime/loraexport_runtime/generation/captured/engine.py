@@ -22,7 +22,7 @@ from ...errors import ProviderError
 from ..engine import Sampling
 from ..sampling import choose
 from .cache import Cache
-from .decoder_graph import read_graph
+from .decoder_graph import read_decoder_graph
 from .next_inputs import write_tail
 from .step import Prompts, Step
 from .top_tokens import BoundTopTokens, TopTokens
@@ -79,7 +79,7 @@ class DrivenEngine:
             raise ProviderError(
                 f"{error}. If its steps cannot be captured, pass cuda_graphs=False"
             ) from error
-        self._graph = read_graph(session, decoder, device, capture)
+        self._graph = read_decoder_graph(session, decoder, device, capture)
         graph = self._graph
         self._top = TopTokens(graph.logits_dtype, graph.vocabulary, providers)
         self._pad = pad
