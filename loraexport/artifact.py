@@ -112,7 +112,7 @@ def _raise_if_full(error: Exception, folder: Path) -> None:
     causes: list[BaseException] = [error]
     while (behind := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(behind)
-    said = [one for one in causes if isinstance(one, OSError) and one.errno in _FULL]
+    said = [cause for cause in causes if isinstance(cause, OSError) and cause.errno in _FULL]
     places = [folder, Path(tempfile.gettempdir())]
     full = [place for place in places if place.exists() and shutil.disk_usage(place).free < _ROOM]
     is_explained = isinstance(error, LoraexportError) and not isinstance(error, ExportError)

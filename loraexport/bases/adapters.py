@@ -47,13 +47,13 @@ def pack_adapters(plan: AnyPlan, base: Base, layers: Iterable[Layer]) -> dict[st
     stacks: dict[str, np.ndarray] = {}
     for layer in layers:
         blocks = {}
-        for one in plan.adapters:
-            if one.slot is not None:
-                packed = pack(layer, adapters[one.name], one.scale, dtype)
+        for adapter in plan.adapters:
+            if adapter.slot is not None:
+                packed = pack(layer, adapters[adapter.name], adapter.scale, dtype)
                 if layer.stacks[0].slot_rows is not None:
-                    ranks = {site: found.rank for site, found in one.sites.items()}
-                    packed = _cut(packed, layer, ranks, layer.stacks[0].slot_rows[one.slot - 1])
-                blocks[one.slot] = packed
+                    ranks = {site: found.rank for site, found in adapter.sites.items()}
+                    packed = _cut(packed, layer, ranks, layer.stacks[0].slot_rows[adapter.slot - 1])
+                blocks[adapter.slot] = packed
         for stack in layer.stacks:
             rows = (stack.shape[0] - stack.row_offset, stack.shape[1])
             own = replace(stack, shape=rows, row_offset=0)

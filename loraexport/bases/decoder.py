@@ -68,7 +68,7 @@ def load_decoder_base(plan: Plan[DecoderPlan]) -> Base:
     decoder = plan.kind
     if decoder.graph is not None:
         return onnx_graph.load_graph_base(plan, decoder.graph)
-    layers = [one.layer for one in plan.layers]
+    layers = [planned.layer for planned in plan.layers]
     return read_base(load_plain_model(decoder.directory, "causal-lm", {}), layers)
 
 
@@ -93,7 +93,7 @@ def find_decoder_sites(plan: Plan[DecoderPlan], model: ir.Model) -> list[Graft]:
     """
     if plan.kind.graph is not None:
         return onnx_graph.find_sites(plan, plan.kind.graph, model, {})
-    grafts = find_grafts(model.graph, [one.layer for one in plan.layers])
+    grafts = find_grafts(model.graph, [planned.layer for planned in plan.layers])
     return [fit_stacks(graft, plan.num_slots) for graft in grafts]
 
 

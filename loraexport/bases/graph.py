@@ -25,11 +25,11 @@ def load_graph_base(plan: AnyPlan, graph: GraphPlan) -> Base:
     """The digests of a graph's files and of its sites' weights, as they are stored."""
     model = read_graph(graph.file)
     _require_data(model, graph.file)
-    by_output = {one.output: one for one in list_products(model.graph)}
+    by_output = {product.output: product for product in list_products(model.graph)}
     digests = {}
     for planned in plan.layers:
         products = [by_output[output] for output in graph.products[planned.layer.name]]
-        stored = {one.output: digest_array(_values(one.weight)) for one in products}
+        stored = {product.output: digest_array(_values(product.weight)) for product in products}
         for part in planned.layer.slices:
             digests[part.site] = digest_of(stored | {"columns": f"{part.offset}, {part.width}"})
     files = {graph.file, *external_files(model, graph.file)}
@@ -87,7 +87,7 @@ def find_sites(
     Args:
         layouts: of the layers whose rows do not lie as the operator says.
     """
-    by_output = {one.output: one for one in list_products(model.graph)}
+    by_output = {product.output: product for product in list_products(model.graph)}
     grafts = []
     for planned in plan.layers:
         layer = planned.layer

@@ -86,10 +86,10 @@ def _add_site_outputs(plan: Plan[GraphPlan], model: ir.Model) -> _Sources:
     """What the sites get becomes outputs too."""
     names = [str(value.name) for value in model.graph.outputs]
     of_layer = {}
-    for one in find_sites(plan, plan.kind, model, {}):
-        x = one.nodes[0].inputs[0]
+    for site in find_sites(plan, plan.kind, model, {}):
+        x = site.nodes[0].inputs[0]
         assert x is not None, "a product has an input"
-        of_layer[one.layer.name] = str(x.name)
+        of_layer[site.layer.name] = str(x.name)
         if x.name not in names:
             names.append(str(x.name))
             model.graph.outputs.append(x)
@@ -140,9 +140,9 @@ def _output_entry(value: ir.Value, shapes: Sequence[Sequence[int]], label: str) 
         size = str(pair[0]) if pair[0] == pair[1] else follows.get(pair)
         if size is None or (place == 0 and size != "batch"):
             raise BaseModelError(
-                f"{label}: output {value.name!r} has the shapes {[list(one) for one in shapes]} for"
-                f" {[list(one) for one in _EXAMPLES]} rows and tokens; each dimension has to follow"
-                " one of them or be fixed, the first the rows"
+                f"{label}: output {value.name!r} has the shapes {[list(shape) for shape in shapes]}"
+                f" for {[list(example) for example in _EXAMPLES]} rows and tokens; each dimension"
+                " has to follow one of them or be fixed, the first the rows"
             )
         sizes.append(size)
     if dtype is None:

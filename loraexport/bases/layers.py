@@ -105,7 +105,7 @@ def build_modules(
         for adapter in plan.adapters
         if adapter.slot is not None
     }
-    return tuple(_build(one.layer, base, slots, plan) for one in plan.layers)
+    return tuple(_build(layer.layer, base, slots, plan) for layer in plan.layers)
 
 
 def _build(

@@ -175,7 +175,7 @@ def _replace_sites(
     weight = torch.cat([_weight(module) for module in modules])
     biases = [getattr(module, "bias", None) for module in modules]
     bias = None
-    if any(one is not None for one in biases):
+    if any(bias is not None for bias in biases):
         pieces = [
             weight.new_zeros(len(_weight(module))) if one is None else one.detach()
             for module, one in zip(modules, biases, strict=True)

@@ -24,9 +24,9 @@ def calibrate(results: Results, out: Path) -> Costs:
     """
     size = BYTES_PER_VALUE[results.workloads.dtype]
     sizes = {
-        one.name: (one.in_features, one.out_features)
-        for one in results.workloads.workloads
-        if one.kind == "layers"
+        workload.name: (workload.in_features, workload.out_features)
+        for workload in results.workloads.workloads
+        if workload.kind == "layers"
     }
     measured: list[Measured] = []
     for cell in results.cells:

@@ -91,7 +91,9 @@ def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     works: dict[str, Work] = {}
     outputs: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
-    wanted = [one for one in contest.contestants if one.name not in contest.leave_out]
+    wanted = [
+        contestant for contestant in contest.contestants if contestant.name not in contest.leave_out
+    ]
     groups = {one.name: one.group for one in wanted}
     for one in wanted:
         try:

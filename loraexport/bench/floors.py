@@ -28,15 +28,15 @@ def site_floors(
     """
     size = BYTES_PER_VALUE[plan.spec.export.dtype]
     base_bytes = base_flops = lora_bytes = lora_flops = 0
-    for one in plan.layers:
-        base_bytes += one.base_bytes + size * tokens * (
-            one.layer.in_features + one.layer.out_features
+    for layer in plan.layers:
+        base_bytes += layer.base_bytes + size * tokens * (
+            layer.layer.in_features + layer.layer.out_features
         )
-        base_flops += one.base_flops_per_token * tokens
-        lora_bytes += one.lora_bytes * used // one.num_slots
-        per_token = one.lora_flops_per_token
-        if one.layer.strategy in _ALL_SLOTS:
-            per_token //= one.num_slots
+        base_flops += layer.base_flops_per_token * tokens
+        lora_bytes += layer.lora_bytes * used // layer.num_slots
+        per_token = layer.lora_flops_per_token
+        if layer.layer.strategy in _ALL_SLOTS:
+            per_token //= layer.num_slots
         lora_flops += per_token * tokens
     dtype = plan.spec.export.dtype
     return {

@@ -72,7 +72,7 @@ class Cell(_Model):
 
     def seconds(self, name: str | None) -> float | None:
         """The median of a contestant, if it ran."""
-        return next((one.timing.median for one in self.entries if one.name == name), None)
+        return next((entry.timing.median for entry in self.entries if entry.name == name), None)
 
 
 class Results(_Model):

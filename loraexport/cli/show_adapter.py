@@ -15,7 +15,7 @@ _NAMED = 4
 
 def deltas_dict(header: AdapterHeader, deltas: Sequence[Delta]) -> dict[str, Any]:
     """An adapter by itself, as JSON types."""
-    return _header_dict(header) | {"modules": {one.name: _delta_dict(one) for one in deltas}}
+    return _header_dict(header) | {"modules": {delta.name: _delta_dict(delta) for delta in deltas}}
 
 
 def moves_dict(header: AdapterHeader, base: str, moves: Sequence[Move]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def plan_dict(plan: AnyPlan) -> dict[str, Any]:
             }
             for adapter in plan.adapters
         ],
-        "layers": [_layer_dict(one, plan.spec.typical_tokens) for one in plan.layers],
+        "layers": [_layer_dict(layer, plan.spec.typical_tokens) for layer in plan.layers],
     }
 
 

@@ -11,7 +11,9 @@ from ..errors import BaseModelError
 
 def external_files(model: ir.Model, file: Path) -> set[Path]:
     tensors = [value.const_value for value in model.graph.initializers.values()]
-    return {file.parent / one.location for one in tensors if isinstance(one, ir.ExternalTensor)}
+    return {
+        file.parent / tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor)
+    }
 
 
 def save_grafted(model: ir.Model, path: Path) -> None:

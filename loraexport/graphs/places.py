@@ -31,16 +31,16 @@ def find_places(
     """The sites of the products: by a rule, else by the name that the graph has for them."""
     ruled: dict[str, Place] = {}
     for rule in rules:
-        hits = [(one, match) for one in products if (match := _fits(rule.node, one))]
+        hits = [(product, match) for product in products if (match := _fits(rule.node, product))]
         if not hits:
-            names = ", ".join(str(one.node.name) for one in products[:3])
+            names = ", ".join(str(product.node.name) for product in products[:3])
             raise BaseModelError(
                 f"base.sites: no product of {file} is named {rule.node!r}; it has {len(products)},"
                 f" such as {names}"
             )
         for one, match in hits:
             ruled[one.output] = Place((one,), _ruled(rule, one, match.groups()))
-    unruled = [one for one in products if one.output not in ruled]
+    unruled = [product for product in products if product.output not in ruled]
     named = _by_name(unruled, modules, file)
     places = list(ruled.values())
     if config is None:
@@ -57,14 +57,18 @@ def _by_name(
     products: Sequence[Product], modules: Collection[str], file: Path
 ) -> dict[str, Product]:
     """The products that the graph has a name of their own for, by the surest one."""
-    names = Counter(one.names[0] for one in products if one.names)
+    names = Counter(product.names[0] for product in products if product.names)
     twice = [name for name, count in names.items() if count > 1 and _is_module(name, modules)]
     if twice:
         raise BaseModelError(
             f"{file}: {names[twice[0]]} products are site {twice[0]!r}; tell them apart with"
             " base.sites"
         )
-    return {one.names[0]: one for one in products if one.names and names[one.names[0]] == 1}
+    return {
+        product.names[0]: product
+        for product in products
+        if product.names and names[product.names[0]] == 1
+    }
 
 
 def _is_module(site: str, modules: Collection[str]) -> bool:

@@ -91,23 +91,26 @@ def make_graft(layer: Layer, products: Sequence[Product], layout: Layout, per_ro
         BaseModelError: they have other sizes than the layer, or different inputs.
     """
     sites = [part.site for part in layer.slices]
-    first, size_out = products[0], sum(one.out_features for one in products)
-    size_in = {one.in_features for one in products}
+    first, size_out = products[0], sum(product.out_features for product in products)
+    size_in = {product.in_features for product in products}
     if (size_in, size_out) != ({layer.in_features}, layer.out_features):
         raise BaseModelError(
             f"site {sites[0]!r}: node {first.node.name!r} maps {first.in_features} to {size_out}"
             f" features, the model {layer.in_features} to {layer.out_features}; the graph is of"
             " another model"
         )
-    if len({one.node.inputs[0] for one in products}) > 1:
+    if len({product.node.inputs[0] for product in products}) > 1:
         raise BaseModelError(f"sites {', '.join(sites)}: the graph gives them different inputs")
-    widths = tuple(one.out_features for one in products)
-    return Graft(layer, tuple(one.node for one in products), widths, layout, per_row)
+    widths = tuple(product.out_features for product in products)
+    return Graft(layer, tuple(product.node for product in products), widths, layout, per_row)
 
 
 def _find(products: Mapping[str, Product], layer: Layer) -> Graft:
     sites = [part.site for part in layer.slices]
-    names = next((one for one in _spellings(sites) if all(_key(n) in products for n in one)), None)
+    names = next(
+        (spelling for spelling in _spellings(sites) if all(_key(n) in products for n in spelling)),
+        None,
+    )
     if names is None:
         raise BaseModelError(
             f"site {sites[0]!r}: the base's graph has no product of this name; it has"
@@ -173,7 +176,7 @@ def _scopes(node: ir.Node) -> list[str]:
         scopes = ast.literal_eval(noted)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         scopes = None
-    if not isinstance(scopes, list) or not all(isinstance(one, str) for one in scopes):
+    if not isinstance(scopes, list) or not all(isinstance(scope, str) for scope in scopes):
         raise BaseModelError(
             f"node {node.name!r}: its metadata {_SCOPES!r} is no list of names, but"
             f" {noted[:40]!r}; export the graph again, or remove it"

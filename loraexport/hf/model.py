@@ -34,7 +34,7 @@ def take_output(found: Mapping[str, Tensor]) -> Tensor:
 
 def headless_widths(layers: Iterable[Layer]) -> dict[str, int]:
     """The heads that the base lacks: site -> outputs."""
-    return {one.slices[0].site: one.out_features for one in layers if not one.in_base}
+    return {layer.slices[0].site: layer.out_features for layer in layers if not layer.in_base}
 
 
 def load_plain_model(directory: Path, task: str, headless: Mapping[str, int]) -> nn.Module:

@@ -35,9 +35,9 @@ class SentencePooling(nn.Module):
         if not has_file(listed):
             raise _no_pooling(directory)
         modules = read_json(listed, BaseModelError)
-        if not isinstance(modules, list) or not all(isinstance(one, dict) for one in modules):
+        if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
             raise BaseModelError(f"{listed}: expected a list of objects; download it again")
-        types = [value_of(one, "type", str, listed, BaseModelError) for one in modules]
+        types = [value_of(module, "type", str, listed, BaseModelError) for module in modules]
         kinds = [name.rsplit(".", 1)[-1] for name in types]
         if "Pooling" not in kinds:
             raise _no_pooling(directory)

@@ -128,8 +128,8 @@ class ModelSite(nn.Module):
         self.base = base
         self.lora = lora
         self.is_embedding = layer.kind == "embedding"
-        self._a = next((one.name for one in layer.stacks if one.role == "lora_A"), "")
-        self._bs = [one.name for one in layer.stacks if one.role == "lora_B"]
+        self._a = next((stack.name for stack in layer.stacks if stack.role == "lora_A"), "")
+        self._bs = [stack.name for stack in layer.stacks if stack.role == "lora_B"]
         self._widths = [part.width for part in layer.slices]
         self._context = context
         self._factor = factor

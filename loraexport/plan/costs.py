@@ -114,9 +114,12 @@ def fit(device: str, measured: Sequence[Measured]) -> Costs:
             f"{len(measured)} measured layers are too few to calibrate; run workloads of kind"
             " layers on CUDA with several tokens and adapters, as specs/bench/h200.yaml does"
         )
-    whole = np.array([one.base + one.added for one in measured])
-    rows = np.array([work(one.strategy, one.shape) for one in measured]) / whole[:, None]
-    wanted = np.array([one.added for one in measured]) / whole
+    whole = np.array([measurement.base + measurement.added for measurement in measured])
+    rows = (
+        np.array([work(measurement.strategy, measurement.shape) for measurement in measured])
+        / whole[:, None]
+    )
+    wanted = np.array([measurement.added for measurement in measured]) / whole
     best, least = np.zeros(3), np.inf
     for size in (1, 2, 3):  # least squares on a face of the positive octant
         for chosen in itertools.combinations(range(3), size):

@@ -57,7 +57,7 @@ def plan_decoder(
         {site: header.modules[module].rank for site, module in match_sites(header, linear).items()}
         for header in headers
     ]
-    used = {site for one in ranks for site in one}
+    used = {site for rank in ranks for site in rank}
     lora = used if spec.sites is None else named_sites(spec, skeleton.sites, skeleton.inner_linear)
     plans = []
     for group in share_inputs(skeleton, linear, ()):

@@ -71,7 +71,7 @@ def plan_graph(
         {site: header.modules[module].rank for site, module in _match(header, known, file).items()}
         for header in headers
     ]
-    used = {site for one in ranks for site in one}
+    used = {site for rank in ranks for site in rank}
     if spec.sites is not None:
         inner = [site for site in known if not _is_output_layer(site)]
         used = named_sites(spec, known, inner)

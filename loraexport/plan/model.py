@@ -99,7 +99,9 @@ def plan_model(
     for plan in plans:
         if plan.layer.labels:
             width = str(plan.layer.out_features)
-            outputs = tuple(replace(one, shape=(*one.shape[:-1], width)) for one in outputs)
+            outputs = tuple(
+                replace(output, shape=(*output.shape[:-1], width)) for output in outputs
+            )
     packed = _packed(spec, base.task, plans) if spec.export.packed else None
     model = ModelPlan(
         directory,

@@ -114,6 +114,6 @@ def _describe(header: AdapterHeader, matched: dict[str, str]) -> str:
     kinds = sorted({site.rsplit(".", 1)[-1] for site in matched})
     return (
         f"{len(matched)} sites ({', '.join(kinds)}), rank {', '.join(map(str, ranks))},"
-        f" scaling {', '.join(f'{one:g}' for one in scalings)}"
+        f" scaling {', '.join(f'{scaling:g}' for scaling in scalings)}"
         + (", rsLoRA" if header.rslora else "")
     )

@@ -50,9 +50,9 @@ def choose_strategy(
     candidates: list[Strategy] = ["augmented", "masked"]
     if spec.base.kind == "layers":
         candidates.append("chunked")
-    extra = {one: added(costs, one, shape) for one in candidates}
+    extra = {candidate: added(costs, candidate, shape) for candidate in candidates}
     best, *others = sorted(candidates, key=lambda one: extra[one])
-    rest = ", ".join(f"{one} {extra[one]:.1f}" for one in others)
+    rest = ", ".join(f"{other} {extra[other]:.1f}" for other in others)
     return best, (
         f"least by the costs of one {costs.device} for {tokens} tokens and {num_slots} slots:"
         f" {extra[best]:.1f} us over the base; {rest}"

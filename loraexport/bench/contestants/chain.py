@@ -22,7 +22,7 @@ class BaseChain(nn.Module):
 
     def __init__(self, layers: Sequence[LayerModules]) -> None:
         super().__init__()
-        self.bases = nn.ModuleList(one.segmented.base for one in layers)
+        self.bases = nn.ModuleList(layer.segmented.base for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out]."""
@@ -36,7 +36,7 @@ class MixedChain(nn.Module):
 
     def __init__(self, layers: Sequence[LayerModules]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(one.stacked for one in layers)
+        self.layers = nn.ModuleList(layer.stacked for layer in layers)
 
     def forward(
         self, x: Tensor, seg_indptr: Tensor, seg_slots: Tensor, stacks: list[Tensor]
@@ -55,7 +55,7 @@ class LoopChain(nn.Module):
 
     def __init__(self, layers: Sequence[LayerModules]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(one.segmented for one in layers)
+        self.layers = nn.ModuleList(layer.segmented for layer in layers)
 
     def forward(self, x: Tensor, seg_indptr: Tensor, seg_slots: Tensor) -> Tensor:
         """As MixedChain's, without stacks."""
@@ -69,7 +69,7 @@ class AloneChain(nn.Module):
 
     def __init__(self, layers: Sequence[LayerModules]) -> None:
         super().__init__()
-        self.bases = nn.ModuleList(one.segmented.base for one in layers)
+        self.bases = nn.ModuleList(layer.segmented.base for layer in layers)
         self.shrink = Shrink()
         self.expand = Expand()
 

@@ -135,27 +135,27 @@ class GroupedDecoder:
         self._order = np.argsort([row for rows in groups for row in rows])
 
     def prepare(self) -> None:
-        for one in self._decoders:
-            one.prepare()
+        for decoder in self._decoders:
+            decoder.prepare()
 
     def prefill(self) -> None:
-        for one in self._decoders:
-            one.prefill()
+        for decoder in self._decoders:
+            decoder.prefill()
 
     def start_decode(self) -> None:
-        for one in self._decoders:
-            one.start_decode()
+        for decoder in self._decoders:
+            decoder.start_decode()
 
     def decode(self, steps: int) -> None:
         for _ in range(steps):
-            for one in self._decoders:
-                one.decode(1)
+            for decoder in self._decoders:
+                decoder.decode(1)
 
     def logits(self) -> np.ndarray:
-        return np.concatenate([one.logits() for one in self._decoders])[self._order]
+        return np.concatenate([decoder.logits() for decoder in self._decoders])[self._order]
 
     def tokens(self, num: int) -> np.ndarray:
-        return np.concatenate([one.tokens(num) for one in self._decoders])[self._order]
+        return np.concatenate([decoder.tokens(num) for decoder in self._decoders])[self._order]
 
 
 class RuntimeDecoder:

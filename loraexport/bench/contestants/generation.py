@@ -86,7 +86,7 @@ class _Decoder:
         save_grafted(model, folders["base"] / "model.onnx")
         sites = find_decoder_sites(self.plan, model)
         stacks = pack_adapters(
-            self.plan, load_decoder_base(self.plan), [one.layer for one in sites]
+            self.plan, load_decoder_base(self.plan), [site.layer for site in sites]
         )
         graft(model, sites, stacks, self.plan.num_slots, self.lab.bench.dtype)
         save_grafted(model, folders["mixed"] / "model.onnx")

@@ -71,7 +71,7 @@ class _Chains:
     def stacks(self, strategy: str) -> dict[str, np.ndarray]:
         """By name, a and b of each layer in turn."""
         layers = self.layers(strategy)
-        return {name: value for one in layers for name, value in one.stacks.items()}
+        return {name: value for layer in layers for name, value in layer.stacks.items()}
 
     def _graph(self, kind: str, captured: bool) -> BoundGraph:
         """`base`, `alone` (one adapter for all tokens), or a strategy."""
@@ -104,15 +104,15 @@ class _Chains:
     def peft(self) -> Any:
         """The chain as torch.nn.Linear layers, wrapped by PEFT with every adapter."""
         plain = nn.Sequential()
-        for one in self.layers("masked"):
-            base = one.segmented.base
+        for layer in self.layers("masked"):
+            base = layer.segmented.base
             assert base.weight is not None, "a masked layer has its weight"
             assert base.bias is not None, "the layers of a workload have one"
             size_out, size_in = base.weight.shape
             linear = nn.Linear(size_in, size_out, device="meta")
             linear.weight = nn.Parameter(base.weight, requires_grad=False)
             linear.bias = nn.Parameter(base.bias, requires_grad=False)
-            plain.add_module(one.layer.name, linear)
+            plain.add_module(layer.layer.name, linear)
         plain = plain.to(self.lab.device.torch)
         folder = self.lab.folder / f"rank{self.rank}"
         return wrap_with_peft(plain, folder, adapter_names(self.adapters))
@@ -185,7 +185,7 @@ class _Tokens:
 
     def masked(self) -> Work:
         module, stacks = self._chains.modules["masked"], [*self._chains.device_stacks.values()]
-        segments = [one.to(self._lab.device.torch) for one in self._segments]
+        segments = [segment.to(self._lab.device.torch) for segment in self._segments]
         return self._eager(lambda x: module(x, *segments, stacks))
 
     def peft(self) -> Work:
@@ -208,7 +208,7 @@ class _Tokens:
         graph = self._chains.graph(kind, captured)
         segments: dict[str, Tensor] = {}
         if kind != "base":
-            on_device = [one.to(self._lab.device.torch) for one in self._segments]
+            on_device = [segment.to(self._lab.device.torch) for segment in self._segments]
             segments = dict(zip(("seg_indptr", "seg_slots"), on_device, strict=True))
         outputs = [self._empty(self.tokens) for _ in self.copies]
         calls = [

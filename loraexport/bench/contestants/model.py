@@ -269,7 +269,9 @@ class _Batch:
         tokens = self.shape.num_tokens
         graph, name = self._model.graph("alone", False, tokens), self._model.outputs[0].name
         by_name: dict[str, Stack] = {
-            stack.name: stack for one in self._model.mixed(tokens).layers for stack in one.stacks
+            stack.name: stack
+            for layer in self._model.mixed(tokens).layers
+            for stack in layer.stacks
         }
         groups = rows_by_slot(self.slots)
         outputs: list[dict[int, Tensor]] = []

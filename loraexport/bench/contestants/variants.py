@@ -18,8 +18,8 @@ def variant_contestants(
 ) -> list[Contestant]:
     """Each variant as it is, and as a CUDA graph; `onnx(kind, captured)` makes the work."""
     return [
-        Contestant(f"mixed {one}{how}", "mixed", partial(onnx, one, bool(how)))
-        for one in variants
+        Contestant(f"mixed {variant}{how}", "mixed", partial(onnx, variant, bool(how)))
+        for variant in variants
         for how in ("", " captured")
     ]
 

@@ -27,7 +27,7 @@ def to_markdown(results: Results) -> str:
     if bench.device == "cuda":
         lines += ["", _CUDA]
     if results.disagreements:
-        lines += ["", *(f"- not timed: {one}" for one in results.disagreements)]
+        lines += ["", *(f"- not timed: {disagreement}" for disagreement in results.disagreements)]
     for name in dict.fromkeys(cell.workload for cell in results.cells):
         cells = [cell for cell in results.cells if cell.workload == name]
         lines += ["", f"## {name}", "", _describe(cells), "", *_ratios(cells)]
@@ -101,7 +101,7 @@ def _times(cells: Sequence[Cell]) -> list[str]:
     for group in groups:
         floors = [cell.floors[group].seconds for cell in cells]
         if any(floors):
-            shown = ["" if one is None else number(one * factor) for one in floors]
+            shown = ["" if floor is None else number(floor * factor) for floor in floors]
             rows.append([f"floor, {group}", *shown])
     return _table(columns, rows)
 

@@ -120,7 +120,7 @@ def _draw_lines(plot: Any, cells: Sequence[Cell], axis: str) -> dict[str, Any]:
     plot.set_xscale("log", base=2)
     plot.set_yscale("log")
     ticks = sorted({_position(cell, axis) for cell in cells})
-    plot.set_xticks(ticks, [str(one) for one in ticks], fontsize=8)
+    plot.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
     plot.minorticks_off()
     _round_ticks(plot.yaxis)
     plot.tick_params(axis="y", labelsize=8)

@@ -70,7 +70,7 @@ def make_reference(
 
 def _choose_columns(logits: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
     """All of a small vocabulary, else some by chance and the likeliest of every step."""
-    every = np.concatenate([one.reshape(-1, one.shape[-1]) for one in logits.values()])
+    every = np.concatenate([logit.reshape(-1, logit.shape[-1]) for logit in logits.values()])
     vocabulary = every.shape[1]
     if vocabulary <= _MOST_COLUMNS:
         return np.arange(vocabulary)

@@ -60,7 +60,7 @@ def _implementations(
     providers: Sequence[str],
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Run]]:
-    by_name = {one.layer.name: one for one in modules}
+    by_name = {module.layer.name: module for module in modules}
     pairs = normalise_providers(providers) if providers else []
     if modules:
         yield "eager", lambda layer, x, case: _run_stacked(by_name[layer.name], x, case)

@@ -33,7 +33,7 @@ class GraphModel:
     ) -> None:
         """`model` is changed: it gets the inputs that the LoRA is fed through."""
         self._adapters = adapters
-        self._layers = [one.layer for one in grafts]
+        self._layers = [graft.layer for graft in grafts]
         for index, one in enumerate(grafts):
             _add_fed_lora(model.graph, index, one)
         model.graph.sort()

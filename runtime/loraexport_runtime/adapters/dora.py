@@ -57,7 +57,9 @@ def output_scales(
     scale: float,
 ) -> dict[str, np.ndarray]:
     """g by site; `base` has the W of each, as [out, in] or an embedding's [vocabulary, dim]."""
-    embeddings = {part.site for one in layers if one.kind == "embedding" for part in one.slices}
+    embeddings = {
+        part.site for layer in layers if layer.kind == "embedding" for part in layer.slices
+    }
     return {
         site: output_scale(base[site].T if site in embeddings else base[site], lora, scale)
         for site, lora in dora.items()

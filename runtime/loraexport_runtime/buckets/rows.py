@@ -68,10 +68,10 @@ class RowBuckets:
 
     def find(self, batch: int, sequence: int, on_host: bool) -> _Sized | None:
         """The smallest bucket that holds a batch. Device tensors are not filled up with tokens."""
-        for one in self._buckets:
-            longer = one.tokens > sequence and one.pads_tokens and on_host
-            if one.rows >= batch and (one.tokens == sequence or longer):
-                return one
+        for bucket in self._buckets:
+            longer = bucket.tokens > sequence and bucket.pads_tokens and on_host
+            if bucket.rows >= batch and (bucket.tokens == sequence or longer):
+                return bucket
         return None
 
     def run(
@@ -96,13 +96,15 @@ class RowBuckets:
                 bucket.binding.synchronize_inputs()
             self._replays.run(bucket)
             if not on_host:
-                return {one.name: bucket.copy(one.name, batch) for one in self._model.outputs}
-            found = {one.name: bucket.read(one.name, batch) for one in self._model.outputs}
+                return {
+                    output.name: bucket.copy(output.name, batch) for output in self._model.outputs
+                }
+            found = {output.name: bucket.read(output.name, batch) for output in self._model.outputs}
         if sequence < sized.tokens:
-            for one in self._model.outputs:
-                if "sequence" in one.shape:
-                    own = found[one.name][_region(one.shape, batch, sequence)]
-                    found[one.name] = np.ascontiguousarray(own)
+            for output in self._model.outputs:
+                if "sequence" in output.shape:
+                    own = found[output.name][_region(output.shape, batch, sequence)]
+                    found[output.name] = np.ascontiguousarray(own)
         return found
 
     def _fill(
@@ -145,7 +147,10 @@ class RowBuckets:
         inputs["adapter_ids"] = ([rows], "int64")
         if self._model.blend:
             inputs["adapter_weights"] = ([rows, self._num_slots], "float32")
-        outputs = {one.name: (one.sizes(rows, tokens), one.dtype) for one in self._model.outputs}
+        outputs = {
+            output.name: (output.sizes(rows, tokens), output.dtype)
+            for output in self._model.outputs
+        }
         options = self._replays.next_options()
         bucket = Bucket(self._session, inputs, outputs, self._device, options)
         if _MASK in bucket.host:
@@ -161,8 +166,8 @@ class RowBuckets:
         frequencies follow the length of the batch, does not.
         """
         entries = {one.name: one for one in self._model.inputs}
-        of_tokens = [one for one in entries.values() if "sequence" in one.shape]
-        if _MASK not in entries or any(one.dtype != "int64" for one in of_tokens):
+        of_tokens = [entry for entry in entries.values() if "sequence" in entry.shape]
+        if _MASK not in entries or any(token.dtype != "int64" for token in of_tokens):
             return False
         adapter_ids = np.full(1, self._first_slot, np.int64)
         while (tokens := tokens // 2) > 0:
@@ -182,7 +187,9 @@ class RowBuckets:
         self, inputs: Mapping[str, np.ndarray], tokens: int, adapter_ids: np.ndarray
     ) -> dict[str, Any]:
         tensors = {one.name: (inputs[one.name], one.dtype) for one in self._model.inputs}
-        outputs = {one.name: (one.sizes(1, tokens), one.dtype) for one in self._model.outputs}
+        outputs = {
+            output.name: (output.sizes(1, tokens), output.dtype) for output in self._model.outputs
+        }
         control = {"adapter_ids": adapter_ids}
         options = self._replays.plain_options
         return run_bound(self._session, tensors, control, outputs, self._device, options)

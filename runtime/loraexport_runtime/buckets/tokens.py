@@ -43,7 +43,7 @@ class TokenBuckets:
     def warm_up(self, num_tokens: int) -> None:
         """Capture a bucket of so many tokens. Raises ProviderError: onnxruntime cannot."""
         with self._replays.lock:
-            known = [one for one in self._buckets if one.tokens == num_tokens]
+            known = [bucket for bucket in self._buckets if bucket.tokens == num_tokens]
             sized = known[0] if known else self._make(num_tokens)
             if not self._replays.is_captured_here(sized.bucket):
                 self._replays.warm_up(sized.bucket)
@@ -53,9 +53,9 @@ class TokenBuckets:
 
     def find(self, num_tokens: int, num_segments: int) -> _Sized | None:
         """The smallest bucket that holds a batch."""
-        for one in self._buckets:
-            if one.tokens >= num_tokens and one.segments >= num_segments:
-                return one
+        for bucket in self._buckets:
+            if bucket.tokens >= num_tokens and bucket.segments >= num_segments:
+                return bucket
         return None
 
     def run(self, sized: _Sized, x: Any, seg_indptr: np.ndarray, seg_slots: np.ndarray) -> Any:

@@ -218,7 +218,7 @@ class Manifest:
                 f"manifest.files: {unlisted[0]!r} is missing, so nothing vouches for it"
             )
         for what, names in (("layers", self.layers), ("adapters", self.adapters)):
-            if len({one.name for one in names}) < len(names):
+            if len({name.name for name in names}) < len(names):
                 raise ValueError(f"manifest.{what}: two of them have one name")
         taken = [entry.slot for entry in self.adapters if entry.slot is not None]
         if len(set(taken)) < len(taken) or not set(taken) <= set(range(1, self.num_slots + 1)):

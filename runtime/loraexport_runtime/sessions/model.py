@@ -165,7 +165,10 @@ class ModelSession(ArtifactSession):
             self._session,
             {entry.name: (inputs[entry.name], entry.dtype) for entry in self.model.inputs},
             control,
-            {one.name: (one.sizes(batch, sequence), one.dtype) for one in self.model.outputs},
+            {
+                output.name: (output.sizes(batch, sequence), output.dtype)
+                for output in self.model.outputs
+            },
             self._device,
         )
 

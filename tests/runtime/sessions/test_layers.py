@@ -856,7 +856,7 @@ def test_an_artifact_swapped_while_it_is_opened_is_opened_again(
             write_manifest(folder, newer)
         return session
 
-    open_session = module.make_session
+    make_session = module.make_session
     monkeypatch.setattr(module, "make_session", open_then_swap)
     session = lr.load(folder, threads=1)
     assert len(opened) == 2

@@ -55,7 +55,7 @@ def read_decoder_graph(
 ) -> DecoderGraph:
     """The graph of a session, with its tail; `decoder`: of genai_config.json."""
     taken = {one.name: one for one in session.get_inputs()}
-    given = {one.name: one for one in session.get_outputs()}
+    given = {output.name: output for output in session.get_outputs()}
     names = decoder["inputs"], decoder["outputs"]
     present = {
         names[0][f"past_{part}_names"] % layer: names[1][f"present_{part}_names"] % layer

@@ -9,7 +9,7 @@ def graph(nodes: Sequence[bytes], inputs: Sequence[bytes], outputs: Sequence[byt
     """A GraphProto without a name."""
     made = b"".join(field(1, one) for one in nodes)
     made += b"".join(field(11, one) for one in inputs)
-    return made + b"".join(field(12, one) for one in outputs)
+    return made + b"".join(field(12, output) for output in outputs)
 
 
 def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int) -> bytes:
