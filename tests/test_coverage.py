@@ -1,4 +1,4 @@
-"""scripts/coverage.py: what is printed, what is left out, and when it fails."""
+"""scripts/report_coverage.py: what is printed, what is left out, and when it fails."""
 
 import importlib.util
 import json
@@ -28,7 +28,9 @@ used()
 
 @pytest.fixture
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("coverage_script", ROOT / "scripts/coverage.py")
+    spec = importlib.util.spec_from_file_location(
+        "coverage_script", ROOT / "scripts/report_coverage.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -65,6 +65,7 @@ PLACES = {"loraexport": ROOT, "loraexport_runtime": ROOT / "runtime"}
 MOST_LINES = 300
 MOST_MODULES = 15
 LONGER = {
+    "loraexport/bench/contestants/model.py": "a batch of a whole model, by every contestant",
     "loraexport/cli/app.py": "every command with the help of its options",
     "runtime/loraexport_runtime/contract/manifest.py": "the whole contract, value by value",
 }

@@ -50,8 +50,8 @@ class GenaiGraph:
     """By name: where the file lies, or what it holds."""
 
     def write_files(self, folder: Path) -> None:
-        """Put all but the graph into a new folder."""
-        folder.mkdir()
+        """Put all but the graph into a folder."""
+        folder.mkdir(exist_ok=True)
         for name, content in self.files.items():
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)

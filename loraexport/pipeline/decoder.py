@@ -51,10 +51,10 @@ def load(plan: Plan[DecoderPlan]) -> LoadedDecoder:
 def export(loaded: LoadedDecoder, folder: Path, progress: Progress) -> Manifest:
     """See Recipe."""
     plan = loaded.plan
+    require_tokenizer(plan.kind.directory, folder / FOLDER)
     progress("build the base's graph")
     base = loaded.graph()
     base.write_files(folder / FOLDER)
-    require_tokenizer(plan.kind.directory, folder / FOLDER)
     decoder = describe(folder / FOLDER, adapt_config(folder / FOLDER))
     progress("graft multi-LoRA into it")
     graph = base.model.clone()

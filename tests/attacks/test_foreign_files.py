@@ -16,7 +16,7 @@ from support.builds import Project, write_model_project
 from support.decoders import FAMILIES, write_decoder, write_tokenizer
 from support.models import write_base
 
-from loraexport.bases.decoder import build_graph
+from loraexport.bases.decoder import load_decoder_graph
 from loraexport.cli.app import main
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
@@ -110,8 +110,9 @@ def write_graph(folder: Path) -> None:
 def write_genai(folder: Path) -> None:
     """A folder as onnxruntime-genai's model builder makes it."""
     spec = write_decoder(folder, FAMILIES["Llama"])
-    graph = build_graph(make_plan(read_spec(spec), folder), folder / "genai")
-    ir.save(graph, folder / "genai/model.onnx", external_data="model.onnx.data")
+    graph = load_decoder_graph(make_plan(read_spec(spec), folder))
+    graph.write_files(folder / "genai")
+    ir.save(graph.model, folder / "genai/model.onnx", external_data="model.onnx.data")
     adapters = [{"name": name, "path": name} for name in ("first", "second")]
     Project(folder).spec(base={"kind": "onnx", "path": "genai"}, adapters=adapters)
 

@@ -23,6 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.adapters import write_adapter
 from support.builds import Project
 from support.decoders import ADAPTERS, FAMILIES, Peft, make_prompts, write_decoder
+from support.genai import genai_config
 
 import loraexport_runtime as lr
 from loraexport.bases import adapters as packed_adapters
@@ -217,7 +218,7 @@ def test_verify_says_that_the_base_is_of_another_kind(bert: Any, tmp_path: Path)
     _, folder, artifact = bert
     other = tmp_path / "graph"
     shutil.copytree(folder / "graph", other)
-    (other / "genai_config.json").write_text('{"model": {"decoder": {}}}')
+    (other / "genai_config.json").write_text(json.dumps(genai_config()))
     text = "graph: it is a decoder, and the artifact is a graph; give the base that it was built"
     with pytest.raises(BaseModelError, match=text):
         verify_artifact(artifact, Manifest.read(artifact), other)

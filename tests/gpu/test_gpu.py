@@ -1,7 +1,9 @@
 """On a CUDA device: no sync in the seed's loop, every strategy and dtype, device buffers, slots."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,19 @@ def modules(folder: Path, dtype: str) -> tuple[LayerModules, ...]:
 SEGMENTS = torch.tensor([0, 3, 3, 20, 21, 40]), torch.tensor([2, 1, 1, 0, 2])
 
 
+@contextmanager
+def syncs_are_errors() -> Iterator[None]:
+    """Whatever waits for the device raises."""
+    with warnings.catch_warnings():
+        # torch says once that this mode may overlook some.
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_loop_makes_no_sync(folder: Path, dtype: str) -> None:
     module: SegmentedLayer = modules(folder, dtype)[0].segmented
@@ -93,23 +108,16 @@ def test_the_loop_makes_no_sync(folder: Path, dtype: str) -> None:
         on_device, x_device = module.cuda(), x.cuda()
         on_device(x_device, *SEGMENTS)  # cuBLAS sets itself up
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with syncs_are_errors():
             y = on_device(x_device, *SEGMENTS)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     error = (y.cpu().float() - expected.float()).abs().max().item()
     assert error <= {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
 
 
 def test_the_sync_check_can_fail() -> None:
     x = torch.ones(3, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="called a synchronizing"):
-            x.sum().item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with syncs_are_errors(), pytest.raises(RuntimeError, match="called a synchronizing"):
+        x.sum().item()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -247,11 +255,8 @@ def test_a_model_in_torchscript_makes_no_sync(tmp_path: Path, dtype: str) -> Non
         for _ in range(3):  # torch.jit specialises, cuBLAS sets itself up
             expected = graph(*arguments)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with syncs_are_errors():
             y = graph(*arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(y, expected)
 
 

@@ -23,6 +23,7 @@ from support.decoders import (
     write_decoder,
     write_tokenizer,
 )
+from support.genai import genai_config
 
 import loraexport_runtime as lr
 from loraexport.bases.genai_folder import adapt_config
@@ -197,14 +198,12 @@ def test_the_schema_knows_decoders() -> None:
 def test_a_padding_token_for_a_base_without_its_own(tmp_path: Path) -> None:
     """Not the token that ends a text, and none that a chat template writes."""
     write_tokenizer(tmp_path)
-    sizes = dict.fromkeys(("num_hidden_layers", "num_key_value_heads", "head_size"), 2)
-    decoder = {"filename": "model.onnx", "inputs": {}, "outputs": {}, **sizes}
-    config = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "bos_token_id": BOS}
-    config |= {"context_length": CONTEXT, "decoder": decoder}
+    sizes = {"vocab_size": VOCABULARY, "context_length": CONTEXT}
 
     def choose(pad: int | None) -> int:
         file = tmp_path / "genai_config.json"
-        file.write_text(json.dumps({"model": config | {"pad_token_id": pad}, "search": {}}))
+        config = genai_config(**sizes, eos_token_id=EOS, bos_token_id=BOS, pad_token_id=pad)
+        file.write_text(json.dumps(config))
         found = adapt_config(tmp_path)
         assert json.loads(file.read_text())["model"]["pad_token_id"] == found
         return found

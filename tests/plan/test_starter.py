@@ -86,7 +86,9 @@ def test_the_task_is_found(tmp_path: Path, architecture: str, task: str) -> None
 def test_a_directory_that_says_no_task(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(BaseModelError, match=r"no config\.json that can be read: "):
+    with pytest.raises(
+        BaseModelError, match=r"config\.json: (no such file|not JSON|expected an object)"
+    ):
         find_task(tmp_path)
 
 
