@@ -1,0 +1,107 @@
+"""Where a server listens: a port of clients, and one, or a socket, of operators."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from .config.schema import Settings
+
+_LOG = logging.getLogger(__name__)
+_BACKLOG = 2048
+_GRACE = 0.25
+"""Seconds, at the end, for whoever has connected and not sent a request yet."""
+_KEEP_ALIVE = 75
+"""Seconds until an idle connection is closed; proxies keep theirs for 60, and are to end first."""
+
+
+class Port(uvicorn.Server):
+    """An application at a socket; the process's signals are whoever's runs it."""
+
+    def __init__(self, settings: Settings, app: Any, listening: socket.socket) -> None:
+        tls: dict[str, Any] = {}
+        if settings.tls_certificate is not None and listening.family != socket.AF_UNIX:
+            tls = {"ssl_certfile": settings.tls_certificate, "ssl_keyfile": settings.tls_key}
+            if settings.tls_client_ca is not None:
+                tls |= {"ssl_ca_certs": settings.tls_client_ca, "ssl_cert_reqs": ssl.CERT_REQUIRED}
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                proxy_headers=False,  # nothing here asks who the client is
+                ws="none",
+                backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+                **tls,
+            )
+        )
+        self._listening = listening
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, then end those that there are.
+
+        A request that is on its way over one of them is told so, with 503; it found the connection
+        closed.
+        """
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_GRACE)
+        await super().shutdown(sockets)
+
+    async def run_here(self) -> None:
+        """Serve until `should_exit` is set and what was accepted is answered."""
+        await self.serve([self._listening])
+
+
+def listen(settings: Settings, port: int, whose: str) -> socket.socket:
+    """A socket at a port of the settings' host. Raises OSError: it is taken, or no address."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.create_server((settings.host, port), family=family, backlog=_BACKLOG)
+    scheme = "http" if settings.tls_certificate is None else "https"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    _LOG.info("%s at %s://%s:%d", whose, scheme, host, listening.getsockname()[1])
+    return listening
+
+
+@contextmanager
+def listen_at_path(path: Path, whose: str) -> Iterator[socket.socket]:
+    """A Unix socket that this user alone can open; its file goes in the end.
+
+    Raises:
+        OSError: something that is no socket has its name, or the folder cannot be written.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()  # of a server that was killed
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listening.bind(str(path))
+    except OSError:
+        listening.close()
+        raise
+    finally:
+        os.umask(before)
+    _LOG.info("%s at %s", whose, path)
+    try:
+        yield listening
+    finally:
+        listening.close()
+        path.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""The repositories that are written, and their model where it opens the artifact by itself."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support.home import Home
+from support.serving import ALL, Server, write_encoder
+
+import loraexport_serve
+from loraexport_serve.cli import main
+
+TEXTS = ("hello world", "a batch of adapters", "hello")
+
+
+@pytest.fixture
+def utilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of Triton's own module, which its interpreter alone has."""
+    module: Any = ModuleType("triton_python_backend_utils")
+    codes = {code: code for code in ("INVALID_ARG", "NOT_FOUND", "UNAVAILABLE", "INTERNAL")}
+    error = type(
+        "TritonError", (), {**codes, "__init__": lambda self, *said: setattr(self, "said", said)}
+    )
+    module.TritonError = error
+    module.Tensor = lambda name, values: SimpleNamespace(name=name, values=values)
+    module.InferenceResponse = lambda tensors=(), error=None: SimpleNamespace(
+        tensors=tensors, error=error
+    )
+    module.get_input_tensor_by_name = lambda request, name: SimpleNamespace(
+        as_numpy=lambda: request.inputs[name]
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
+
+
+def request(parameters: dict[str, Any] | None = None, **inputs: list[str]) -> SimpleNamespace:
+    arrays = {
+        name: np.array([[value.encode()] for value in values], dtype=np.object_)
+        for name, values in inputs.items()
+    }
+    return SimpleNamespace(inputs=arrays, parameters=lambda: json.dumps(parameters or {}))
+
+
+@pytest.fixture
+def opened(utilities: None, tmp_path: Path) -> Iterator[Any]:
+    """Writes a repository of an artifact, and opens its model as Triton would."""
+    models = []
+
+    def open_model(artifact: Path, kind: str, output: str) -> Any:
+        assert main(["triton", str(artifact), "--name", kind, "--out", str(tmp_path)]) == 0
+        source = Path(loraexport_serve.__file__).parent / "triton/model.py"
+        assert (tmp_path / kind / "1/model.py").read_bytes() == source.read_bytes()
+        spec = importlib.util.spec_from_file_location("model", source)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = (tmp_path / kind / "config.pbtxt").read_text()
+        values = {"KIND": kind, "MODEL": kind, "SOCKET": "", "KEY_FILE": ""}
+        for key, value in values.items():
+            assert f'key: "{key}", value: {{ string_value: "{value}" }}' in config
+        assert f'output [ {{ name: "{output}", data_type: TYPE_FP32' in config
+        parameters = {key: {"string_value": value} for key, value in values.items()}
+        model = module.TritonPythonModel()
+        said = {"parameters": parameters, "output": [{"name": output}]}
+        arguments = {"model_config": json.dumps(said), "model_instance_kind": "CPU"}
+        arguments |= {"model_repository": str(tmp_path / kind), "model_version": "1"}
+        model.initialize(arguments)
+        models.append(model)
+        return model
+
+    yield open_model
+    for model in models:
+        model.finalize()
+
+
+def test_a_mixed_batch_in_process(opened: Any, encoder: Path, server: Server) -> None:
+    """Requests of one batch, each row under its adapter; one that is refused fails alone."""
+    model = opened(encoder, "embed", "EMBEDDING")
+    assert model.is_ready()
+    names = ["sql", "chat", ""]
+    answers = model.execute(
+        [
+            request(TEXT=list(TEXTS), ADAPTER=names),
+            request(TEXT=["hello"], ADAPTER=["nobody"]),
+            request({"encoding_format": "float"}, TEXT=["hello"], ADAPTER=[""]),
+            request({"truncate_prompt_tokens": 3}, TEXT=["hello hello"], ADAPTER=["sql"]),
+        ]
+    )
+    alone = [
+        server.post("/v1/embeddings", model=f"tiny:{name}" if name else "tiny", input=text)
+        for text, name in zip(TEXTS, names, strict=True)
+    ]
+    vectors = [answer.json()["data"][0]["embedding"] for answer in alone]
+    np.testing.assert_allclose(answers[0].tensors[0].values, vectors, atol=1e-5)
+    assert answers[1].error.said[1] == "NOT_FOUND"
+    assert answers[2].error.said == ("encoding_format is no parameter here", "INVALID_ARG")
+    assert answers[3].error is None
+
+
+@pytest.mark.parametrize(("name", "labels"), [("classes", 3), ("pairs", 1)])
+def test_labels_and_scores_in_process(
+    opened: Any, home: Home, many: Server, tmp_path: Path, name: str, labels: int
+) -> None:
+    artifact = home.artifact(write_encoder, task="sequence-classification", labels=labels)
+    one, other = list(TEXTS[:2]), list(TEXTS[1:])
+    if labels > 1:
+        model = opened(artifact, "classify", "PROBABILITIES")
+        assert (tmp_path / "classify/labels.txt").read_text() == "L0\nL1\nL2\n"
+        (answer,) = model.execute([request(TEXT=one, ADAPTER=["sql", ""])])
+        bodies = [("classify", {"input": text}) for text in one]
+        key = "probs"
+    else:
+        model = opened(artifact, "score", "SCORE")
+        (answer,) = model.execute([request(TEXT=one, TEXT_PAIR=other, ADAPTER=["sql", ""])])
+        pairs = zip(one, other, strict=True)
+        bodies = [("v1/score", {"text_1": first, "text_2": second}) for first, second in pairs]
+        key = "score"
+    wanted = [
+        many.post(f"/{path}", key=ALL, model=whose, **body).json()["data"][0][key]
+        for (path, body), whose in zip(bodies, (f"{name}:sql", name), strict=True)
+    ]
+    np.testing.assert_allclose(answer.tensors[0].values, np.reshape(wanted, (2, -1)), atol=1e-5)
+
+
+def test_what_is_not_written(
+    home: Home, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is, and what is there stays."""
+    tags = home.artifact(write_encoder, task="token-classification", labels=4)
+    out = tmp_path / "repository"
+    assert main(["triton", str(tags), "--out", str(out)]) == 5
+    assert "whose outputs are as long as each text" in capsys.readouterr().err
+    assert main(["triton", str(tmp_path), "--out", str(out)]) == 5
+    assert not out.exists()
+    arguments = ["triton", str(encoder), "--out", str(out), "--name", "tiny", "--socket", "/s"]
+    assert main([*arguments, "--rows", "7"]) == 0
+    config = (out / "tiny/config.pbtxt").read_text()
+    assert "max_batch_size: 7" in config
+    assert 'string_value: "/s"' in config
+    assert main(arguments) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+    assert (out / "tiny/config.pbtxt").read_text() == config
+    assert [path.name for path in out.iterdir()] == ["tiny"]
+    assert main(["triton", str(encoder), "--out", str(out), "--key-file", "k"]) == 2
+    assert "--key-file is of the server at --socket" in capsys.readouterr().err
