@@ -39,7 +39,7 @@ def test_bin_adapter_is_refused_with_a_command_that_converts_it(tmp_path: Path) 
     ("text", "expected"),
     [
         ("{", "not JSON"),
-        ("", "not JSON"),
+        ("", "the file is empty"),
         ("[" * 100_000, "not JSON"),
         ("[]", "expected a JSON object, got list"),
         ("{}", "peft_type is None; only 'LORA'"),
@@ -58,5 +58,5 @@ def test_broken_config(tmp_path: Path, text: str, expected: str) -> None:
 def test_config_that_is_not_utf8(tmp_path: Path) -> None:
     folder = adapter(tmp_path)
     (folder / "adapter_config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(AdapterConfigError, match="not JSON"):
+    with pytest.raises(AdapterConfigError, match="not UTF-8 text"):
         read_adapter(folder)

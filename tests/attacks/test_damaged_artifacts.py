@@ -244,7 +244,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "value that a kind needs": (
         lambda data: data.update(kind={"decoder": {"folder": "generator"}}),
-        r"manifest\.kind\.decoder: key 'max_length' is missing",
+        r"manifest\.kind\.decoder: key 'blend' is missing",
     ),
     "graph that nothing vouches for": (
         lambda data: data["files"].pop(GRAPH),

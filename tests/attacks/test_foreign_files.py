@@ -6,20 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from support.adapters import write_adapter
-from support.builds import Project, write_model_project
-from support.decoders import FAMILIES, write_decoder, write_tokenizer
+from support.builds import Project, write_graph, write_model_project
+from support.decoders import FAMILIES, write_decoder, write_genai, write_tokenizer
 from support.models import write_base
 
-from loraexport.bases.decoder import load_decoder_graph
 from loraexport.cli.app import main
-from loraexport.plan.plan import make_plan
-from loraexport.spec.reader import read_spec
 
 INDEX = "model.safetensors.index.json"
 KINDS = {
@@ -76,52 +70,18 @@ def write_model(folder: Path) -> None:
     (folder / "bert/1_Pooling/config.json").write_text(json.dumps(pooling))
 
 
-def write_graph(folder: Path) -> None:
-    """A table and a product, whose weights lie in a file beside the graph."""
-    generator = np.random.default_rng(0)
-    weights = {"table": generator.standard_normal((40, 32)), "q.weight": np.eye(32)}
-    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", 32])
-    nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["x"], "/words/Gather"),
-        helper.make_node("MatMul", ["x", "q.weight"], ["y"], "/q/MatMul"),
-    ]
-    values = [
-        numpy_helper.from_array(one.astype(np.float32), name) for name, one in weights.items()
-    ]
-    graph = helper.make_graph(nodes, "tiny", [ids], [y], values)
-    (folder / "graph").mkdir()
-    opset = [helper.make_opsetid("", 21)]
-    onnx.save(
-        helper.make_model(graph, opset_imports=opset, ir_version=10),
-        folder / "graph/model.onnx",
-        save_as_external_data=True,
-        location="weights.bin",
-        size_threshold=0,
-    )
-    (folder / "graph/config.json").write_text('{"vocab_size": 40, "pad_token_id": 0}')
+def write_graph_of_texts(folder: Path) -> None:
+    """A graph with a tokenizer beside it."""
+    write_graph(folder)
     write_tokenizer(folder / "graph")
     (folder / "graph/special_tokens_map.json").write_text("{}")
-    write_adapter(folder / "sql", {"q": (32, 32)}, rank=2)
-    base = {"kind": "onnx", "path": "graph"}
-    Project(folder).spec(base=base, adapters=[{"name": "sql", "path": "sql"}])
-
-
-def write_genai(folder: Path) -> None:
-    """A folder as onnxruntime-genai's model builder makes it."""
-    spec = write_decoder(folder, FAMILIES["Llama"])
-    graph = load_decoder_graph(make_plan(read_spec(spec), folder))
-    graph.write_files(folder / "genai")
-    ir.save(graph.model, folder / "genai/model.onnx", external_data="model.onnx.data")
-    adapters = [{"name": name, "path": name} for name in ("first", "second")]
-    Project(folder).spec(base={"kind": "onnx", "path": "genai"}, adapters=adapters)
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "layers": write_layers,
     "model": write_model,
     "decoder": lambda folder: write_decoder(folder, FAMILIES["Llama"]),
-    "graph": write_graph,
+    "graph": write_graph_of_texts,
     "genai": write_genai,
 }
 
@@ -245,6 +205,10 @@ def test_a_broken_file(attack: Callable[[str], Attack], kind: str, name: str, wa
         ("model", "modules.json", "1.path", "missing"),
         ("model", "1_Pooling/config.json", "pooling_mode_mean_tokens", "yes"),
         ("model", "1_Pooling/config.json", "pooling_mode_mean_tokens", ...),
+        ("model", "1_Pooling/config.json", "pooling_mode", {"mean": 1}),
+        ("model", "1_Pooling/config.json", "include_prompt", 0),
+        ("model", "1_Pooling/config.json", "word_embedding_dimension", 2**70),
+        ("model", "modules.json", "1.type", "custom_code.Pooling"),
         ("model", "tokenizer.json", "model", ...),
         ("model", "tokenizer.json", "model.vocab", []),
         ("decoder", "config.json", "num_key_value_heads", "two"),
@@ -261,6 +225,10 @@ def test_a_broken_file(attack: Callable[[str], Attack], kind: str, name: str, wa
         ("genai", "genai_config.json", "model.decoder.head_size", ...),
         ("genai", "genai_config.json", "model.decoder.head_size", 0),
         ("genai", "genai_config.json", "model.decoder.num_key_value_heads", "2"),
+        ("genai", "genai_config.json", "model.decoder.num_key_value_heads", 3),
+        ("genai", "genai_config.json", "model.decoder.num_hidden_layers", 1),
+        ("genai", "genai_config.json", "model.decoder.num_hidden_layers", 2**31),
+        ("genai", "genai_config.json", "model.decoder.outputs.present_key_names", "%d"),
         ("genai", "genai_config.json", "model.decoder.inputs", "input_ids"),
         ("genai", "genai_config.json", "model.decoder.inputs.past_key_names", "past"),
         ("genai", "genai_config.json", "model.decoder.session_options", []),

@@ -14,6 +14,8 @@ from support.builds import write_one_layer
 import loraexport
 from loraexport import artifact as staging_module
 from loraexport.artifact import staging
+from loraexport.bench.results import read_results
+from loraexport.bench.run import write_report
 from loraexport.errors import DiskFullError, ExportError, ParityError, exit_code
 from loraexport.pipeline import build as build_module
 
@@ -88,3 +90,21 @@ def test_what_means_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise ExportError("torch.jit failed: file write failed")
     with pytest.raises(DiskFullError), staging(tmp_path, "a"):
         raise ParityError("in the end") from FULL
+
+
+def test_a_file_of_another_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spec, results, a manifest that is verified now: the old one stays, and nothing beside."""
+
+    def fill(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[:1])
+        raise FULL  # as a write has it, which knows no path
+
+    (tmp_path / "bench.json").write_text("old")
+    results = read_results(Path(__file__).parents[2] / "docs/bench/bench.json")
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(DiskFullError, match=r"bench\.json: no space left on the device") as caught:
+        write_report(results, tmp_path)
+    assert exit_code(caught.value) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    assert (tmp_path / "bench.json").read_text() == "old"

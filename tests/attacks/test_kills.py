@@ -50,7 +50,7 @@ with artifact.staging(out, "tiny") as stage:
     (stage.folder / "graphs/new").write_bytes(b"new")
     if moment == "before publish":
         die()
-    stage.publish(replace(manifest, name="new", layers=()))
+    stage.publish(replace(manifest, name="new", layers=(), adapters=()))
 """
 
 
