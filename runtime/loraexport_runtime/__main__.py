@@ -2,7 +2,7 @@
 
 Exit codes: 0 every case passed; 2 usage, or a provider cannot run here; 3 a case failed; 5 the
 artifact is damaged, or is not the pinned one; 4 an adapter in it cannot be used; 1 a fault of our
-own.
+own; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import argparse
@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from .checking.check import CheckReport, check_artifact
-from .checking.rows import Row, largest
+from .checking.rows import Comparison, describe_failure, largest
 from .errors import LoraexportError, exit_code
 
 FAILED = 3
+INTERRUPTED = 130
 _COLUMNS = ("implementation", "layer", "worst site", "adapter", "case", "error", "gain", "")
 
 
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraexportError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return exit_code(error)
+    except KeyboardInterrupt:
+        print("Stopped: by SIGINT", file=sys.stderr)
+        return INTERRUPTED
     print(report.to_json().rstrip() if options.json else _table(report))
     for warning in _warnings(report):
         print(warning, file=sys.stderr)
@@ -51,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _table(report: CheckReport) -> str:
     """The worst row of each implementation and layer, and what the report says in all."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Comparison]] = {}
     for row in report.rows:
         groups.setdefault((row.implementation, row.layer), []).append(row)
     table = [_COLUMNS]
@@ -78,13 +82,11 @@ def _warnings(report: CheckReport) -> list[str]:
     where = report.artifact
     if report.failures:
         worst = largest(report.failures)
-        gain = "" if worst.gain is None else f", gain {worst.gain:.4f}"
+        failed = describe_failure(worst, report.tolerance, report.gain_tolerance)
         return [
-            f"{len(report.failures)} of {len(report.rows)} comparisons failed. Worst:"
-            f" {worst.implementation}, layer {worst.layer!r}, site {worst.site!r}, adapter"
-            f" {worst.adapter!r}, case {worst.worst_case!r}: error {worst.error:.2e} (tolerance"
-            f" {report.tolerance:.0e}){gain}. Do not serve {where} from this machine; copy it"
-            " again, try another provider, or another version of onnxruntime"
+            f"{len(report.failures)} of {len(report.rows)} comparisons failed. Worst: {failed}."
+            f" Do not serve {where} from this machine; copy it again, try another provider, or"
+            " another version of onnxruntime"
         ]
     if report.parity == "failed":
         return [f"{where}: its parity failed when it was built; do not serve it, build it again"]

@@ -4,19 +4,23 @@ Names and meaning follow peft.LoraConfig. `FIELDS` says of each field what becom
 that it does not know is an error, because it may change the mathematics.
 """
 
-import json
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..contract.foreign import reason
-from ..errors import AdapterConfigError
+from ..contract.foreign import parse_json
+from ..errors import AdapterConfigError, quoted
+from .files import CONFIG_FILE, AdapterFiles
+from .patterns import check_patterns
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_T = TypeVar("_T", int, float)
+MAX_FACTOR = 2**53
+"""Of a number in a config: above it an integer is not exact as a float."""
+MAX_RANK = 2**20
+"""Far above any layer's width, which bounds a rank."""
+MAX_SAVED = 256
+"""Names in modules_to_save; each is compared with every tensor's name."""
 
 _READ = "read"
 _NO_EFFECT = "no effect"
@@ -44,7 +48,7 @@ FIELDS: dict[str, str | Refused] = {
     "lora_bias": _READ,
     "modules_to_save": _READ,
     "task_type": _NO_EFFECT,
-    "auto_mapping": _NO_EFFECT,
+    "auto_mapping": "no effect: it names the class of the model, which is held to the base's",
     "peft_version": _NO_EFFECT,
     "base_model_name_or_path": _NO_EFFECT,
     "revision": _NO_EFFECT,
@@ -84,42 +88,40 @@ _CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 
 
 def read_lora_config(path: Path) -> dict[str, Any]:
-    """The fields of an adapter directory's config, PEFT's defaults for what it leaves out.
+    """The fields of an adapter directory's config; see `check_lora_config`."""
+    return check_lora_config(AdapterFiles(path))
+
+
+def check_lora_config(files: AdapterFiles) -> dict[str, Any]:
+    """The fields of an adapter's config, PEFT's defaults for what it leaves out.
 
     Raises:
         AdapterConfigError: a field is unknown, unsupported or malformed.
     """
-    file = path / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterConfigError(
-            f"{file}: no such file; a PEFT adapter is a directory with {CONFIG_FILE}"
-            f" and {WEIGHTS_FILE}"
-        ) from error
-    except OSError as error:
-        raise AdapterConfigError(f"{file}: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterConfigError(f"{file}: not JSON: {error}") from error
+    file = files.path / CONFIG_FILE
+    config = parse_json(files.read_config(), file, AdapterConfigError)
     if not isinstance(config, dict):
         raise AdapterConfigError(f"{file}: expected a JSON object, got {type(config).__name__}")
     if config.get("peft_type") != "LORA":
         raise AdapterConfigError(
-            f"{file}: peft_type is {config.get('peft_type')!r}; only 'LORA' is supported"
+            f"{file}: peft_type is {quoted(config.get('peft_type'))}; only 'LORA' is supported"
         )
     for key, value in config.items():
         rule = FIELDS.get(key)
+        if rule is None and value is None:
+            continue  # peft's null: a feature of another version that is not used
         if rule is None:
             raise AdapterConfigError(
-                f"{file}: unknown field {key!r} = {value!r}. It may change the mathematics, so it"
-                " is not ignored: remove it if it has no effect, or ask for its support"
+                f"{file}: unknown field {quoted(key)} = {quoted(value)}. It may change the"
+                " mathematics, so it is not ignored: remove it if it has no effect, or ask for"
+                " its support"
             )
         if isinstance(rule, Refused) and not any(
             value is neutral or value == neutral for neutral in rule.neutral
         ):
             raise AdapterConfigError(
-                f"{file}: {key} = {value!r} is not supported: {rule.reason}. Retrain without it, or"
-                " merge this adapter into a base of its own"
+                f"{file}: {key} = {quoted(value)} is not supported: {rule.reason}. Retrain without"
+                " it, or merge this adapter into a base of its own"
             )
     _check_init(config.get("init_lora_weights", True), file)
     defaults: dict[str, Any] = {
@@ -137,6 +139,7 @@ def read_lora_config(path: Path) -> dict[str, Any]:
         if config.get(key) is None:
             config[key] = default
     _check_types(config, file)
+    check_patterns(_patterns(config), file)
     if config["use_dora"] and config["lora_bias"]:
         raise AdapterConfigError(
             f"{file}: use_dora and lora_bias are both true, which peft itself refuses; config and"
@@ -152,8 +155,8 @@ def _check_init(init: object, file: Path) -> None:
     name = str(init).lower()
     if name.startswith(_CONVERTIBLE_INITS):
         raise AdapterConfigError(
-            f"{file}: init_lora_weights = {init!r} changes the base weights themselves, so this"
-            " adapter is wrong on the original base. With peft save it converted:"
+            f"{file}: init_lora_weights = {quoted(init)} changes the base weights themselves, so"
+            " this adapter is wrong on the original base. With peft save it converted:"
             " model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial),"
             " where initial is the folder of the adapter as it was before training"
         )
@@ -164,7 +167,7 @@ def _check_init(init: object, file: Path) -> None:
             " its quantized base (model.merge_and_unload()), or retrain without it"
         )
     raise AdapterConfigError(
-        f"{file}: init_lora_weights = {init!r} is not supported; supported are true, false,"
+        f"{file}: init_lora_weights = {quoted(init)} is not supported; supported are true, false,"
         " 'gaussian', 'orthogonal' and 'eva', which leave the base weights alone. peft's"
         " conversion (path_initial_model_for_weight_conversion) is for PiSSA, CorDA, OLoRA and"
         " LoRA-GA; retrain this one with init_lora_weights=True"
@@ -174,11 +177,11 @@ def _check_init(init: object, file: Path) -> None:
 def _check_types(config: dict[str, Any], file: Path) -> None:
     def is_number(value: object) -> bool:
         if isinstance(value, int):
-            return not isinstance(value, bool) and abs(value) <= 2**53  # exact as a float
+            return not isinstance(value, bool) and abs(value) <= MAX_FACTOR
         return isinstance(value, float) and math.isfinite(value)
 
     def is_rank(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
 
     checks = {
         "r": (is_rank(config["r"]), "a positive integer"),
@@ -191,6 +194,7 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
         "lora_bias": (isinstance(config["lora_bias"], bool), "true or false"),
         "modules_to_save": (
             isinstance(config["modules_to_save"], list)
+            and len(config["modules_to_save"]) <= MAX_SAVED
             and all(isinstance(name, str) and name for name in config["modules_to_save"]),
             "a list of module names",
         ),
@@ -207,25 +211,27 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
     }
     for key, (ok, expected) in checks.items():
         if not ok:
-            raise AdapterConfigError(f"{file}: {key}: expected {expected}, got {config[key]!r}")
+            raise AdapterConfigError(
+                f"{file}: {key}: expected {expected}, got {quoted(config[key])}"
+            )
+
+
+def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Field and text of every regular expression in a config."""
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in config[key]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise AdapterConfigError(
-                    f"{file}: {key}: {pattern!r} is no regular expression: {error}"
-                ) from error
+        yield from ((key, pattern) for pattern in config[key])
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, list) and key == "layers_pattern":
+            yield from ((key, pattern) for pattern in value if isinstance(pattern, str))
 
 
-def pattern_value(patterns: dict[str, _T], module: str, default: _T) -> _T:
-    """The value of the first pattern, in the file's order, that names the module."""
-    for pattern, value in patterns.items():
-        if matches(pattern, module):
-            return value
-    return default
-
-
-def matches(pattern: str, module: str) -> bool:
-    """PEFT's rule: the pattern is the whole name, or what follows one of its dots."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+def trained_class(config: dict[str, Any]) -> str | None:
+    """`auto_mapping`: the class that the adapter was trained on, and the module of it."""
+    mapping = config.get("auto_mapping")
+    if not isinstance(mapping, dict):
+        return None
+    library, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    return f"{library}.{name}" if isinstance(library, str) and isinstance(name, str) else None

@@ -1,9 +1,10 @@
 """Whether an adapter fits the artifact's layers: shapes, ranks, features."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-from ..contract.manifest import Layer, Slice
-from ..errors import AdapterWeightsError
+from ..contract.manifest import AdapterEntry, Layer, Slice
+from ..errors import AdapterWeightsError, ArtifactError
 from .header import AdapterHeader
 
 
@@ -25,16 +26,50 @@ def check_fit(header: AdapterHeader, sites: Mapping[str, str], layers: Sequence[
             )
 
 
+def check_carried(entry: AdapterEntry, header: AdapterHeader, sites: Mapping[str, str]) -> None:
+    """Hold the manifest's ranks, scalings and heads of a carried adapter to its own files.
+
+    Raises:
+        ArtifactError: they differ, so that the manifest says another scale than was proven.
+    """
+    modules = {site: header.modules.get(module) for site, module in sites.items()}
+    ranks = {site: module.rank for site, module in modules.items() if module is not None}
+    heads = {site for site, module in modules.items() if module is None}
+    same = ranks == {site: part.rank for site, part in entry.sites.items()}
+    same = same and heads == set(entry.heads)
+    for site, part in entry.sites.items() if same else ():
+        module = modules[site]
+        scaling = module.scaling * entry.scale if module is not None else math.nan
+        same = same and math.isclose(scaling, part.scaling, rel_tol=1e-12)
+    if not same:
+        raise ArtifactError(
+            f"{header.path}: the manifest gives {entry.name!r} other sites, ranks, scalings or"
+            " another scale than its files have; build the artifact again"
+        )
+
+
 def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> None:
     where = f"{header.path}: module {name!r}"
     saved = header.saved.get(name)
     if saved is not None:
+        has_place = layer.stack("weight") is not None
         if layer.kind == "embedding":
-            raise AdapterWeightsError(
-                f"{where} is an embedding that was trained whole; only linear layers can differ by"
-                " row. Retrain it with LoRA on the embedding, or merge it into a base of its own"
-            )
-        if layer.stack("weight") is None:
+            if not has_place:
+                raise AdapterWeightsError(
+                    f"{where} is an embedding that was trained whole, for which this artifact has"
+                    " no place. Of a decoder add heads to features in the spec and build again;"
+                    " else retrain it with LoRA on the embedding, or merge it into a base of its"
+                    " own"
+                )
+            if (saved.out_features, saved.in_features) != (layer.in_features, part.width):
+                raise AdapterWeightsError(
+                    f"{where} has {saved.out_features} rows of {saved.in_features}, but site"
+                    f" {part.site!r} has {layer.in_features} of {part.width}; the adapter belongs"
+                    " to another base, or its vocabulary was resized: resize the base as well"
+                    " (model.resize_token_embeddings, then save_pretrained), and build that"
+                )
+            return
+        if not has_place:
             raise AdapterWeightsError(_missing_feature(where, "was trained whole", "heads"))
         # Narrower heads are padded; layers inside a head are as the base has them.
         narrower = layer.labels and saved.out_features < part.width
@@ -79,8 +114,8 @@ def _check_site(header: AdapterHeader, name: str, layer: Layer, part: Slice) -> 
 
 
 def _other_base(header: AdapterHeader) -> str:
-    named = f", and its config names {header.base_model!r}" if header.base_model else ""
-    return f"another base{named}"
+    config_says = f", and its config names {header.base_model!r}" if header.base_model else ""
+    return f"another base{config_says}"
 
 
 def _takes(layer: Layer, role: str) -> bool:
@@ -91,5 +126,5 @@ def _takes(layer: Layer, role: str) -> bool:
 def _missing_feature(where: str, brings: str, feature: str) -> str:
     return (
         f"{where} {brings}, for which this artifact has no place; add {feature} to features in the"
-        " spec (whole models only) and build again"
+        " spec (of a whole model or a decoder) and build again"
     )

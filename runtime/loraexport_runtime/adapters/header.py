@@ -3,23 +3,23 @@
 The one parser of PEFT adapters in this project: the exporter imports it from here.
 """
 
-import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..contract.files import digest_file
-from ..contract.foreign import reason
+from ..contract.foreign import has_file
 from ..errors import AdapterWeightsError, WeightsError
-from .config import CONFIG_FILE, WEIGHTS_FILE, matches, pattern_value, read_lora_config
-from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header
+from .config import check_lora_config, trained_class
+from .files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from .names import TensorNames
+from .patterns import ModulePatterns
+from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header_of
 
 Feature = Literal["dora", "bias", "heads"]
 """What an adapter may bring beside A and B; a graph has a place for it, or not."""
 
-_PREFIX = "base_model.model."
 NamedTensor = tuple[str, TensorInfo]
 
 
@@ -73,57 +73,65 @@ class AdapterHeader:
     saved: dict[str, SavedModule]
     """By module name likewise."""
     base_copies: dict[str, NamedTensor] = field(repr=False)
-    """Embedding weights that PEFT saves beside an embedding LoRA, by module name."""
+    """Weights of the base that PEFT saves beside the LoRA, of embeddings, by module name."""
+    files: AdapterFiles = field(repr=False, compare=False)
+    """Where the tensors are read from, as the header was."""
+    fan_in_fan_out: bool
+    """Whether the weights of its base are stored [in, out]."""
+    trained_class: str | None
+    """The class of the model that it was trained on, with its module, where the config says it."""
 
     @property
     def max_rank(self) -> int:
         return max(module.rank for module in self.modules.values())
 
     @property
+    def has_peft_name(self) -> bool:
+        """Whether its tensors have the name `default` in them; see names.py."""
+        return any(".default" in name[-len(".default.weight") :] for name in self._factor_names())
+
+    def _factor_names(self) -> Iterator[str]:
+        return (name for module in self.modules.values() for name, _ in module.tensors())
+
+    @property
     def features(self) -> tuple[Feature, ...]:
         """What it brings beside A and B."""
         modules = self.modules.values()
-        found: dict[Feature, bool] = {
+        uses: dict[Feature, bool] = {
             "dora": any(module.magnitude for module in modules),
             "bias": any(module.lora_bias or module.base_bias for module in modules),
             "heads": bool(self.saved),
         }
-        return tuple(feature for feature, used in found.items() if used)
+        return tuple(feature for feature, used in uses.items() if used)
 
 
-def read_adapter(path: Path) -> AdapterHeader:
+def read_adapter(path: Path, *, at_rest: bool = False) -> AdapterHeader:
     """Read an adapter's config and the header of its safetensors file.
 
     The scaling of a module is `lora_alpha / r`, with rsLoRA `lora_alpha / sqrt(r)`; `alpha_pattern`
     and `rank_pattern` replace lora_alpha and r for the modules they match, first match in the
     file's order, by `(.*\\.)?(key)$`. Source: peft.tuners.lora.
 
+    Args:
+        at_rest: wait until nobody has written to the files for a moment; see AdapterFiles.
+
     Raises:
         AdapterConfigError: a field is unknown, unsupported or malformed.
         AdapterWeightsError: a tensor is unpaired, of an unknown role, or disagrees with the config.
         WeightsError: the weights file is missing, pickled or damaged.
+        AdapterError: a file changed meanwhile.
     """
-    config = read_lora_config(path)
+    files = AdapterFiles(path, at_rest=at_rest)
+    config = check_lora_config(files)
     weights = path / WEIGHTS_FILE
-    if not _is_there(weights):
-        pickled = path / "adapter_model.bin"
-        if _is_there(pickled):
-            raise WeightsError(
-                f"{pickled}: a .bin adapter is unpickled on load and can run code, so it is"
-                ' refused. Convert it once, where torch is installed: python -c "import torch;'
-                " from safetensors.torch import save_file;"
-                f' save_file(torch.load({str(pickled)!r}, weights_only=True), {str(weights)!r})"'
-            )
-        raise WeightsError(
-            f"{weights}: no such file; a PEFT adapter is a directory with {CONFIG_FILE} and"
-            f" {WEIGHTS_FILE}"
-        )
     factors: dict[str, dict[str, NamedTensor]] = {}
     whole: dict[str, dict[str, NamedTensor]] = {}
     base_copies: dict[str, NamedTensor] = {}
-    for name, info in read_header(weights).items():
-        module, role = _split_name(name, config["modules_to_save"], weights)
+    names = TensorNames(config["modules_to_save"], weights)
+    for name, info in _read_infos(files).items():
+        module, role = names.split(name, info.shape)
         if role == "base":
+            _check_floats([(name, info)], weights)
             base_copies[module] = (name, info)
         else:
             kind = whole if role.startswith("saved") else factors
@@ -135,71 +143,55 @@ def read_adapter(path: Path) -> AdapterHeader:
             parts[role] = (name, info)
     if not factors:
         raise AdapterWeightsError(f"{weights}: holds no LoRA tensor at all")
+    scalings = Scalings(config, path / CONFIG_FILE)
+    base_model = config.get("base_model_name_or_path")
     return AdapterHeader(
         path,
-        config.get("base_model_name_or_path"),
+        base_model if isinstance(base_model, str) else None,
         bool(config["use_rslora"]),
-        {name: _pair(name, parts, config, weights) for name, parts in sorted(factors.items())},
+        {
+            name: _pair(name, parts, config, scalings, weights)
+            for name, parts in sorted(factors.items())
+        },
         {name: _saved(name, parts, weights) for name, parts in sorted(whole.items())},
         base_copies,
+        files,
+        bool(config.get("fan_in_fan_out")),
+        trained_class(config),
     )
 
 
-def digest_adapter(path: Path) -> str:
-    """sha256 over an adapter's two files, in hexadecimal. Raises WeightsError: one is missing."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            digest.update(bytes.fromhex(digest_file(path / name)))
-        except OSError as error:
-            raise WeightsError(f"{path / name}: {reason(error)}") from error
-    return digest.hexdigest()
+def _read_infos(files: AdapterFiles) -> dict[str, TensorInfo]:
+    weights, pickled = files.path / WEIGHTS_FILE, files.path / "adapter_model.bin"
+    if not has_file(weights) and has_file(pickled):
+        raise WeightsError(
+            f"{pickled}: a .bin adapter is unpickled on load and can run code, so it is"
+            ' refused. Convert it once, where torch is installed: python -c "import torch;'
+            " from safetensors.torch import save_file;"
+            f' save_file(torch.load({str(pickled)!r}, weights_only=True), {str(weights)!r})"'
+        )
+    with files.open(WEIGHTS_FILE) as opened:
+        return read_header_of(opened, weights)
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is a file; one that may not be read is refused when it is opened."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise WeightsError(f"{path}: {reason(error)}") from error
-    return True
+class Scalings:
+    """Rank and scaling of every module, by a config's fields and patterns."""
 
+    def __init__(self, config: Mapping[str, Any], file: Path) -> None:
+        self._config = config
+        self._ranks = ModulePatterns[int](config["rank_pattern"], file, "rank_pattern")
+        self._alphas = ModulePatterns[float](config["alpha_pattern"], file, "alpha_pattern")
 
-def _split_name(name: str, modules_to_save: Sequence[str], file: Path) -> tuple[str, str]:
-    """`base_model.model.X.lora_A.weight` -> (`X`, `A`)."""
-    roles = {
-        ".lora_A.weight": "A",
-        ".lora_B.weight": "B",
-        ".lora_B.bias": "lora_bias",
-        ".lora_embedding_A": "embedding_A",
-        ".lora_embedding_B": "embedding_B",
-        ".lora_magnitude_vector": "magnitude",
-        ".lora_magnitude_vector.weight": "magnitude",
-        ".base_layer.bias": "base_bias",
-        ".base_layer.weight": "base",
-    }
-    if name.startswith(_PREFIX):
-        for suffix, role in roles.items():
-            if name.endswith(suffix):
-                return name[len(_PREFIX) : -len(suffix)], role
-        module, _, parameter = name[len(_PREFIX) :].rpartition(".")
-        if _is_saved(module, modules_to_save):
-            return module, f"saved_{parameter}"
-    raise AdapterWeightsError(
-        f"{file}: tensor {name!r} is no LoRA factor of a linear or embedding layer, as"
-        f" {_PREFIX}<module>.lora_A.weight would be. If it is a weight of the base that was not"
-        " trained, save the adapter again with peft:"
-        " model.save_pretrained(folder, save_embedding_layers=False)"
-    )
+    def rank(self, module: str) -> int:
+        return self._ranks.value(module, self._config["r"])
 
+    def num_ranks(self, module: str) -> int:
+        """How many patterns give it one."""
+        return len(self._ranks.values(module))
 
-def _is_saved(module: str, modules_to_save: Sequence[str]) -> bool:
-    """PEFT's rule: the module, or one that holds it, has a name that ends in one of these."""
-    parts = module.split(".")
-    holders = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    return any(holder.endswith(name) for holder in holders for name in modules_to_save)
+    def scaling(self, module: str, rank: int) -> float:
+        alpha = self._alphas.value(module, self._config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self._config["use_rslora"] else rank)
 
 
 def _saved(module: str, parts: dict[str, NamedTensor], file: Path) -> SavedModule:
@@ -224,7 +216,11 @@ def _saved(module: str, parts: dict[str, NamedTensor], file: Path) -> SavedModul
 
 
 def _pair(
-    module: str, parts: dict[str, NamedTensor], config: dict[str, Any], file: Path
+    module: str,
+    parts: dict[str, NamedTensor],
+    config: dict[str, Any],
+    scalings: Scalings,
+    file: Path,
 ) -> AdapterModule:
     is_embedding = "embedding_A" in parts or "embedding_B" in parts
     names = ("embedding_A", "embedding_B") if is_embedding else ("A", "B")
@@ -242,10 +238,10 @@ def _pair(
             f"{file}: module {module!r}: A has shape {list(shape_a)} and B {list(shape_b)};"
             " expected [rank, in] and [out, rank]"
         )
-    rank = pattern_value(config["rank_pattern"], module, config["r"])
+    rank = scalings.rank(module)
     if shape_a[0] != rank:
         why = "config and weights are not of one training"
-        if sum(matches(pattern, module) for pattern in config["rank_pattern"]) > 1:
+        if scalings.num_ranks(module) > 1:
             why = (
                 "several keys of rank_pattern match it, and peft sorts them on save: put the one"
                 " that the training used first"
@@ -254,8 +250,7 @@ def _pair(
             f"{file}: module {module!r}: A has rank {shape_a[0]}, but the config gives r = {rank};"
             f" {why}"
         )
-    alpha = pattern_value(config["alpha_pattern"], module, config["lora_alpha"])
-    scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    scaling = scalings.scaling(module, rank)
     _check_extras(module, extras, config, shape_b[0], is_embedding, file)
     return AdapterModule(rank, shape_a[1], shape_b[0], scaling, is_embedding, a, b, **extras)
 
@@ -270,18 +265,18 @@ def _check_extras(
 ) -> None:
     """Hold what stands beside A and B to the config, which says what has to be there."""
     where = f"{file}: module {module!r}"
-    asked = {
+    rules = {
         "magnitude": ("use_dora", config["use_dora"], config["use_dora"]),
         "lora_bias": ("lora_bias", config["lora_bias"], config["lora_bias"] and not is_embedding),
         # A layer without a bias has none to train.
         "base_bias": ("bias", config["bias"] == "lora_only", False),
     }
-    for role, (key, allowed, required) in asked.items():
+    for role, (key, allowed, required) in rules.items():
         tensor = extras[role]
         if (tensor is not None and not allowed) or (tensor is None and required):
-            found = "has" if tensor is not None else "lacks"
+            verb = "has" if tensor is not None else "lacks"
             raise AdapterWeightsError(
-                f"{where} {found} its {role}, but the config says {key} = {config[key]!r}; config"
+                f"{where} {verb} its {role}, but the config says {key} = {config[key]!r}; config"
                 " and weights are not of one training"
             )
         if tensor is not None and tensor[1].shape != (out_features,):

@@ -1,30 +1,28 @@
 """Safetensors files -> shapes (header only) and numpy arrays. Nothing here unpickles."""
 
 import hashlib
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors relies on
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from ..contract.foreign import reason, require_file
+from ..contract.foreign import open_regular, reason
 from ..errors import WeightsError
+from .tensor_header import HeaderError, parse_header
+from .tensor_header import TensorInfo as TensorInfo
 
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NUMPY = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _LFS_POINTER = b"version https://git-lfs"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What the header of a file says about one tensor."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    """A safetensors dtype name: `F32`, `F16`, `BF16`, `I64`, …"""
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -40,16 +38,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             " safetensors.torch.save_file"
         )
     try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: TensorInfo(path, tuple(part.get_shape()), part.get_dtype())
-                for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        # Of every file that it cannot open, safetensors says that there is none.
-        require_file(path, WeightsError)
-        if _is_lfs_pointer(path):
+        with open_regular(path) as file:
+            return read_header_of(file, path)
+    except OSError as error:
+        raise WeightsError(f"{path}: {reason(error)}") from error
+
+
+def read_header_of(file: BufferedReader, path: Path) -> dict[str, TensorInfo]:
+    """The same of a file that is open, and stands at its start."""
+    try:
+        return parse_header(file, os.fstat(file.fileno()).st_size, path)
+    except HeaderError as error:
+        file.seek(0)
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise WeightsError(
                 f"{path}: a Git LFS pointer, not the weights themselves; fetch them with"
                 " 'git lfs pull'"
@@ -59,14 +60,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ) from error
 
 
-def _is_lfs_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
-    except OSError:
-        return False
-
-
 def read_tensors(infos: Iterable[tuple[str, TensorInfo]]) -> dict[str, np.ndarray]:
     """Read the named tensors in their stored dtype (bfloat16 as `ml_dtypes.bfloat16`).
 
@@ -74,26 +67,54 @@ def read_tensors(infos: Iterable[tuple[str, TensorInfo]]) -> dict[str, np.ndarra
         WeightsError: a tensor is not of a float type, or holds NaN or Inf; or the file is not
             there any more, or may not be read.
     """
-    by_path: dict[Path, list[str]] = {}
+    by_path: dict[Path, list[tuple[str, TensorInfo]]] = {}
     for name, info in infos:
-        if info.dtype not in FLOAT_DTYPES:
-            raise WeightsError(
-                f"{info.path}: tensor {name!r} is {info.dtype}; only float weights"
-                f" ({', '.join(FLOAT_DTYPES)}) are read, so dequantize a quantized checkpoint first"
-            )
-        by_path.setdefault(info.path, []).append(name)
+        require_float(name, info)
+        by_path.setdefault(info.path, []).append((name, info))
     arrays: dict[str, np.ndarray] = {}
-    for path, names in by_path.items():
+    for path, tensors in by_path.items():
         try:
-            with safe_open(path, framework="numpy") as file:
-                for name in names:
-                    arrays[name] = file.get_tensor(name)
+            with open_regular(path) as file:
+                for name, info in tensors:
+                    data = read_bytes(file, info)
+                    arrays[name] = data.view(_NUMPY[info.dtype]).reshape(info.shape)
         except OSError as error:
-            require_file(path, WeightsError)
-            raise WeightsError(f"{path}: {reason(error)}; try again") from error
-        for name in names:
+            raise WeightsError(f"{path}: {reason(error)}") from error
+        for name, _ in tensors:
             require_finite(arrays[name], f"{path}: tensor {name!r}")
     return arrays
+
+
+def read_bytes(file: BufferedReader, info: TensorInfo) -> np.ndarray:
+    """The bytes of a tensor, out of a file that is open.
+
+    Raises:
+        WeightsError: they do not fit into memory, or the file has become shorter.
+    """
+    try:
+        data = np.empty(info.size, np.uint8)
+    except MemoryError as error:
+        raise WeightsError(f"{info.path}: a tensor does not fit into memory; free some") from error
+    file.seek(info.start)
+    if file.readinto(data.data) != info.size:
+        raise WeightsError(f"{info.path}: it changed while it was read; try again")
+    return data
+
+
+def array_in(data: bytes, info: TensorInfo) -> np.ndarray:
+    """A tensor of a file whose bytes are all here; it cannot be written to."""
+    dtype = _NUMPY[info.dtype]
+    count = info.size // dtype.itemsize
+    return np.frombuffer(data, dtype, count, info.start).reshape(info.shape)
+
+
+def require_float(name: str, info: TensorInfo) -> None:
+    """Raise WeightsError unless a tensor is of a float type."""
+    if info.dtype not in FLOAT_DTYPES:
+        raise WeightsError(
+            f"{info.path}: tensor {name!r} is {info.dtype}; only float weights"
+            f" ({', '.join(FLOAT_DTYPES)}) are read, so dequantize a quantized checkpoint first"
+        )
 
 
 def require_finite(array: np.ndarray, where: str) -> None:

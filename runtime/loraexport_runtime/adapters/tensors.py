@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .header import AdapterHeader, NamedTensor
-from .tensor_files import read_tensors
+from .tensor_files import array_in, require_finite, require_float
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """The tensors of one linear layer that was trained whole: weight [out, in], bias [out]."""
+    """The tensors of one layer that was trained whole: of a linear one weight [out, in] and bias
+    [out], of an embedding weight [vocabulary, dim]."""
 
     weight: np.ndarray
     bias: np.ndarray | None
@@ -32,12 +33,41 @@ class SavedWeights:
 ModuleWeights = LoraWeights | SavedWeights
 
 
+class AdapterContent:
+    """An adapter's weights file in memory, read once, and the digest of what was read."""
+
+    def __init__(self, header: AdapterHeader) -> None:
+        """Read the file that the header is of.
+
+        Raises:
+            AdapterError: a file has changed since the header was read.
+            WeightsError: the file does not fit into memory.
+        """
+        self._data, self.digest = header.files.read_weights()
+
+    def arrays(self, tensors: Iterable[NamedTensor]) -> dict[str, np.ndarray]:
+        """Tensors by name. Raises WeightsError: one is no float, or holds NaN or Inf."""
+        arrays = {}
+        for name, info in tensors:
+            require_float(name, info)
+            arrays[name] = array_in(self._data, info)
+            require_finite(arrays[name], f"{info.path}: tensor {name!r}")
+        return arrays
+
+
 def read_lora_weights(
-    header: AdapterHeader, modules: Iterable[str] | None = None
+    header: AdapterHeader,
+    modules: Iterable[str] | None = None,
+    content: AdapterContent | None = None,
 ) -> dict[str, LoraWeights]:
-    """Read the LoRA of some modules (default: all). Raises WeightsError on NaN or Inf."""
+    """Read the LoRA of some modules (default: all). Raises WeightsError on NaN or Inf.
+
+    Args:
+        content: the adapter's, where it was read before.
+    """
     chosen = {name: header.modules[name] for name in (modules or header.modules)}
-    arrays = read_tensors(tensor for module in chosen.values() for tensor in module.tensors())
+    content = content or AdapterContent(header)
+    arrays = content.arrays(tensor for module in chosen.values() for tensor in module.tensors())
 
     def values(tensor: NamedTensor | None) -> np.ndarray | None:
         return None if tensor is None else arrays[tensor[0]]
@@ -55,18 +85,25 @@ def read_lora_weights(
     }
 
 
-def read_saved_weights(header: AdapterHeader) -> dict[str, SavedWeights]:
+def read_saved_weights(
+    header: AdapterHeader, content: AdapterContent | None = None
+) -> dict[str, SavedWeights]:
     """Read the layers that were trained whole. Raises WeightsError on NaN or Inf."""
-    arrays = read_tensors(tensor for one in header.saved.values() for tensor in one.tensors())
+    content = content or AdapterContent(header)
+    arrays = content.arrays(tensor for saved in header.saved.values() for tensor in saved.tensors())
     return {
-        name: SavedWeights(arrays[one.weight[0]], arrays[one.bias[0]] if one.bias else None)
-        for name, one in header.saved.items()
+        name: SavedWeights(arrays[saved.weight[0]], arrays[saved.bias[0]] if saved.bias else None)
+        for name, saved in header.saved.items()
     }
 
 
 def read_site_weights(
-    header: AdapterHeader, matched: Mapping[str, str]
+    header: AdapterHeader, matched: Mapping[str, str], content: AdapterContent | None = None
 ) -> dict[str, ModuleWeights]:
     """Everything that an adapter brings, by site; `matched` is of `match_sites`."""
-    found: dict[str, ModuleWeights] = {**read_lora_weights(header), **read_saved_weights(header)}
-    return {site: found[module] for site, module in matched.items()}
+    content = content or AdapterContent(header)
+    weights: dict[str, ModuleWeights] = {
+        **read_lora_weights(header, content=content),
+        **read_saved_weights(header, content),
+    }
+    return {site: weights[module] for site, module in matched.items()}

@@ -88,19 +88,19 @@ class Bucket:
         shape, dtype = self._tensors[name]
         # numpy knows no bfloat16, and onnxruntime does not know ml_dtypes' one.
         carried = "float16" if dtype == "bfloat16" else dtype
-        found = self._rows(name, num_rows, carried).numpy()
+        array = self._rows(name, num_rows, carried).numpy()
         if self._device[0] == "cpu":
-            found = found.copy()  # onnxruntime gives its own memory there
-        return found.view(NUMPY_DTYPES[dtype]).reshape(num_rows, *shape[1:])
+            array = array.copy()  # onnxruntime gives its own memory there
+        return array.view(NUMPY_DTYPES[dtype]).reshape(num_rows, *shape[1:])
 
     def copy(self, name: str, num_rows: int) -> ort.OrtValue:
         """The first rows of an output, as device memory of the caller's own."""
         shape, dtype = self._tensors[name]
-        found = self._allocate([num_rows, *shape[1:]], dtype)
-        found.update_inplace(self._rows(name, num_rows))
+        value = self._allocate([num_rows, *shape[1:]], dtype)
+        value.update_inplace(self._rows(name, num_rows))
         # A copy on the device need not have ended, and the caller may read on any stream.
         self.binding.synchronize_outputs()
-        return found
+        return value
 
     def _rows(self, name: str, num_rows: int, carried: str | None = None) -> ort.OrtValue:
         """The first rows as a matrix, which is a view; `carried`: as another dtype of its size."""

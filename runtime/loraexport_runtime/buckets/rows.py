@@ -2,23 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from ..contract.kinds import Model, TensorEntry
+from ..contract.kinds import Model, TensorEntry, sequence_of
 from ..device.binding import run_bound
-from ..device.dtypes import NUMPY_DTYPES
 from ..device.memory import device_value
+from ..errors import InputError
 from .bucket import Bucket
+from .padding import MASK, are_same, can_be_padded, region, sample_inputs
 from .replays import Replays
 from .sizes import check_sizes
-
-_MASK = "attention_mask"
-_TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Of max |y|: what rounding may change. Padding that counts changes far more."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,22 @@ class RowBuckets:
         self._replays = replays
         self._buckets: list[_Sized] = []
 
-    def warm_up(self, sizes: Any) -> None:
-        """See `ModelSession.warm_up`."""
-        for rows, tokens in read_sizes(self._model, sizes):
+    def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """See `ModelSession.warm_up`; (rows, tokens), of `read_sizes`."""
+        for rows, tokens in sizes:
             with self._replays.lock:
-                known = [one for one in self._buckets if (one.rows, one.tokens) == (rows, tokens)]
-                bucket = known[0].bucket if known else self._make(rows, tokens)
+                existing = [
+                    sized for sized in self._buckets if (sized.rows, sized.tokens) == (rows, tokens)
+                ]
+                bucket = existing[0].bucket if existing else self._make(rows, tokens)
                 if not self._replays.is_captured_here(bucket):
                     self._replays.warm_up(bucket)
-                if not known:
+                if not existing:
                     sized = _Sized(rows, tokens, bucket, self._is_neutral(bucket, tokens))
                     # As a whole: other threads look for a bucket without the lock.
                     self._buckets = sorted(
-                        [*self._buckets, sized], key=lambda one: (one.rows * one.tokens, one.rows)
+                        [*self._buckets, sized],
+                        key=lambda sized: (sized.rows * sized.tokens, sized.rows),
                     )
 
     def find(self, batch: int, sequence: int, on_host: bool) -> _Sized | None:
@@ -99,13 +98,15 @@ class RowBuckets:
                 return {
                     output.name: bucket.copy(output.name, batch) for output in self._model.outputs
                 }
-            found = {output.name: bucket.read(output.name, batch) for output in self._model.outputs}
+            outputs = {
+                output.name: bucket.read(output.name, batch) for output in self._model.outputs
+            }
         if sequence < sized.tokens:
             for output in self._model.outputs:
                 if "sequence" in output.shape:
-                    own = found[output.name][_region(output.shape, batch, sequence)]
-                    found[output.name] = np.ascontiguousarray(own)
-        return found
+                    filled = outputs[output.name][region(output.shape, batch, sequence)]
+                    outputs[output.name] = np.ascontiguousarray(filled)
+        return outputs
 
     def _fill(
         self,
@@ -123,7 +124,7 @@ class RowBuckets:
                 rows = bucket.host[entry.name][:batch]
                 if value.shape != rows.shape:
                     rows[:] = 0
-                    rows = rows[_region(entry.shape, batch, sequence)]
+                    rows = rows[region(entry.shape, batch, sequence)]
                 rows[:] = value
             else:
                 later.append(entry)
@@ -142,7 +143,7 @@ class RowBuckets:
     def _make(self, rows: int, tokens: int) -> Bucket:
         """A bucket whose every row is valid: its first token, at least, is not masked."""
         inputs: dict[str, tuple[Sequence[int], str]] = {
-            one.name: (one.sizes(rows, tokens), one.dtype) for one in self._model.inputs
+            entry.name: (entry.sizes(rows, tokens), entry.dtype) for entry in self._model.inputs
         }
         inputs["adapter_ids"] = ([rows], "int64")
         if self._model.blend:
@@ -153,21 +154,15 @@ class RowBuckets:
         }
         options = self._replays.next_options()
         bucket = Bucket(self._session, inputs, outputs, self._device, options)
-        if _MASK in bucket.host:
-            bucket.host[_MASK][:] = 1
+        if MASK in bucket.host:
+            bucket.host[MASK][:] = 1
         bucket.host["adapter_ids"][:] = self._first_slot
         bucket.send()
         return bucket
 
     def _is_neutral(self, bucket: Bucket, tokens: int) -> bool:
-        """Whether texts of a half, a quarter, … of the tokens give what they give unpadded.
-
-        Most models with a mask do. One that takes the last token that is not a certain id, or whose
-        frequencies follow the length of the batch, does not.
-        """
-        entries = {one.name: one for one in self._model.inputs}
-        of_tokens = [entry for entry in entries.values() if "sequence" in entry.shape]
-        if _MASK not in entries or any(token.dtype != "int64" for token in of_tokens):
+        """Whether texts of a half, a quarter, … of the tokens give what they give unpadded."""
+        if not can_be_padded(self._model):
             return False
         adapter_ids = np.full(1, self._first_slot, np.int64)
         while (tokens := tokens // 2) > 0:
@@ -175,18 +170,15 @@ class RowBuckets:
             plain = self._run_plain(inputs, tokens, adapter_ids)
             self._fill(bucket, inputs, 1, tokens, adapter_ids, None)
             self._replays.run(bucket)
-            for one in self._model.outputs:
-                padded = bucket.read(one.name, 1)[_region(one.shape, 1, tokens)].astype(np.float64)
-                wanted = plain[one.name].astype(np.float64)
-                limit = _TOLERANCES.get(one.dtype, 0.0) * np.abs(wanted).max()
-                if not np.abs(padded - wanted).max() <= limit:
-                    return False
+            padded = {output.name: bucket.read(output.name, 1) for output in self._model.outputs}
+            if not are_same(self._model, padded, plain, tokens):
+                return False
         return True
 
     def _run_plain(
         self, inputs: Mapping[str, np.ndarray], tokens: int, adapter_ids: np.ndarray
     ) -> dict[str, Any]:
-        tensors = {one.name: (inputs[one.name], one.dtype) for one in self._model.inputs}
+        tensors = {entry.name: (inputs[entry.name], entry.dtype) for entry in self._model.inputs}
         outputs = {
             output.name: (output.sizes(1, tokens), output.dtype) for output in self._model.outputs
         }
@@ -197,29 +189,10 @@ class RowBuckets:
 
 def read_sizes(model: Model, sizes: Any) -> list[tuple[int, int]]:
     """(rows, tokens) of the sizes that `ModelSession.warm_up` was given. Raises InputError."""
-    if any("sequence" in one.shape for one in model.inputs):
-        return [(rows, tokens) for rows, tokens in check_sizes(sizes, "(rows, tokens per row)", 2)]
+    if any("sequence" in entry.shape for entry in model.inputs):
+        pairs = check_sizes(sizes, "(rows, tokens per row)", 2)
+        least = sequence_of(model.outputs, 1)
+        if short := [tokens for _, tokens in pairs if tokens < least]:
+            raise InputError(f"sizes has rows of {short[0]}; this model takes {least} at least")
+        return [(rows, tokens) for rows, tokens in pairs]
     return [(rows, 1) for (rows,) in check_sizes(sizes, "numbers of rows", 1)]
-
-
-def sample_inputs(model: Model, rows: int, tokens: int) -> dict[str, np.ndarray]:
-    """Some texts or pictures of a size, nothing of them masked."""
-    return {one.name: _sample(one, rows, tokens) for one in model.inputs}
-
-
-def _sample(entry: TensorEntry, rows: int, tokens: int) -> np.ndarray:
-    values = np.zeros(entry.sizes(rows, tokens), NUMPY_DTYPES[entry.dtype])
-    if entry.name == _MASK:
-        values[:] = 1
-    elif entry.name == "input_ids":
-        values[:] = 3 + np.arange(tokens) % 7
-    elif entry.name == "position_ids":
-        values[:] = np.arange(tokens)
-    return values
-
-
-@lru_cache(4096)
-def _region(shape: tuple[str, ...], batch: int, sequence: int) -> tuple[slice, ...]:
-    """What a batch fills of a tensor that is as large as a bucket."""
-    sizes = {"batch": batch, "sequence": sequence}
-    return tuple(slice(sizes.get(size)) for size in shape)

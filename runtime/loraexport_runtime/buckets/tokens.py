@@ -43,13 +43,13 @@ class TokenBuckets:
     def warm_up(self, num_tokens: int) -> None:
         """Capture a bucket of so many tokens. Raises ProviderError: onnxruntime cannot."""
         with self._replays.lock:
-            known = [bucket for bucket in self._buckets if bucket.tokens == num_tokens]
-            sized = known[0] if known else self._make(num_tokens)
+            existing = [bucket for bucket in self._buckets if bucket.tokens == num_tokens]
+            sized = existing[0] if existing else self._make(num_tokens)
             if not self._replays.is_captured_here(sized.bucket):
                 self._replays.warm_up(sized.bucket)
-            if not known:
+            if not existing:
                 # As a whole: other threads look for a bucket without the lock.
-                self._buckets = sorted([*self._buckets, sized], key=lambda one: one.tokens)
+                self._buckets = sorted([*self._buckets, sized], key=lambda bucket: bucket.tokens)
 
     def find(self, num_tokens: int, num_segments: int) -> _Sized | None:
         """The smallest bucket that holds a batch."""

@@ -16,7 +16,7 @@ from ..device.ort_session import require_device
 from ..device.providers import CPU, CUDA, normalise_providers
 from ..errors import ProviderError
 from . import decoder, layers, model
-from .rows import Row, label_of
+from .rows import LAYER_TOLERANCES, MODEL_TOLERANCES, Comparison, label_of, stored_tolerance
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class CheckReport:
     parity: ParityStatus
     """What the manifest says of the build."""
     tolerance: float
-    rows: tuple[Row, ...]
+    gain_tolerance: float
+    rows: tuple[Comparison, ...]
     skipped: dict[str, str]
     """What was not run here -> why."""
 
     @property
-    def failures(self) -> tuple[Row, ...]:
+    def failures(self) -> tuple[Comparison, ...]:
         return tuple(row for row in self.rows if not row.passed)
 
     @property
@@ -68,11 +69,13 @@ def check_artifact(
         skipped: dict[str, str] = {}
         chosen = providers or _default_providers(folder, manifest, skipped)
         rows = _run_kind(folder, manifest, normalise_providers(chosen), skipped)
+        table = LAYER_TOLERANCES if isinstance(manifest.kind, Layers) else MODEL_TOLERANCES
         return CheckReport(
             str(path),
             digest_file(folder / MANIFEST_FILE),
             manifest.parity.status,
             manifest.parity.tolerance,
+            stored_tolerance(manifest, table).gain,
             tuple(rows),
             skipped,
         )
@@ -85,7 +88,7 @@ def _run_kind(
     manifest: Manifest,
     providers: Sequence[tuple[str, dict[str, Any]]],
     skipped: dict[str, str],
-) -> list[Row]:
+) -> list[Comparison]:
     match manifest.kind:
         case Layers():
             return layers.check_stored(folder, manifest, providers)

@@ -12,7 +12,7 @@ from ..sessions.layers import LayersSession
 from .rows import (
     LAYER_TOLERANCES,
     CasePart,
-    Row,
+    Comparison,
     Tolerance,
     compare,
     label_of,
@@ -134,7 +134,7 @@ def open_runner(folder: Path, manifest: Manifest, provider: tuple[str, dict[str,
 
 def check_stored(
     folder: Path, manifest: Manifest, providers: Sequence[tuple[str, dict[str, Any]]]
-) -> list[Row]:
+) -> list[Comparison]:
     """Run the stored cases on every provider.
 
     Raises:
@@ -153,7 +153,7 @@ def check_stored(
 
 def compare_layers(
     implementation: str, run: Run, manifest: Manifest, reference: Reference, tolerance: Tolerance
-) -> list[Row]:
+) -> list[Comparison]:
     """Run every case on every layer; a row for each site and adapter."""
     names = slot_names(manifest)
     return [
@@ -170,7 +170,7 @@ def _compare_layer(
     names: Mapping[int, str],
     reference: Reference,
     tolerance: Tolerance,
-) -> list[Row]:
+) -> list[Comparison]:
     x, cases = reference.inputs[layer.name], reference.cases
     base_output = run(layer, x, Case("base", ((0, len(x)),)))
     base_expected = reference.expected[layer.name, ""]

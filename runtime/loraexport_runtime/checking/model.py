@@ -1,14 +1,14 @@
 """Cases of a whole model: rows and their adapters, their inputs, and what the model should give."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..adapters.packing import lowest
-from ..contract.kinds import Model, TensorEntry
+from ..contract.kinds import Model, TensorEntry, sequence_of
 from ..contract.manifest import Manifest
 from ..device.dtypes import NUMPY_DTYPES
 from ..sessions.model import ModelSession
@@ -16,7 +16,7 @@ from ..slots.batch import RowAdapters as Names
 from .rows import (
     MODEL_TOLERANCES,
     CasePart,
-    Row,
+    Comparison,
     Tolerance,
     compare,
     label_of,
@@ -39,7 +39,7 @@ def only(slot: int) -> Mix:
 
 @dataclass(frozen=True)
 class RowCase:
-    """A batch: what each row uses; of texts also the lengths, padded on one side."""
+    """A batch: what each row uses; of texts and sounds also the lengths, padded on one side."""
 
     name: str
     rows: tuple[Mix, ...]
@@ -49,16 +49,11 @@ class RowCase:
     @property
     def adapter_ids(self) -> np.ndarray:
         """int64 [batch]; 0 for rows that blend."""
-        plain = [row[0][0] if _is_plain(row) else 0 for row in self.rows]
-        return np.array(plain, dtype=np.int64)
+        return slots_of(self.rows)
 
     def adapter_weights(self, num_slots: int) -> np.ndarray:
         """float32 [batch, slots]; 0 but for rows that blend."""
-        weights = np.zeros((len(self.rows), num_slots), np.float32)
-        for index, row in enumerate(self.rows):
-            for slot, weight in () if _is_plain(row) else row:
-                weights[index, slot - 1] = weight
-        return weights
+        return weights_of(self.rows, num_slots)
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,29 @@ def _is_plain(row: Mix) -> bool:
     return len(row) == 1 and row[0][1] == 1.0
 
 
+def slots_of(rows: Sequence[Mix]) -> np.ndarray:
+    """adapter_ids int64 [batch]; 0 for rows that blend."""
+    return np.array([row[0][0] if _is_plain(row) else 0 for row in rows], dtype=np.int64)
+
+
+def weights_of(rows: Sequence[Mix], num_slots: int) -> np.ndarray:
+    """adapter_weights float32 [batch, slots]; 0 but for rows that blend."""
+    weights = np.zeros((len(rows), num_slots), np.float32)
+    for index, row in enumerate(rows):
+        for slot, weight in () if _is_plain(row) else row:
+            weights[index, slot - 1] = weight
+    return weights
+
+
+def blended_rows(slots: Sequence[int], base: Sequence[Mix]) -> tuple[Mix, ...]:
+    """Rows that blend, beside some that do not; `base`: BASE where a row may do without."""
+    first, last = slots[0], slots[-1]
+    # 0.75 of one; a sum that is not 1 and a 0; all of them, one against the others.
+    blends: list[Mix] = [((first, 0.75),), ((first, 0.0), (last, 1.5))]
+    blends.append(tuple((slot, -0.5 if slot == first else 0.375) for slot in slots))
+    return (*blends, only(last), *base)
+
+
 def mix_labels(manifest: Manifest) -> dict[Mix, str]:
     """How a report names the base, and each adapter alone."""
     names: dict[Mix, str] = {BASE: "base"}
@@ -88,43 +106,58 @@ def mix_labels(manifest: Manifest) -> dict[Mix, str]:
 def make_cases(manifest: Manifest, model: Model) -> tuple[RowCase, ...]:
     """Every adapter alone, all mixed (texts with either padding), base only, one row, blends.
 
+    Lengths are of tokens, or of samples of which so many steps come out; sounds end in padding.
     Published artifacts hold what these rows give without the rows themselves: a change here needs
     another format.
     """
     names = slot_names(manifest)
     slots = sorted(names)
-    base = [BASE] if _has_base(manifest) else []
+    base = [BASE] if manifest.runs_base else []
     mixed = (*map(only, slots), *base, only(slots[0]))
-    lengths = tuple(3 + 4 * (index % 4) for index in range(len(mixed)))
-    cases = [RowCase(f"alone-{names[slot]}", (only(slot),) * 2, (6, 10)) for slot in slots]
-    cases.append(RowCase("mixed", mixed, lengths))
-    if any("sequence" in entry.shape for entry in model.inputs):
-        cases.append(RowCase("mixed-left", mixed[::-1], lengths, left=True))
+    stride = sequence_of(model.outputs, 2) - sequence_of(model.outputs, 1)
+
+    def add(name: str, rows: tuple[Mix, ...], steps: Iterable[int], left: bool = False) -> None:
+        lengths = tuple(sequence_of(model.outputs, count) + stride // 3 for count in steps)
+        cases.append(RowCase(name, rows, lengths, left))
+
+    cases: list[RowCase] = []
+    for slot in slots:
+        add(f"alone-{names[slot]}", (only(slot),) * 2, (6, 10))
+    steps = [3 + 4 * (index % 4) for index in range(len(mixed))]
+    add("mixed", mixed, steps)
+    if any("sequence" in entry.shape for entry in model.inputs) and stride == 1:
+        add("mixed-left", mixed[::-1], steps, left=True)
     if base:
-        cases.append(RowCase("base-only", (BASE, BASE), (5, 8)))
-    cases.append(RowCase("one-row", (only(slots[-1]),), (9,)))
+        add("base-only", (BASE, BASE), (5, 8))
+    add("one-row", (only(slots[-1]),), (9,))
     if model.blend:
-        first, last = slots[0], slots[-1]
-        # 0.75 of one; a sum that is not 1 and a 0; all of them, one against the others.
-        blends: list[Mix] = [((first, 0.75),), ((first, 0.0), (last, 1.5))]
-        blends.append(tuple((slot, -0.5 if slot == first else 0.375) for slot in slots))
-        rows = (*blends, only(last), *base)
-        cases.append(RowCase("blend", rows, (4, 9, 6, 7, 5)[: len(rows)]))
-    return tuple(cases)
-
-
-def _has_base(manifest: Manifest) -> bool:
-    """Whether a row may do without an adapter: every head is the base's own."""
-    return all(layer.in_base for layer in manifest.layers)
+        rows = blended_rows(slots, base)
+        add("blend", rows, (4, 9, 6, 7, 5)[: len(rows)])
+    longest = model.facts.positions
+    if longest is None:
+        return tuple(cases)
+    return tuple(
+        replace(case, lengths=tuple(min(length, longest) for length in case.lengths))
+        for case in cases
+    )
 
 
 def kept_tokens(inputs: Inputs, output: TensorEntry) -> np.ndarray:
-    """What of an output is compared: bool [batch, sequence] without padding, or [batch]."""
+    """What of an output is compared: bool [batch, n] without what follows from padding, or [batch].
+
+    Behind a text's tokens stands what has no padding; of a sound the first steps are its own.
+    """
     first = next(iter(inputs.values()))
-    if "sequence" not in output.shape:
-        return np.ones(len(first), dtype=bool)
-    mask: np.ndarray = inputs.get("attention_mask", np.ones(first.shape[:2])) == 1
-    return mask
+    rows = len(first)
+    if not any("sequence" in size for size in output.shape[1:2]):
+        return np.ones(rows, dtype=bool)
+    mask = inputs.get("attention_mask", np.ones(first.shape[:2]))
+    count = output.sizes(*mask.shape)[1]
+    if count < mask.shape[1]:
+        kept = [output.sizes(1, length)[1] for length in mask.sum(1).tolist()]
+        return np.arange(count) < np.array(kept)[:, None]
+    behind = np.ones((rows, count - mask.shape[1]), dtype=bool)
+    return np.concatenate([mask == 1, behind], axis=1)
 
 
 def load_reference(folder: Path, manifest: Manifest, model: Model) -> ModelReference:
@@ -159,12 +192,13 @@ def open_runner(
     names = slot_names(manifest)
 
     def run(inputs: Inputs, case: RowCase) -> Outputs:
-        return session.run(inputs, [_row_names(row, names) for row in case.rows])
+        return session.run(inputs, [row_names(row, names) for row in case.rows])
 
     return run
 
 
-def _row_names(row: Mix, names: Mapping[int, str]) -> Names:
+def row_names(row: Mix, names: Mapping[int, str]) -> Names:
+    """What a session is told of a row; `names`: of the slots."""
     if row == BASE:
         return None
     if _is_plain(row):
@@ -177,7 +211,7 @@ def check_stored(
     manifest: Manifest,
     model: Model,
     providers: Sequence[tuple[str, dict[str, Any]]],
-) -> list[Row]:
+) -> list[Comparison]:
     """Run the stored cases on every provider.
 
     Raises:
@@ -202,7 +236,7 @@ def compare_model(
     reference: ModelReference,
     tolerance: Tolerance,
     blends: bool = True,
-) -> list[Row]:
+) -> list[Comparison]:
     """Run every case; a row for each output and adapter, and one for all blends.
 
     Args:
@@ -217,7 +251,7 @@ def compare_model(
         expected, base = reference.expected[case.name], reference.base_expected[case.name]
         outputs = run(inputs, case)
         base_case = RowCase(case.name, (BASE,) * len(case.rows), case.lengths, case.left)
-        base_outputs = run(inputs, base_case) if _has_base(manifest) else base
+        base_outputs = run(inputs, base_case) if manifest.runs_base else base
         for entry in model.outputs:
             four = [part[entry.name] for part in (outputs, expected, base_outputs, base)]
             if any(layer.labels for layer in manifest.layers):

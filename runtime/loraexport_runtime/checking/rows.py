@@ -37,10 +37,14 @@ MODEL_TOLERANCES = {
     "float16": Tolerance(error=2e-2, gain=3e-2, epsilon=2.0**-11),
     "bfloat16": Tolerance(error=1e-1, gain=1e-1, epsilon=2.0**-8),
 }
+# The graph rounds what its products take to 8 bits (MatMulNBits with accuracy_level 4): half a
+# step of 1/127 of a block's largest. A value beside the edge of a step goes to another one for any
+# change of its last bit, so that two right ways of computing differ by steps, in gain most of all.
+ROUNDED_TOLERANCE = Tolerance(error=5e-2, gain=3e-2, epsilon=2.0**-8)
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One implementation, one site, one adapter, over all tokens of all cases that use it."""
 
     implementation: str
@@ -60,6 +64,8 @@ class Row:
     worst_case: str
     """The case that holds the largest error."""
     passed: bool
+    broke: tuple[str, ...] = ()
+    """The limits that it is beyond: `error`, `gain`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class CasePart:
 
 def compare(
     labels: tuple[str, str, str, str], pieces: Sequence[CasePart], tolerance: Tolerance
-) -> Row:
+) -> Comparison:
     """Hold one adapter's outputs at one site, over all cases, to the reference.
 
     Args:
@@ -90,18 +96,24 @@ def compare(
     output, base_output = output.astype(np.float64), base_output.astype(np.float64)
     errors = np.abs(output - expected)
     error = float(errors.max() / max(float(np.abs(expected).max()), 1e-30))
-    passed = bool(error <= tolerance.error)  # NaN does not pass
-    added, wanted = output - base_output, expected - base_expected
-    norm = float(np.linalg.norm(wanted))
+    broke = [] if error <= tolerance.error else ["error"]  # NaN does not pass
+    added, expected_added = output - base_output, expected - base_expected
+    norm = float(np.linalg.norm(expected_added))
     cosine = gain = None
     if norm > 0:
-        dot = float((added * wanted).sum())
+        dot = float((added * expected_added).sum())
         gain = dot / norm**2
         cosine = dot / max(norm * float(np.linalg.norm(added)), 1e-30)
         # Rounding y blurs a small difference: per value by epsilon, in the projection by less.
-        noise = tolerance.epsilon * float(np.linalg.norm(expected)) / norm / np.sqrt(wanted.size)
-        passed = passed and bool(abs(gain - 1) <= tolerance.gain + 6 * noise)
-    return Row(
+        noise = (
+            tolerance.epsilon
+            * float(np.linalg.norm(expected))
+            / norm
+            / np.sqrt(expected_added.size)
+        )
+        if not abs(gain - 1) <= tolerance.gain + 6 * noise:
+            broke.append("gain")
+    return Comparison(
         *labels,
         num_tokens=len(output),
         max_abs_error=float(errors.max()),
@@ -111,7 +123,8 @@ def compare(
         gain=gain,
         moved=norm / max(float(np.linalg.norm(base_expected)), 1e-30) if norm > 0 else None,
         worst_case=max(pieces, key=_largest_error).case,
-        passed=passed,
+        passed=not broke,
+        broke=tuple(broke),
     )
 
 
@@ -121,9 +134,23 @@ def _largest_error(piece: CasePart) -> float:
     return float(np.nan_to_num(errors, nan=np.inf).max(initial=-1.0))
 
 
-def largest(rows: Sequence[Row]) -> Row:
+def largest(rows: Sequence[Comparison]) -> Comparison:
     """The row to look at first: one that failed before one that passed, then by its error."""
     return max(rows, key=lambda row: (not row.passed, np.nan_to_num(row.error, nan=np.inf)))
+
+
+def describe_failure(row: Comparison, error: float, gain: float) -> str:
+    """Which row failed, by which limit, and what a spec calls that limit."""
+    limits = {
+        "error": f"its error of {row.error:.2e} is above {error:.0e} (parity.tolerance)",
+        "gain": f"its gain of {row.gain or 0:.4f} is off 1 by more than {gain:.0e} (parity.gain)",
+        "tokens": f"a token's logit is {row.error:.2e} of the largest below the best one's, more"
+        f" than twice {error:.0e} (parity.tolerance)",
+    }
+    return (
+        f"{row.implementation}, layer {row.layer!r}, site {row.site!r}, adapter {row.adapter!r},"
+        f" case {row.worst_case!r}: {' and '.join(limits[name] for name in row.broke)}"
+    )
 
 
 def slot_names(manifest: Manifest) -> dict[int, str]:
@@ -132,8 +159,10 @@ def slot_names(manifest: Manifest) -> dict[int, str]:
 
 
 def stored_tolerance(manifest: Manifest, table: dict[str, Tolerance]) -> Tolerance:
-    """What the artifact was built with: its dtype's, with the error that its spec allowed."""
-    return replace(table[manifest.dtype], error=manifest.parity.tolerance)
+    """What the artifact was built with: its dtype's, with what its spec and graph allowed."""
+    gain = manifest.parity.gain_tolerance
+    tolerance = replace(table[manifest.dtype], error=manifest.parity.tolerance)
+    return tolerance if gain is None else replace(tolerance, gain=gain)
 
 
 def label_of(provider: str) -> str:

@@ -1,22 +1,20 @@
 """parity/cases.safetensors -> the arrays of the cases that a build kept, checked."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, deserialize
 
+from ..adapters.listed_tensors import read_listed_tensors
 from ..contract.files import resolve
+from ..contract.listed import ListedFiles
 from ..contract.manifest import Manifest
-from ..device.dtypes import NUMPY_DTYPES
 from ..errors import ArtifactError
 from .rows import slot_names
 
 CASES_FILE = "parity/cases.safetensors"
 SOURCE = "the stored cases"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,9 @@ class StoredArrays:
             raise self.refuse(f"{name!r} is missing")
         array = self.arrays[name]
         sizes = zip(array.shape, shape, strict=False)
-        if len(array.shape) != len(shape) or any(size not in (None, got) for got, size in sizes):
+        if len(array.shape) != len(shape) or any(
+            expected not in (None, size) for size, expected in sizes
+        ):
             raise self.refuse(f"{name!r} has shape {list(array.shape)}")
         return array
 
@@ -52,20 +52,4 @@ def read_stored(folder: Path, manifest: Manifest) -> StoredArrays:
     file = resolve(folder, CASES_FILE)
     if CASES_FILE not in manifest.files or not slot_names(manifest):
         raise ArtifactError(f"{file}: the artifact holds no stored cases; build it again")
-    try:
-        content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != manifest.files[CASES_FILE].sha256:
-            raise ArtifactError(
-                f"{file}: its sha256 differs from the manifest's; copy the artifact again"
-            )
-        arrays = {
-            name: np.frombuffer(part["data"], NUMPY_DTYPES[_DTYPES[part["dtype"]]]).reshape(
-                part["shape"]
-            )
-            for name, part in deserialize(content)  # type: ignore[no-untyped-call]
-        }
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ArtifactError(
-            f"{file}: cannot be read as safetensors ({error}); copy the artifact again"
-        ) from error
-    return StoredArrays(file, arrays)
+    return StoredArrays(file, read_listed_tensors(ListedFiles(folder, manifest.files), CASES_FILE))

@@ -1,6 +1,7 @@
 """Paths that stay inside an artifact, and the digests of files."""
 
 import hashlib
+import os
 import re
 import stat
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import ArtifactError, InputError
 
 MANIFEST_FILE = "manifest.json"
+Stamp = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def require_pinned(file: Path, content: bytes, digest: str | None) -> None:
             " another artifact, or it was changed; copy the right one here, or pin this one, if it"
             " is what you want"
         )
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """What a write, a replacement or another length changes."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def digest_file(path: Path) -> str:

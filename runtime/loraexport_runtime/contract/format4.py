@@ -15,6 +15,7 @@ _PARTS: dict[Any, list[tuple[str, ...]]] = {
     "onnx": [("model",), ("generator",)],
 }
 """Kind -> what of `model` and `generator` it has."""
+_NO_NAMING: dict[str, Any] = {"architecture": None, "prefixes": [], "other_parts": []}
 _NO_FACTS: dict[str, Any] = {
     "max_length": None,
     "vocab_size": None,
@@ -23,6 +24,18 @@ _NO_FACTS: dict[str, Any] = {
     "problem_type": None,
     "prompts": {},
     "default_prompt_name": None,
+    "max_box": None,
+    "positions": None,
+    "type_vocab_size": None,
+}
+
+_NO_DECODER_FACTS: dict[str, Any] = {
+    "blend": False,
+    "steps": None,
+    "max_length": None,
+    "vocab_size": None,
+    "lengths": [],
+    "reread_length": None,
 }
 
 
@@ -35,7 +48,7 @@ def upgrade(data: dict[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("kind", "model", "generator") if key not in data]
     if missing:
         raise ValueError(f"manifest: key {missing[0]!r} is missing")
-    rest = {key: value for key, value in data.items() if key not in ("model", "generator")}
+    remaining = {key: value for key, value in data.items() if key not in ("model", "generator")}
     word, parts = (
         data["kind"],
         tuple(key for key in ("model", "generator") if data[key] is not None),
@@ -46,12 +59,19 @@ def upgrade(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"manifest: {' and '.join(parts) or 'layers alone'} does not fit kind {word!r}"
         )
-    return rest | {"kind": _kind(word, data["model"], data["generator"])}
+    if isinstance(remaining.get("parity"), dict):
+        remaining["parity"] = remaining["parity"] | {"gain_tolerance": None}
+    if isinstance(remaining.get("base"), dict):
+        remaining["base"] = remaining["base"] | {"naming": _NO_NAMING, "missing": []}
+    return remaining | {"kind": _kind(word, data["model"], data["generator"])}
 
 
 def _kind(word: str, model: Any, generator: Any) -> dict[str, Any]:
     if generator is not None:
-        return {"decoder": _with(generator, {"max_length": None, "vocab_size": None})}
+        decoder = _with(generator, _NO_DECODER_FACTS)
+        if isinstance(decoder, dict):
+            decoder.pop("pad_token_id", None)  # a token that no prompt could hold
+        return {"decoder": decoder}
     if model is None:
         return {"layers": {}}
     whole = _with(model, {"facts": _NO_FACTS})

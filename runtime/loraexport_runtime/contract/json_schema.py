@@ -44,7 +44,7 @@ def _schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if origin is Literal:
         return {"enum": list(args)}
     if members := union_members(kind):
-        return {"oneOf": [_one_key(tag, each, definitions) for tag, each in members.items()]}
+        return {"oneOf": [_one_key(tag, member, definitions) for tag, member in members.items()]}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [_schema(args[0], definitions), {"type": "null"}]}
     if origin is tuple and args[-1] is ...:
@@ -63,9 +63,9 @@ def _object(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     for name, hint in field_hints(kind).items():
         note = {"description": notes[name]} if name in notes else {}
         properties[name] = note | _schema(hint, definitions)
-    own = inspect.getdoc(kind) or ""
+    text = inspect.getdoc(kind) or ""
     # A dataclass without a docstring has its signature for one.
-    described = {} if own.startswith(f"{kind.__name__}(") else {"description": _flat(own)}
+    described = {} if text.startswith(f"{kind.__name__}(") else {"description": _flat(text)}
     return {
         **described,
         "type": "object",

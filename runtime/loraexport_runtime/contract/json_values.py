@@ -5,9 +5,20 @@ it.
 """
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any, Literal, get_args, get_origin
+
+from ..errors import quoted
+
+_MAX_INTEGER = 2**63 - 1
+"""What other languages read as an integer, and numpy and onnxruntime take."""
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for a key that is there twice, too."""
+    return json.loads(text, object_pairs_hook=_unique)
 
 
 def parse(kind: Any, value: Any, where: str) -> Any:
@@ -45,6 +56,8 @@ def parse(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         _check_object(value, where)
         return {key: parse(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if type(value) is int and abs(value) > _MAX_INTEGER:
+        raise ValueError(f"{where}: an integer of more than 64 bits")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
@@ -80,6 +93,15 @@ def union_members(kind: Any) -> dict[str, Any]:
     if not members or not all(map(dataclasses.is_dataclass, members)):
         return {}
     return {member.tag: member for member in members}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {quoted(name)} is there twice")
+        values[name] = value
+    return values
 
 
 def _check_object(value: Any, where: str) -> None:

@@ -4,7 +4,10 @@ In manifest.json a kind is an object of one key, its tag, with the kind's own va
 `"kind": {"model": {"task": …}}`.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 from .genai_config import GENAI_CONFIG
@@ -14,22 +17,73 @@ Packed = Literal["cuda", "any"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
+_MORE = re.compile(r"sequence\+([1-9][0-9]{0,9})")
+_STEPS = re.compile(r"\(sequence([+-][0-9]{1,10})\)//([1-9][0-9]{0,9})")
+_NUMBER = re.compile(r"[1-9][0-9]{0,9}")
+
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """An input or output of a model: each dimension is `batch`, `sequence` or a number."""
+    """An input or output of a model: each dimension is `batch`, `sequence` or a number.
+
+    An output's may follow from the sequence: `sequence+5`, where a picture's patches stand behind a
+    text's tokens, and `(sequence-80)//320`, the steps that convolutions leave of so many samples.
+    """
 
     name: str
     dtype: Literal["float32", "float16", "bfloat16", "int64"]
     shape: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """As `input_ids int64 [batch, sequence]`."""
+        return f"{self.name} {self.dtype} [{', '.join(self.shape)}]"
+
     def sizes(self, batch: int, sequence: int) -> list[int]:
-        named = {"batch": batch, "sequence": sequence}
-        return [named[size] if size in named else int(size) for size in self.shape]
+        """The shape of a batch; a dimension may be 0 or less for a sequence that is too short."""
+        sizes_by_name = {"batch": batch, "sequence": sequence}
+        return [
+            sizes_by_name[size] if size in sizes_by_name else _size(size, sequence)
+            for size in self.shape
+        ]
+
+
+@lru_cache(4096)
+def _size(dimension: str, sequence: int) -> int:
+    if more := _MORE.fullmatch(dimension):
+        return sequence + int(more[1])
+    if steps := _STEPS.fullmatch(dimension):
+        return (sequence + int(steps[1])) // int(steps[2])
+    return int(dimension)
+
+
+def sequence_of(outputs: Iterable[TensorEntry], steps: int) -> int:
+    """The shortest sequence of so many steps of an output: as many, but for convolutions."""
+    for dimension in (size for entry in outputs for size in entry.shape):
+        if found := _STEPS.fullmatch(dimension):
+            return steps * int(found[2]) - int(found[1])
+    return steps
+
+
+def is_dimension(text: str, most: int, derived: bool) -> bool:
+    """Whether a text is a dimension whose numbers are at most `most`.
+
+    Args:
+        derived: whether it may follow from the sequence, as an output's may.
+    """
+    if text in ("batch", "sequence"):
+        return True
+    forms = (_NUMBER, _MORE, _STEPS) if derived else (_NUMBER,)
+    return any(form.fullmatch(text) for form in forms) and all(
+        int(number) <= most for number in re.findall("[0-9]+", text)
+    )
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the base's own config files say for a service; None or empty where they do not."""
+    """What the base's own config files, or its graph's tables, say for a service.
+
+    None or empty where they do not.
+    """
 
     max_length: int | None
     """Tokens of a text, those that begin and end it too."""
@@ -41,6 +95,13 @@ class Facts:
     prompts: dict[str, str]
     """What to put before a text, by what it is for (sentence-transformers)."""
     default_prompt_name: str | None
+    max_box: int | None
+    """The largest coordinate of a token's box (`bbox`), and the largest width and height."""
+    positions: int | None
+    """Tokens of a row at most, padding too, where positions are looked up in a table that ends;
+    where position_ids are an input, how many of them there are."""
+    type_vocab_size: int | None
+    """How many token_type_ids there are."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +138,34 @@ class Model:
         return [path for path in (self.onnx, self.torchscript) if path]
 
 
+ROWS = "loraexport/rows"
+"""An input, int64 [rows]: each row's last token among the batch * n of the logits."""
+LENGTHS = "loraexport/lengths"
+"""An input, int64 [rows, 1]: the tokens of each row, with those that are read now."""
+GOES_ON = "loraexport/goes_on"
+"""An input, int64 [rows, 1]: 1 for a row that the next step continues, 0 for one whose length and
+position stay."""
+PLACES = "loraexport/places"
+"""An input, int64 [1, length]: 0, 1, … length - 1."""
+
+
+@dataclass(frozen=True)
+class StepGraphs:
+    """The graphs by which the runtime generates."""
+
+    step: str
+    """The decoder's, of the same weights, with nodes that give the likeliest tokens, and what else
+    the next step takes."""
+    top_tokens: str
+    """The highest logits of rows."""
+    row_logits: str
+    """All logits of rows."""
+
+    def files(self) -> list[str]:
+        """Their paths inside the artifact."""
+        return [self.step, self.top_tokens, self.row_logits]
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A decoder with a KV cache, as onnxruntime-genai takes it, and adapter_ids [batch]."""
@@ -86,15 +175,22 @@ class Decoder:
     folder: str
     """genai_config.json, the graph, and the tokenizer's files."""
     onnx: str
-    pad_token_id: int
-    """What a shorter prompt is filled up with: a token that no prompt may hold."""
+    blend: bool
+    """As a Model's."""
     max_length: int | None
     """Tokens of a prompt and of what follows it, together."""
     vocab_size: int | None
+    lengths: tuple[int, ...]
+    """Tokens of a text up to which the model computes one thing and beyond another, in order."""
+    reread_length: int | None
+    """A text that grows beyond it is read again from its start, as all its tokens change."""
+    steps: StepGraphs | None
+    """None: of format 4, whose tokens the host chooses."""
 
     def files(self) -> list[str]:
         """The paths that a decoder cannot do without."""
-        return [self.onnx, f"{self.folder}/{GENAI_CONFIG}"]
+        steps = [] if self.steps is None else self.steps.files()
+        return [self.onnx, f"{self.folder}/{GENAI_CONFIG}", *steps]
 
 
 @dataclass(frozen=True)

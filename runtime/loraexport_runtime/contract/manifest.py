@@ -5,20 +5,31 @@ or a path that leaves the artifact is an ArtifactError.
 """
 
 import json
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, quoted
 from . import format4
 from .files import MANIFEST_FILE, FileEntry, difference, require_pinned, resolve
-from .json_values import dump, parse
-from .kinds import Kind, Packed, packed_of
-from .seal import is_sealed
+from .foreign import read_bounded, reason
+from .json_values import dump, parse, strict_json
+from .kinds import Decoder, Graph, Kind, Model, Packed, TensorEntry, is_dimension, packed_of
+from .naming import Naming
+from .seal import MAX_MANIFEST, is_sealed
 
 FORMAT_VERSION = 5
 BIAS_ROWS = 8
 """Rows that the bias of an augmented layer takes in its stacks: itself, and zeros for alignment."""
+PARAMETERS = ("output_scale", "bias", "weight")
+"""Roles of stacks that replace a parameter of the base, whose own value is ahead of the slots."""
+MAX_SLOTS = 2**16
+"""What a session keeps of each slot is small, but not nothing; far above what memory holds."""
+MAX_SIZE = 2**31 - 1
+"""Of a dimension: far above any vocabulary."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -85,7 +96,8 @@ class Layer:
     strategy: Strategy
     stacks: tuple[Stack, ...]
     base_rows: str | None
-    """Safetensors file with the base's rows of those stacks that have any, by stack."""
+    """Safetensors file with the base's rows of those stacks that have any, by stack; None where
+    none has, and of a decoder, whose graph has them."""
     in_base: bool
     """False: a head that the base lacks, so every row needs an adapter that brings it."""
     labels: bool
@@ -105,6 +117,81 @@ class Layer:
     def files(self) -> list[str]:
         """The paths of this layer's files inside the artifact."""
         return [path for path in (self.onnx, self.torchscript, self.base_rows) if path]
+
+    def check_sense(self, num_slots: int, in_graph: bool) -> None:
+        """Raise ValueError unless slices and stacks tile what they are of.
+
+        Args:
+            in_graph: the base's rows need no file of their own.
+        """
+        where = f"manifest.layers: layer {self.name!r}"
+        sizes = (self.in_features, self.out_features, self.max_rank)
+        if not self.slices or not all(0 < size <= MAX_SIZE for size in sizes):
+            raise ValueError(f"{where} has no slice, or a size that is not 1 to {MAX_SIZE}")
+        end = 0
+        for part in self.slices:
+            if part.offset != end or part.width < 1:
+                raise ValueError(f"{where}: its slices do not tile its outputs")
+            end += part.width
+        if end != self.out_features:
+            raise ValueError(f"{where}: its slices do not tile its outputs")
+        for stack in self.stacks:
+            rows = [0] * num_slots if stack.slot_rows is None else stack.slot_rows
+            counts = (stack.row_offset, *rows)
+            is_odd = min(counts) < 0 or len(counts) != 1 + num_slots
+            if is_odd or stack.rows(num_slots).stop != stack.shape[0]:
+                raise ValueError(
+                    f"manifest.layers: stack {stack.name!r} has {stack.shape[0]} rows, which"
+                    f" {num_slots} slots do not fill"
+                )
+            has_own = in_graph or self.base_rows is not None
+            has_own = has_own and stack.row_offset == stack.rows_per_slot
+            if stack.role in PARAMETERS and not has_own:
+                raise ValueError(
+                    f"manifest.layers: stack {stack.name!r} replaces the base's {stack.role},"
+                    " which it does not have"
+                )
+        self._check_stacks()
+
+    def _check_stacks(self) -> None:
+        """Rows and columns of every stack are those that its role has."""
+        rank = len(self.slices) * self.max_rank
+        first = self.stack("lora_A")
+        of_bias = 0 if first is None else first.row_offset
+        ahead = self.in_features + of_bias if self.strategy == "augmented" else 0
+        # Role -> columns, rows of a slot, rows of the base ahead of them.
+        sizes = {
+            "lora_A": (self.in_features, rank, of_bias),
+            "lora_B": (self.out_features, rank, ahead),
+            "output_scale": (self.out_features, 1, 1),
+            "bias": (self.out_features, 1, 1),
+            "weight": (self.in_features, self.out_features, self.out_features),
+        }
+        if self.kind == "embedding":
+            sizes["lora_A"] = (rank, self.in_features, 0)
+            sizes["weight"] = (self.out_features, self.in_features, self.in_features)
+        columns: Counter[str] = Counter()
+        for stack in self.stacks:
+            width, rows, offset = sizes[stack.role]
+            known = (rows, offset, columns[stack.role])
+            if (stack.rows_per_slot, stack.row_offset, stack.column_offset) != known:
+                raise ValueError(
+                    f"manifest.layers: stack {stack.name!r} does not lie as a {stack.role} of"
+                    f" layer {self.name!r} does"
+                )
+            columns[stack.role] += stack.shape[1]
+            if not 0 < stack.shape[1] <= width:
+                raise ValueError(
+                    f"manifest.layers: stack {stack.name!r} has {stack.shape[1]} columns"
+                )
+        short = [role for role, count in columns.items() if count != sizes[role][0]]
+        if ("lora_A" in columns) != ("lora_B" in columns):
+            short.append("lora_A and lora_B")
+        if short or of_bias not in (0, BIAS_ROWS):
+            raise ValueError(
+                f"manifest.layers: the {(short or ['lora_A'])[0]} stacks of layer {self.name!r} do"
+                " not tile it"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,7 +221,11 @@ class BaseEntry:
     """The base as the spec names it: a path, a hub id, a package, or a seed."""
     digest: str
     weights: dict[str, str]
-    """sha256 of each site's base weight, by site."""
+    """sha256 of each site's base weight, by site; and of embeddings that are none, by module."""
+    naming: Naming
+    """How adapters that are loaded later may call the sites."""
+    missing: tuple[str, ...]
+    """Weights of its model that its files lack: of no effect, or brought by every adapter."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +237,8 @@ class ParitySummary:
     max_error: float | None
     """Largest relative error over all of them; None if one is no number, or nothing was run."""
     tolerance: float
+    gain_tolerance: float | None = None
+    """What was allowed of |gain - 1|; None: nothing was measured, or format 4: the dtype's."""
 
 
 @dataclass(frozen=True)
@@ -217,29 +310,58 @@ class Manifest:
             raise ValueError(
                 f"manifest.files: {unlisted[0]!r} is missing, so nothing vouches for it"
             )
-        for what, names in (("layers", self.layers), ("adapters", self.adapters)):
-            if len({name.name for name in names}) < len(names):
-                raise ValueError(f"manifest.{what}: two of them have one name")
-        taken = [entry.slot for entry in self.adapters if entry.slot is not None]
-        if len(set(taken)) < len(taken) or not set(taken) <= set(range(1, self.num_slots + 1)):
-            raise ValueError(
-                f"manifest.adapters: slots {taken} are not distinct slots of 1 to {self.num_slots}"
-            )
+        if not 0 < self.num_slots <= MAX_SLOTS:
+            raise ValueError(f"manifest.num_slots: expected 1 to {MAX_SLOTS}, got {self.num_slots}")
+        stacks = [stack.name for layer in self.layers for stack in layer.stacks]
+        sites = [part.site for layer in self.layers for part in layer.slices]
+        for key, names in (
+            ("layers", [layer.name for layer in self.layers]),
+            ("adapters", [adapter.name for adapter in self.adapters]),
+            ("layers: stacks", stacks),
+            ("layers: sites", sites),
+        ):
+            if len(set(names)) < len(names):
+                raise ValueError(f"manifest.{key}: two of them have one name")
         for layer in self.layers:
-            for stack in layer.stacks:
-                sizes = (stack.row_offset, *(stack.slot_rows or [0] * self.num_slots))
-                is_odd = min(sizes) < 0 or len(sizes) != 1 + self.num_slots
-                if is_odd or stack.rows(self.num_slots).stop != stack.shape[0]:
-                    raise ValueError(
-                        f"manifest.layers: stack {stack.name!r} has {stack.shape[0]} rows, which"
-                        f" {self.num_slots} slots do not fill"
-                    )
-                has_own = layer.base_rows is not None and stack.row_offset == stack.rows_per_slot
-                if stack.role not in ("lora_A", "lora_B") and not has_own:
-                    raise ValueError(
-                        f"manifest.layers: stack {stack.name!r} replaces the base's {stack.role},"
-                        " which it does not have"
-                    )
+            in_graph = isinstance(self.kind, Decoder)
+            layer.check_sense(self.num_slots, in_graph)
+            ahead = [stack.name for stack in layer.stacks if stack.row_offset]
+            if ahead and layer.base_rows is None and not in_graph:
+                raise ValueError(
+                    f"manifest.layers: stack {ahead[0]!r} begins with the base's rows, and no file"
+                    " has them"
+                )
+        self._check_adapters({*sites})
+        if isinstance(self.kind, Model | Graph):
+            model = self.kind if isinstance(self.kind, Model) else self.kind.model
+            _check_shapes(model.inputs, derived=False)
+            _check_shapes(model.outputs, derived=True)
+
+    @property
+    def runs_base(self) -> bool:
+        """Whether a row may do without an adapter: every head is the base's own."""
+        return all(layer.in_base for layer in self.layers)
+
+    def _check_adapters(self, sites: set[str]) -> None:
+        slots = [entry.slot for entry in self.adapters if entry.slot is not None]
+        if len(set(slots)) < len(slots) or not set(slots) <= set(range(1, self.num_slots + 1)):
+            raise ValueError(
+                f"manifest.adapters: slots {slots} are not distinct slots of 1 to {self.num_slots}"
+            )
+        if max(slots, default=0) > len(slots):
+            raise ValueError(f"manifest.adapters: slots {sorted(slots)} leave one free among them")
+        for entry in self.adapters:
+            scales = [entry.scale, *(site.scaling for site in entry.sites.values())]
+            if not all(map(math.isfinite, scales)):
+                raise ValueError(f"manifest.adapters: a scale of {entry.name!r} is no number")
+            if unknown := sorted({*entry.sites, *entry.heads} - sites):
+                raise ValueError(
+                    f"manifest.adapters: {entry.name!r} has the site {unknown[0]!r}, which no layer"
+                    " has"
+                )
+        bare = {part.site for layer in self.layers if layer.in_base for part in layer.slices}
+        if missing := sorted(bare - set(self.base.weights)):
+            raise ValueError(f"manifest.base.weights: site {missing[0]!r} is missing")
 
     def check_files(self, folder: Path) -> None:
         """Compare size and sha256 of every listed file. Raises ArtifactError if one differs."""
@@ -247,6 +369,8 @@ class Manifest:
             file = resolve(folder, path)
             try:
                 problem = difference(file, entry)
+            except PermissionError as error:
+                raise ArtifactError(f"{file}: {reason(error)}") from error
             except OSError as error:
                 raise ArtifactError(f"{folder}: a listed file cannot be read: {error}") from error
             if problem:
@@ -258,18 +382,20 @@ def _read_json(folder: Path, digest: str | None) -> dict[str, Any]:
     file = folder / MANIFEST_FILE
     while True:
         try:
-            content = file.read_bytes()
+            content = read_bounded(file, MAX_MANIFEST)
             require_pinned(file, content, digest)
-            data = json.loads(content.decode())
+            data = strict_json(content.decode())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ArtifactError(
                 f"{folder}: no {MANIFEST_FILE} here; an artifact is a folder that"
                 " 'loraexport build' has published"
             ) from error
+        except PermissionError as error:
+            raise ArtifactError(f"{file}: {reason(error)}") from error
         except (OSError, ValueError, RecursionError) as error:
+            why = reason(error) if isinstance(error, OSError) else error
             raise ArtifactError(
-                f"{file}: not readable as JSON ({error}); copy the artifact again, or build it"
-                " again"
+                f"{file}: not readable as JSON ({why}); copy the artifact again, or build it again"
             ) from error
         version = data.get("format_version") if isinstance(data, dict) else None
         if type(version) is not int or version not in (format4.FORMAT, FORMAT_VERSION):
@@ -280,6 +406,13 @@ def _read_json(folder: Path, digest: str | None) -> dict[str, Any]:
             )
         if version == format4.FORMAT or is_sealed(folder, content):
             return data
+
+
+def _check_shapes(entries: Iterable[TensorEntry], derived: bool) -> None:
+    """Raise ValueError for a dimension that is none."""
+    for size in (size for entry in entries for size in entry.shape):
+        if not is_dimension(size, MAX_SIZE, derived):
+            raise ValueError(f"manifest.kind: {quoted(size)} is no dimension of a model's tensor")
 
 
 def cuda_reason(dtype: DType, packed: Packed | None) -> str | None:

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 from .files import MANIFEST_FILE
+from .foreign import read_bounded, reason
 
 DIGEST_FILE = "manifest.sha256"
+MAX_MANIFEST = 32 * 2**20
+"""Bytes: a thousand adapters at each of two hundred sites take half of it."""
 
 
 def digest_line(manifest: bytes) -> str:
@@ -23,7 +26,8 @@ def is_sealed(folder: Path, manifest: bytes) -> bool:
         False if the folder was changed since the bytes were read: read them again.
 
     Raises:
-        ArtifactError: nothing has changed since, so the manifest is damaged.
+        ArtifactError: nothing has changed since, so the manifest is damaged; or one of the two
+            cannot be read.
     """
     digests = _read(folder / DIGEST_FILE)
     if digest_line(manifest).encode() in digests.splitlines(keepends=True):
@@ -44,6 +48,8 @@ def is_sealed(folder: Path, manifest: bytes) -> bool:
 def _read(file: Path) -> bytes:
     """Empty if there is no such file."""
     try:
-        return file.read_bytes()
+        return read_bounded(file, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return b""
+    except OSError as error:
+        raise ArtifactError(f"{file}: {reason(error)}; copy the artifact again") from error

@@ -42,18 +42,18 @@ def run_bound(
         alive.append(np.ascontiguousarray(array))
         # As an OrtValue: a numpy array is not taken for an input that need not be fed.
         binding.bind_ortvalue_input(name, host_value(alive[-1], str(array.dtype)))
-    found = {}
+    results = {}
     for name, (shape, dtype) in outputs.items():
-        found[name] = empty_output(shape, dtype, on_host, device)
+        results[name] = empty_output(shape, dtype, on_host, device)
         if on_host:
-            address = found[name].ctypes.data
+            address = results[name].ctypes.data
             binding.bind_output(name, "cpu", 0, ONNX_TYPES[dtype], shape, address)
         else:
-            binding.bind_ortvalue_output(name, found[name])
+            binding.bind_ortvalue_output(name, results[name])
     if not on_host:
         binding.synchronize_inputs()
     session.run_with_iobinding(binding, options)
-    return found
+    return results
 
 
 def empty_output(shape: list[int], dtype: str, on_host: bool, device: tuple[str, int]) -> Any:

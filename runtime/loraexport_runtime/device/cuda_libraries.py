@@ -50,6 +50,17 @@ def missing_device(index: int) -> str | None:
     return None
 
 
+def free_memory(index: int) -> int:
+    """Bytes that a device has free now; call it once the device is known to be there."""
+    cudart = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+    free, total, before = ctypes.c_size_t(0), ctypes.c_size_t(0), ctypes.c_int(0)
+    cudart.cudaGetDevice(ctypes.byref(before))
+    cudart.cudaSetDevice(index)
+    status = cudart.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    cudart.cudaSetDevice(before)
+    return free.value if status == 0 else 0
+
+
 def _needed() -> tuple[str, ...]:
     """In this order: each one needs those before it."""
     major = _cuda_major()

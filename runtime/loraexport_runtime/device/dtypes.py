@@ -3,14 +3,15 @@
 import ml_dtypes
 import numpy as np
 
+from ..contract.onnx_file import TENSOR_TYPES
+
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int64": np.dtype(np.int64),
 }
-# onnx.TensorProto.DataType, spelled out so that the runtime needs no onnx.
-ONNX_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+ONNX_TYPES = TENSOR_TYPES
 FLOAT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",

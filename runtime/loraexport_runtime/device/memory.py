@@ -25,17 +25,17 @@ def device_value(tensor: Any, device: tuple[str, int], name: str) -> ort.OrtValu
         InputError: it lives on another device than the session, or is not contiguous.
     """
     kind, index = tensor.__dlpack_device__()
-    found = {1: "cpu", 2: "cuda"}.get(int(kind), f"DLPack device {int(kind)}")
-    if (found, int(index)) != device:
+    device_type = {1: "cpu", 2: "cuda"}.get(int(kind), f"DLPack device {int(kind)}")
+    if (device_type, int(index)) != device:
         raise InputError(
-            f"{name} is on {found}:{int(index)}, the session runs on {device[0]}:{device[1]};"
+            f"{name} is on {device_type}:{int(index)}, the session runs on {device[0]}:{device[1]};"
             " move one of them"
         )
     if isinstance(tensor, ort.OrtValue):
         return tensor
     # Stream 1 is CUDA's legacy default stream: the producer orders its pending work before it.
     try:
-        capsule = tensor.__dlpack__(stream=1) if found == "cuda" else tensor.__dlpack__()
+        capsule = tensor.__dlpack__(stream=1) if device_type == "cuda" else tensor.__dlpack__()
         return ort.OrtValue.from_dlpack(capsule)
     except (BufferError, RuntimeError) as error:  # BufferError: it requires a gradient
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from ..errors import ProviderError
+from ..errors import ArtifactError, ProviderError
 from .cuda_libraries import load_cuda_libraries, missing_device, missing_library
 from .dtypes import ONNX_TYPES
 from .providers import CPU, CUDA
@@ -47,28 +47,22 @@ def open_session(
     providers: list[tuple[str, dict[str, Any]]],
     initializers: Mapping[str, ort.OrtValue],
     threads: int | None,
-    tail: bytes = b"",
 ) -> ort.InferenceSession:
     """An InferenceSession that runs on the providers asked for, over the caller's initializers.
 
     The initializers replace the graph's own of that name without a copy: what is written into
-    them later is seen by the next run. The tail is protobuf that follows that of the file.
+    them later is seen by the next run.
 
     Raises:
         ProviderError: a provider cannot run here. onnxruntime alone falls back to the CPU.
+        ArtifactError: the graph has no such initializer to override, which onnxruntime ignores.
     """
     options = quiet_options(threads)
     for name, value in initializers.items():
         options.add_initializer(name, value)
     names = [name for name, _ in providers]
     try:
-        graph: Path | bytes = path
-        if tail:
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(path.parent)
-            )
-            graph = path.read_bytes() + tail
-        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ProviderError(
             f"{path}: onnxruntime {ort.__version__} cannot open this graph on"
@@ -77,6 +71,17 @@ def open_session(
     for name in names:
         if name not in session.get_providers():
             raise ProviderError(_missing(name, "its libraries load, but it was not used"))
+    overridable = {entry.name: entry for entry in session.get_overridable_initializers()}
+    for name, value in initializers.items():
+        if (
+            name not in overridable
+            or overridable[name].shape != value.shape()
+            or overridable[name].type != value.data_type()
+        ):
+            raise ArtifactError(
+                f"{path}: it has no initializer {name!r} of {value.shape()}, which the manifest"
+                " says, so that loaded adapters would have no effect; build the artifact again"
+            )
     return session
 
 

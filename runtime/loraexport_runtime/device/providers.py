@@ -5,7 +5,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from ..errors import ProviderError
+from ..errors import InputError, ProviderError
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -18,15 +18,15 @@ def normalise_providers(providers: Sequence[Provider]) -> list[tuple[str, dict[s
     """`["cuda"]` or onnxruntime's own names, with or without options, as (name, options)."""
     if isinstance(providers, str) or not providers:
         raise ProviderError(f"providers: expected a list such as ['{CPU}'], got {providers!r}")
-    named = []
+    pairs = []
     for entry in providers:
         pair = entry if isinstance(entry, tuple) else (entry, {})
         if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], dict):
             raise ProviderError(
                 f"providers: expected a name, or a tuple (name, options), got {entry!r}"
             )
-        named.append((_SHORT_NAMES.get(pair[0], pair[0]), dict(pair[1])))
-    for name, options in named:
+        pairs.append((_SHORT_NAMES.get(pair[0], pair[0]), dict(pair[1])))
+    for name, options in pairs:
         if name == CUDA:
             # onnxruntime would round float32 products to TF32, about 3 decimal digits.
             options.setdefault("use_tf32", "0")
@@ -36,13 +36,27 @@ def normalise_providers(providers: Sequence[Provider]) -> list[tuple[str, dict[s
                 f" {', '.join(ort.get_available_providers())}); for CUDA install onnxruntime-gpu,"
                 " and do not keep plain onnxruntime beside it"
             )
-    return named
+    return pairs
 
 
 def session_device(provider: tuple[str, dict[str, Any]]) -> tuple[str, int]:
     """Where a session of this first provider keeps its buffers, as ("cuda", 1) or ("cpu", 0)."""
     name, options = provider
-    return ("cuda", int(options.get("device_id", 0))) if name == CUDA else ("cpu", 0)
+    if name != CUDA:
+        return ("cpu", 0)
+    device = options.get("device_id", 0)
+    try:
+        return ("cuda", int(device))
+    except (TypeError, ValueError) as error:
+        raise ProviderError(f"{CUDA}: device_id is {device!r}; expected a number") from error
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise InputError unless it is a number of threads, or None; onnxruntime takes any number."""
+    if threads is not None and (type(threads) is not int or threads < 0):
+        raise InputError(
+            f"threads is {threads!r}; expected 1 or more, or None for onnxruntime's own choice"
+        )
 
 
 def check_cuda_graphs(providers: Sequence[tuple[str, dict[str, Any]]], cuda_graphs: bool) -> None:
@@ -52,8 +66,8 @@ def check_cuda_graphs(providers: Sequence[tuple[str, dict[str, Any]]], cuda_grap
             f"CUDA graphs were asked for on {providers[0][0]}; pass providers=['cuda'], or no"
             " cuda_graphs"
         )
-    given = [str(options.get("enable_cuda_graph", "0")) for _, options in providers]
-    if not cuda_graphs and not set(given) <= {"0", "False"}:
+    settings = [str(options.get("enable_cuda_graph", "0")) for _, options in providers]
+    if not cuda_graphs and not set(settings) <= {"0", "False"}:
         raise ProviderError(
             "enable_cuda_graph alone would replay one batch's graph for all others; pass"
             " cuda_graphs=True instead, and warm_up the sizes of your batches"

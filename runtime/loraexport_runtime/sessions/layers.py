@@ -144,12 +144,12 @@ class LayerSession:
                 SegmentsError, InputError.
             ClosedError: the session is closed.
         """
-        with self._gate:
-            num_tokens = self._check_input(x)
+        with self._gate.entry(), self._gate:
+            num_tokens = self.check_input(x)
             if segments is not None and seg_indptr is None and seg_slots is None:
-                named = read_segments(segments, num_tokens)
-                with self._host.slots.lease((name for name, _ in named), timeout) as slots:
-                    return self._run_graph(x, *segment_arrays(named, slots))
+                pairs = read_segments(segments, num_tokens)
+                with self._host.slots.lease((name for name, _ in pairs), timeout) as slots:
+                    return self._run_graph(x, *segment_arrays(pairs, slots))
             if segments is not None or seg_indptr is None or seg_slots is None:
                 raise SegmentsError("give either segments, or seg_indptr and seg_slots together")
             check_segments(seg_indptr, seg_slots, num_tokens)
@@ -174,7 +174,7 @@ class LayerSession:
             ProviderError: onnxruntime cannot capture this graph.
             ClosedError: the session is closed.
         """
-        with self._gate:
+        with self._gate.entry(), self._gate:
             for (num_tokens,) in check_sizes(sizes, "numbers of tokens", 1):
                 if self._buckets is not None:
                     self._buckets.warm_up(num_tokens)
@@ -215,7 +215,12 @@ class LayerSession:
         )
         return outputs["y"]
 
-    def _check_input(self, x: Any) -> int:
+    @property
+    def host(self) -> AdapterHost:
+        """What holds the adapters."""
+        return self._host
+
+    def check_input(self, x: Any) -> int:
         """The number of tokens. Raises InputError for another shape or dtype."""
         is_ids, size_in = self.layer.kind == "embedding", self.layer.in_features
         if not hasattr(x, "__dlpack__"):
@@ -226,17 +231,20 @@ class LayerSession:
         if not shape or shape[1:] != (() if is_ids else (size_in,)):
             expected = "[num_tokens]" if is_ids else f"[num_tokens, {size_in}]"
             raise self._refuse(f"has shape {list(shape)}; expected {expected}")
-        wanted = "int64" if is_ids else self.dtype
+        expected_dtype = "int64" if is_ids else self.dtype
         # The name of a dtype takes longer than a comparison.
-        if not isinstance(x, np.ndarray) or x.dtype != NUMPY_DTYPES[wanted]:
+        if not isinstance(x, np.ndarray) or x.dtype != NUMPY_DTYPES[expected_dtype]:
             dtype = dtype_of(x)
-            if dtype != wanted:
-                raise self._refuse(f"is {dtype}; this artifact takes {wanted}, so cast it first")
+            if dtype != expected_dtype:
+                raise self._refuse(
+                    f"is {dtype}; this artifact takes {expected_dtype}, so cast it first"
+                )
         ids = host_view(x) if is_ids and shape[0] else None
         if ids is not None and (ids.min() < 0 or ids.max() >= size_in):
+            token = int(np.flatnonzero((ids < 0) | (ids >= size_in))[0])
             raise self._refuse(
-                f"range from {ids.min()} to {ids.max()}; expected 0 to {size_in - 1}, the rows of"
-                " this embedding"
+                f"range from {ids.min()} to {ids.max()}, the first wrong one at token {token};"
+                f" expected 0 to {size_in - 1}, the rows of this embedding"
             )
         return int(shape[0])
 

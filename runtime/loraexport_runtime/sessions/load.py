@@ -43,12 +43,13 @@ def load(
     Raises:
         ArtifactError: a file is missing or damaged, parity has not passed, or the manifest has
             another digest.
-        InputError: `digest` is no sha256.
+        InputError: `digest` is no sha256, or `threads` no number of threads.
         ProviderError: a provider cannot run here; onnxruntime alone would fall back silently. Or
             CUDA graphs were asked for where there are none.
     """
     folder, pairs = Path(path), devices.normalise_providers(providers)
     devices.check_cuda_graphs(pairs, cuda_graphs)
+    devices.check_threads(threads)
     start = time.perf_counter()
     session = open_artifact(
         folder,

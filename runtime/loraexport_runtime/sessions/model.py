@@ -9,9 +9,10 @@ import numpy as np
 import onnxruntime as ort
 
 from ..adapters.packing import lowest
-from ..buckets.rows import RowBuckets, read_sizes, sample_inputs
+from ..buckets.padding import sample_inputs
+from ..buckets.rows import RowBuckets, read_sizes
 from ..contract.files import resolve
-from ..contract.kinds import Model
+from ..contract.kinds import Model, sequence_of
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
@@ -21,6 +22,7 @@ from ..device.ort_session import open_session
 from ..errors import ArtifactError, InputError, ProviderError
 from ..slots.batch import RowAdapters, are_plain, read_rows, row_arrays, row_names
 from .session import ArtifactSession
+from .tokens import check_length, check_tokens
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class ModelSession(ArtifactSession):
                 f"{folder}: the model has no ONNX graph; add onnx to export.formats and build again"
             )
         self.model = model
-        self._input_dtypes = {one.name: NUMPY_DTYPES[one.dtype] for one in model.inputs}
+        self._input_dtypes = {entry.name: NUMPY_DTYPES[entry.dtype] for entry in model.inputs}
+        self._shortest = sequence_of(model.outputs, 1)
         if model.packed and cuda_graphs:
             raise ProviderError(
                 f"{folder}: its texts are packed (export.packed), so that the number of tokens"
@@ -88,7 +91,9 @@ class ModelSession(ArtifactSession):
             inputs: the model's own inputs by name, as `model.inputs` lists them: numpy arrays
                 (bfloat16 as `ml_dtypes.bfloat16`), or DLPack tensors or `onnxruntime.OrtValue`s on
                 the session's device, used without a copy (but copied on the device into a bucket,
-                see `warm_up`). Padding as the attention mask says.
+                see `warm_up`). Padding as the attention mask says. The length is held to the
+                manifest's `positions`, and ids on the host to its tables, as far as it has them
+                (`model.facts`); ids on a CUDA device are not.
             adapters: for each row a loaded adapter's name, None for the base, or (export.blend) a
                 blend `{"sql": 0.7, "chat": 0.3}`: at every site base + sum of w_i (y_i - base).
                 A weight may be negative; 0 selects nothing. Default: all None.
@@ -104,7 +109,7 @@ class ModelSession(ArtifactSession):
                 InputError.
             ClosedError: the session is closed.
         """
-        with self._gate:
+        with self._gate.entry(), self._gate:
             batch, sequence = self._check_inputs(inputs)
             rows = read_rows(adapters, batch)
             self._check_rows(rows)
@@ -127,16 +132,19 @@ class ModelSession(ArtifactSession):
             sizes: (rows, tokens per row); of a model of images numbers of rows.
 
         Raises:
-            InputError: a size is not of numbers from 1 on.
+            InputError: a size is not of numbers from 1 on, or longer than the model's positions.
             ProviderError: onnxruntime cannot capture this graph.
             ClosedError: the session is closed.
         """
-        with self._gate:
+        with self._gate.entry(), self._gate:
+            pairs = read_sizes(self.model, sizes)
+            for _, tokens in pairs:
+                check_length(tokens, self.model.facts.positions, "warm_up: sizes")
             if self._buckets is not None:
-                self._buckets.warm_up(sizes)
+                self._buckets.warm_up(pairs)
                 return
             slot = 0 if self._headless is None else 1
-            for rows, tokens in read_sizes(self.model, sizes):
+            for rows, tokens in pairs:
                 adapter_ids = np.full(rows, slot, np.int64)
                 inputs = sample_inputs(self.model, rows, tokens)
                 self._run_graph(inputs, rows, tokens, adapter_ids, None)
@@ -193,7 +201,7 @@ class ModelSession(ArtifactSession):
             if self._headless is not None and not names_one:
                 raise InputError(
                     f"adapters[{index}] names no adapter, but the base has no {self._headless!r} of"
-                    " its own; name an adapter for every row"
+                    " its own; name one of list_adapters() for every row"
                 )
 
     def _graph_stacks(self) -> Mapping[str, tuple[Stack, ...]]:
@@ -205,8 +213,8 @@ class ModelSession(ArtifactSession):
     def _check_inputs(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """(batch, sequence). Raises InputError for other names, shapes or dtypes."""
         if inputs.keys() != self._input_dtypes.keys():
-            wanted = list(self._input_dtypes)
-            raise InputError(f"inputs are {sorted(inputs)}; this model takes {wanted}")
+            names = list(self._input_dtypes)
+            raise InputError(f"inputs are {sorted(inputs)}; this model takes {names}")
         sizes: dict[str, int] = {}
         last: tuple[Any, Any] = ((), ())
         for entry in self.model.inputs:
@@ -234,4 +242,11 @@ class ModelSession(ArtifactSession):
                 raise InputError(
                     f"{entry.name} has shape {list(shape)}; expected [{expected}], none of them 0"
                 )
-        return sizes["batch"], sizes.get("sequence", 1)
+        sequence = sizes.get("sequence", 1)
+        check_tokens(inputs, self.model.facts, sequence)
+        if "sequence" in sizes and sequence < self._shortest:
+            raise InputError(
+                f"{self.model.inputs[0].name} has {sequence} samples a row, of which the model's"
+                f" convolutions leave nothing; expected {self._shortest} at least"
+            )
+        return sizes["batch"], sequence

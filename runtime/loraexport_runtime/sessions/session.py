@@ -13,13 +13,13 @@ from ..device import providers as devices
 from ..device.ort_session import require_device
 from ..slots.gate import Gate
 from ..slots.host import AdapterHost
-from ..slots.pool import AdapterInfo
+from ..slots.hosted import HostsAdapters
 from .stats import SessionStats
 
 _LOG = logging.getLogger(__name__)
 
 
-class ArtifactSession(ABC):
+class ArtifactSession(HostsAdapters, ABC):
     """An open artifact and the adapters in its slots; `LayersSession` and `ModelSession` run it.
 
     Threads: every method may be called from any thread, at the same time as any other, but for
@@ -55,80 +55,6 @@ class ArtifactSession(ABC):
         if self._replays is not None and self._replays.capture:
             self._providers = devices.with_cuda_graphs(providers)
 
-    @property
-    def adapters(self) -> dict[str, int]:
-        """The adapters that sit in slots now, name -> slot. Runs may name more: `list_adapters`."""
-        with self._gate:
-            return self._host.slots.loaded
-
-    def list_adapters(self) -> dict[str, AdapterInfo]:
-        """Every adapter that a run may name: its slot if it is in one, its digest, its ranks."""
-        with self._gate:
-            return self._host.slots.listing()
-
-    def load_adapter(
-        self,
-        name: str,
-        path: str | Path | None = None,
-        *,
-        scale: float = 1.0,
-        base: str | Path | None = None,
-        timeout: float | None = None,
-    ) -> int:
-        """Put an adapter into a slot, in place; other rows are undisturbed. Returns the slot.
-
-        The name of a loaded adapter replaces it: a run sees the old weights or the new ones. With
-        no slot free, the least recently used adapter without a pin is paged out to host memory.
-        The load takes its slot at once, not on first use, so that the first run finds it there.
-
-        Args:
-            path: a PEFT directory; default: the adapter of this name that the artifact carries,
-                with the scale of its spec.
-            scale: multiplies the adapter's scaling.
-            base: the base's directory, which an adapter with DoRA needs: its outputs are scaled by
-                m / ||W + s B A||. W is found there by its digest.
-            timeout: seconds to wait for a slot, once the adapter is read; None: as long as the runs
-                take that hold it.
-
-        Raises:
-            AdapterError, WeightsError: the adapter cannot be used here; nothing has changed.
-            SlotsExceededError: every slot is kept for a pinned adapter; nothing has changed.
-            SlotTimeoutError: no slot was free in time; nothing has changed.
-            ClosedError: the session is closed.
-        """
-        with self._gate:
-            read = None if path is None else Path(path)
-            return self._host.load(name, read, scale, None if base is None else Path(base), timeout)
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter, in host memory too; runs that use it finish, and a pin ends.
-
-        Raises UnknownAdapterError, ClosedError.
-        """
-        with self._gate:
-            self._host.slots.remove(name)
-        _LOG.info("adapter %r unloaded", name)
-
-    def pin(self, name: str, *, timeout: float | None = None) -> int:
-        """Bring an adapter into a slot, and keep it there until `unpin`. Returns the slot.
-
-        Args:
-            timeout: seconds to wait for a slot; None: as long as it takes.
-
-        Raises:
-            UnknownAdapterError: it is not loaded.
-            SlotsExceededError: every slot is kept for another pinned adapter.
-            SlotTimeoutError: no slot was free in time; nothing has changed.
-            ClosedError: the session is closed.
-        """
-        with self._gate:
-            return self._host.slots.pin(name, timeout)
-
-    def unpin(self, name: str) -> None:
-        """Allow it to be paged out again. Raises UnknownAdapterError, ClosedError."""
-        with self._gate:
-            self._host.slots.unpin(name)
-
     def export_adapters(self, folder: str | Path) -> dict[str, int]:
         """Write the slots for onnxruntime's own LoraAdapter API. Returns adapter name -> slot.
 
@@ -136,11 +62,15 @@ class ArtifactSession(ABC):
         its own, and `slots.json` with what is returned: see `write_onnx_adapters`. Slots without
         an adapter are written as zeros.
         """
-        with self._gate:
+        with self._gate.entry(), self._gate:
             return self._host.export(Path(folder), self._graph_stacks())
 
     def stats(self) -> SessionStats:
-        """What the session has done so far; also once it is closed."""
+        """What the session has done so far; also once it is closed.
+
+        Raises ClosedError: this is the child of a fork.
+        """
+        self._gate.check_process()
         counts, replays = self._host.slots.counts(), self._replays
         return SessionStats(
             slots_held=counts.slots_held,
@@ -158,11 +88,12 @@ class ArtifactSession(ABC):
     def close(self) -> None:
         """End the session: wait for the calls that have begun, then give its memory and threads up.
 
-        Every later call raises ClosedError, but for `stats` and this one, which does nothing then.
-        `with load(…) as session:` closes it too.
+        Every later call raises ClosedError, but for `stats` and this one, which does nothing then,
+        or ends what an interrupt left. `with load(…) as session:` closes it too.
         """
-        if not self._gate.close():
-            return
+        self._gate.close(self._give_up)
+
+    def _give_up(self) -> None:
         self._drop_graphs()
         self._host.close()
         if self._replays is not None:

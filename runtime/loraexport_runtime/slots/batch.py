@@ -111,7 +111,7 @@ def read_rows(adapters: Any, batch: int) -> list[RowAdapters]:
                 " {'a': 0.7, 'b': 0.3}, or None for the base"
             )
         for name, weight in row.items() if isinstance(row, Mapping) else ():
-            if not isinstance(name, str) or not _is_weight(weight):
+            if not isinstance(name, str) or not is_weight(weight):
                 raise InputError(
                     f"adapters[{index}]: weight {weight!r} of adapter {name!r}; expected a finite"
                     " number, as float32 holds it, for each name"
@@ -136,6 +136,11 @@ def row_names(rows: Sequence[RowAdapters]) -> list[str]:
     ]
 
 
+def tenant_of(names: Iterable[str], tenant: str | None) -> str | None:
+    """Whose turn a request takes in a queue: its adapters', where nobody is named."""
+    return "+".join(sorted({*names})) or None if tenant is None else tenant
+
+
 def row_arrays(
     rows: Sequence[RowAdapters], slots: Mapping[str | None, int], num_slots: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -154,7 +159,8 @@ def row_arrays(
     return adapter_ids, weights if blends else None
 
 
-def _is_weight(weight: Any) -> bool:
+def is_weight(weight: Any) -> bool:
+    """Whether it is a finite number, as float32 holds it."""
     value = weight.item() if isinstance(weight, np.number) else weight
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and abs(value) <= float(np.finfo(np.float32).max)  # NaN is not

@@ -4,7 +4,7 @@ Takes the folder, its manifest and a device; a session of any kind owns one.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,34 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..adapters import header as peft
-from ..adapters.dora import SCALES_FILE, dora_sites, find_base_weights, output_scales
-from ..adapters.fit import check_fit
+from ..adapters.dora import (
+    dora_sites,
+    find_base_weights,
+    output_scales,
+    read_scales,
+    require_scales,
+)
+from ..adapters.files import digest_adapter
+from ..adapters.fit import check_carried, check_fit
+from ..adapters.graph_tensors import GraphTensors
+from ..adapters.header import read_adapter
+from ..adapters.listed_tensors import ListedTensors
 from ..adapters.packing import assemble, pack
-from ..adapters.sites import check_base_copies, match_sites
-from ..adapters.tensor_files import read_header, read_tensors
-from ..adapters.tensors import ModuleWeights, read_site_weights
+from ..adapters.sites import check_base_copies, match_sites, seen_naming
+from ..adapters.tensors import AdapterContent, ModuleWeights, read_site_weights
+from ..contract import format4
 from ..contract.files import resolve
-from ..contract.manifest import AdapterEntry, Manifest, Stack
+from ..contract.kinds import Decoder
+from ..contract.listed import ListedFiles
+from ..contract.manifest import PARAMETERS, AdapterEntry, Manifest, Stack
+from ..contract.naming import Naming
 from ..device.dtypes import NUMPY_DTYPES
-from ..errors import AdapterError, ArtifactError
+from ..errors import AdapterError, ArtifactError, LoraexportError
 from .buffers import StackBuffer
 from .onnx_adapter import write_onnx_adapters
 from .pool import Blocks, Slots
 from .table import HostAdapter
+from .weakly import weakly
 
 _LOG = logging.getLogger(__name__)
 
@@ -50,8 +63,14 @@ class AdapterHost:
         self.folder = folder
         self.manifest = manifest
         self._guard = guard
+        self._files = ListedFiles(folder, manifest.files)
         self._dtype = NUMPY_DTYPES[manifest.dtype]
-        self._base_rows = self._read_base_rows()
+        with ListedTensors(self._files) as tensors:
+            self._base_rows = self._read_base_rows(tensors)
+        self._naming = self._read_naming()
+        stacks = [stack for layer in manifest.layers for stack in layer.stacks]
+        # Artifacts of before such slots had room for any adapter; nothing is written into them.
+        self._is_fixed = any(stack.slot_rows is not None for stack in stacks)
         loaded = {entry.name: entry.slot for entry in manifest.adapters if entry.slot is not None}
         adapters = {
             entry.name: self._read_carried(entry)
@@ -66,13 +85,16 @@ class AdapterHost:
             for entry in manifest.adapters
         }
         self.slots = Slots(
-            manifest.num_slots, loaded, adapters, self._read_by_name, self._write_slot
+            manifest.num_slots,
+            loaded,
+            adapters,
+            weakly(self._read_by_name),
+            weakly(self._write_slot),
         )
-        values = self._whole_stacks(dict(self.slots.snapshot().values()))
+        # One after the other: those of a decoder hold most of the base.
         self._stacks = {
-            stack.name: StackBuffer(stack, values[stack.name], manifest.dtype, device)
-            for layer in manifest.layers
-            for stack in layer.stacks
+            stack.name: StackBuffer(stack, values, manifest.dtype, device)
+            for stack, values in self._whole_stacks(dict(self.slots.snapshot().values()))
         }
 
     def stack(self, name: str) -> ort.OrtValue:
@@ -90,6 +112,11 @@ class AdapterHost:
         """Put an adapter into a slot; see `ArtifactSession.load_adapter`."""
         if not isinstance(name, str) or not name:
             raise AdapterError(f"expected a name for the adapter, got {name!r}")
+        if self._is_fixed:
+            raise AdapterError(
+                f"{self.folder}: its slots have room for the adapters that they were built with and"
+                " for no other; build it again to load more"
+            )
         if path is not None:
             adapter = self._read_adapter(path, scale, base)
         else:
@@ -119,13 +146,14 @@ class AdapterHost:
         Args:
             graph_stacks: the stacks that each ONNX graph takes, by the name of its file.
         """
-        held = self.slots.snapshot()
-        stacks = self._whole_stacks(dict(held.values()))
+        snapshot = self.slots.snapshot()
+        contents = dict(snapshot.values())
+        stacks = {stack.name: values for stack, values in self._whole_stacks(contents)}
         graphs = {
             graph: {stack.name: stacks[stack.name] for stack in parts}
             for graph, parts in graph_stacks.items()
         }
-        slots = {name: slot for name, (slot, _) in held.items()}
+        slots = {name: slot for name, (slot, _) in snapshot.items()}
         write_onnx_adapters(folder, graphs, self.manifest.dtype, slots)
         return slots
 
@@ -138,8 +166,8 @@ class AdapterHost:
         carried = {entry.name: entry for entry in self.manifest.adapters}
         if name not in carried:
             raise AdapterError(
-                f"the artifact carries no adapter {name!r} (it has {', '.join(carried)});"
-                " give the path of a PEFT directory"
+                f"the artifact carries no adapter {name!r} among its {len(carried)}; give the path"
+                " of a PEFT directory"
             )
         return carried[name]
 
@@ -152,20 +180,28 @@ class AdapterHost:
         self, entry: AdapterEntry, scale: float = 1.0, base: Path | None = None
     ) -> HostAdapter:
         path = resolve(self.folder, entry.path)
-        digest = peft.digest_adapter(path)
+        ready = read_scales(self._files, entry.path) if scale == 1 else {}
+        blocks: Blocks = {}
+        try:
+            if self._is_fixed:  # the graph has its rows, which stay
+                ranks = {site: part.rank for site, part in entry.sites.items()}
+                digest = digest_adapter(path)
+            else:
+                read = self._read_rows(path, entry.scale * scale, base, ready, entry)
+                ranks, blocks, digest = read
+        except LoraexportError:
+            if (digest := digest_adapter(path)) == entry.digest:
+                raise  # it is what was listed, and cannot be used
         if digest != entry.digest:
             raise ArtifactError(
                 f"{path}: its digest differs from the manifest's; the artifact was damaged, or"
                 " replaced since this session opened it: open it again"
             )
-        scales = resolve(self.folder, f"{entry.path}/{SCALES_FILE}")
-        ready = read_tensors(read_header(scales).items()) if scales.is_file() and scale == 1 else {}
-        ranks, blocks = self._read_rows(path, entry.scale * scale, base, ready)
         return HostAdapter(ranks, blocks, digest, entry.scale * scale, None)
 
     def _read_adapter(self, path: Path, scale: float, base: Path | None) -> HostAdapter:
-        ranks, blocks = self._read_rows(path, scale, base)
-        return HostAdapter(ranks, blocks, peft.digest_adapter(path), scale, path)
+        ranks, blocks, digest = self._read_rows(path, scale, base)
+        return HostAdapter(ranks, blocks, digest, scale, path)
 
     def _read_rows(
         self,
@@ -173,21 +209,32 @@ class AdapterHost:
         scale: float,
         base: Path | None,
         output_scales: Mapping[str, np.ndarray] | None = None,
-    ) -> tuple[dict[str, int], Blocks]:
-        """A PEFT directory -> its ranks by site, and one slot's rows of every stack."""
-        header = peft.read_adapter(path)
+        entry: AdapterEntry | None = None,
+    ) -> tuple[dict[str, int], Blocks, str]:
+        """A PEFT directory -> its ranks by site, one slot's rows of every stack, and its digest.
+
+        The files are read once, and the digest is of what was read.
+        """
+        header = read_adapter(path, at_rest=True)
         layers = self.manifest.layers
-        matched = match_sites(header, [part.site for one in layers for part in one.slices])
+        sites = {part.site for layer in layers for part in layer.slices}
+        matched = match_sites(header, sites, self._naming)
         check_fit(header, matched, layers)
-        check_base_copies(header, matched, self.manifest.base.weights)
-        weights = read_site_weights(header, matched)
+        content = AdapterContent(header)
+        weights_of_base = self.manifest.base.weights
+        check_base_copies(header, matched, weights_of_base, self._naming, content)
+        if entry is not None:
+            check_carried(entry, header, matched)
+        weights = read_site_weights(header, matched, content)
+        if output_scales:
+            require_scales(output_scales, dora_sites(weights), path)
         scales = output_scales or self._output_scales(path, weights, scale, base)
         blocks: dict[str, np.ndarray] = {}
         for layer in layers:
             blocks |= pack(layer, weights, scale, self._dtype, self._base_rows, scales)
         modules = {site: header.modules.get(module) for site, module in sorted(matched.items())}
         ranks = {site: module.rank for site, module in modules.items() if module is not None}
-        return ranks, blocks
+        return ranks, blocks, content.digest
 
     def _output_scales(
         self, path: Path, weights: Mapping[str, ModuleWeights], scale: float, base: Path | None
@@ -202,31 +249,52 @@ class AdapterHost:
                 " does not keep W apart: pass base=, the directory of the model it was built from"
             )
         digests = {site: self.manifest.base.weights[site] for site in dora}
-        return output_scales(dora, find_base_weights(base, digests), self.manifest.layers, scale)
+        weights_of_base = find_base_weights(base, digests)
+        return output_scales(dora, weights_of_base.__getitem__, self.manifest.layers, scale)
 
-    def _read_base_rows(self) -> dict[str, np.ndarray]:
+    def _read_naming(self) -> Naming:
+        """The manifest's; of one of format 4, which says none, what its own adapters have."""
+        if self.manifest.format_version != format4.FORMAT:
+            return self.manifest.base.naming
+        return seen_naming(
+            (read_adapter(resolve(self.folder, entry.path)), {*entry.sites, *entry.heads})
+            for entry in self.manifest.adapters
+        )
+
+    def _read_base_rows(self, tensors: ListedTensors) -> dict[str, np.ndarray]:
         """The base's rows of the stacks that replace its parameters; W^T stays in its file."""
-        roles = ("output_scale", "bias", "weight")
-        wanted = {
-            stack.name: layer.base_rows
-            for layer in self.manifest.layers
-            for stack in layer.stacks
-            if stack.role in roles and layer.base_rows is not None
-        }
-        return self._rows_of(wanted)
+        with GraphTensors(self._files) as graph:
+            return {
+                stack.name: self._read_graph(graph, stack, stack.row_offset)
+                if layer.base_rows is None
+                else _read_rows_of(tensors, layer.base_rows, stack)
+                for layer in self.manifest.layers
+                for stack in layer.stacks
+                if stack.role in PARAMETERS
+            }
 
-    def _rows_of(self, files: Mapping[str, str]) -> dict[str, np.ndarray]:
-        """Rows by stack name; `files`: stack name -> file in the artifact."""
-        headers = {file: read_header(resolve(self.folder, file)) for file in set(files.values())}
-        return read_tensors((stack, headers[file][stack]) for stack, file in files.items())
-
-    def _whole_stacks(self, blocks: Mapping[int, Blocks]) -> dict[str, np.ndarray]:
+    def _whole_stacks(self, blocks: Mapping[int, Blocks]) -> Iterator[tuple[Stack, np.ndarray]]:
         """Every stack with some slots filled and the others as the graphs' initializers."""
-        stacks: dict[str, np.ndarray] = {}
-        for layer in self.manifest.layers:
-            for stack in layer.stacks:
-                rows = self._base_rows.get(stack.name)
-                if rows is None and stack.row_offset and layer.base_rows is not None:
-                    rows = self._rows_of({stack.name: layer.base_rows})[stack.name]
-                stacks[stack.name] = assemble(stack, self._dtype, rows, blocks)
-        return stacks
+        with ListedTensors(self._files) as tensors, GraphTensors(self._files) as graph:
+            for layer in self.manifest.layers:
+                for stack in layer.stacks:
+                    if self._is_fixed:
+                        yield stack, self._read_graph(graph, stack, stack.shape[0])
+                        continue
+                    rows = self._base_rows.get(stack.name)
+                    if rows is None and stack.row_offset and layer.base_rows is not None:
+                        rows = _read_rows_of(tensors, layer.base_rows, stack)
+                    elif rows is None and stack.row_offset:
+                        rows = self._read_graph(graph, stack, stack.row_offset)
+                    yield stack, assemble(stack, self._dtype, rows, blocks)
+
+    def _read_graph(self, graph: GraphTensors, stack: Stack, rows: int) -> np.ndarray:
+        """The first rows of a stack of a decoder, whose base is in its graph alone."""
+        assert isinstance(self.manifest.kind, Decoder), "other kinds have a file of the base's rows"
+        shape = (rows, stack.shape[1])
+        return graph.read(self.manifest.kind.onnx, stack.name, shape, self._dtype)
+
+
+def _read_rows_of(tensors: ListedTensors, file: str, stack: Stack) -> np.ndarray:
+    """The base's rows of a stack, from a file in the artifact."""
+    return tensors.read(file, stack.name, (stack.row_offset, stack.shape[1]))

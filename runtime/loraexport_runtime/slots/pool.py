@@ -3,54 +3,21 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 
-from .fair_queue import Deadline, FairQueue, deadline_of
-from .table import Grant, HostAdapter, SlotTable
+from .batch import RowAdapters, row_names
+from .fair_queue import Deadline, FairQueue, deadline_of, in_the_end
+from .info import AdapterInfo, SlotCounts
+from .lease import BASE_USE, Lease, use_of
+from .table import Claim, Grant, HostAdapter, SlotTable
 
 _LOG = logging.getLogger(__name__)
 Blocks = Mapping[str, np.ndarray]
 """One slot's rows, by stack."""
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """A loaded adapter: where it is, and where it comes from."""
-
-    slot: int | None
-    """None: in host memory only; the next run that names it pages it in."""
-    pinned: bool
-    """It keeps a slot until it is unpinned."""
-    ranks: Mapping[str, int]
-    """By site."""
-    digest: str
-    """sha256 over its adapter_config.json and adapter_model.safetensors, as hexadecimal text."""
-    scale: float
-    """What multiplies its scaling: the spec's for a carried adapter, times `load_adapter`'s."""
-    path: Path | None
-    """The directory as `load_adapter` was given it; None: the artifact carries it."""
-    generation: int
-    """1 from the start; each later load in this session has a greater number than any before it, so
-    that a name's grows with each replacement, also when it was unloaded meanwhile."""
-
-
-@dataclass(frozen=True)
-class SlotCounts:
-    """What a pool of slots has done so far; see `SessionStats`."""
-
-    slots_held: int
-    hits: int
-    pages: int
-    evictions: int
-    waits: int
-    wait_seconds: float
-    runs: int
-    run_seconds: float
 
 
 class Slots:
@@ -58,7 +25,8 @@ class Slots:
 
     So a run sees an adapter's old weights or its new ones, never a mixture. A run takes all its
     slots at once or none of them, in the order of arrival (see `FairQueue`), so runs that page
-    neither block each other for ever nor starve.
+    neither block each other for ever nor starve. What it holds is noted in its claim, and given
+    back wherever an exception comes from, also one of another thread or of a signal.
     """
 
     def __init__(
@@ -79,7 +47,7 @@ class Slots:
         self._table = SlotTable(num_slots, loaded, adapters)
         self._queue = FairQueue()
         self._lock = self._queue.lock
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()  # which tells who holds it
         self._read = read
         self._write = write
         self._num_runs = 0
@@ -91,22 +59,20 @@ class Slots:
         with self._lock:
             return dict(self._table.slots)
 
+    def is_read(self, name: str) -> bool | None:
+        """Whether an adapter is in host memory, so that a run reads no file; None: not loaded."""
+        with self._lock:
+            adapter = self._table.adapters.get(name)
+            return None if adapter is None else adapter.blocks is not None
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call it after every change of slots, in any thread; it must not wait."""
+        self._queue.listeners.append(listener)
+
     def listing(self) -> dict[str, AdapterInfo]:
         """Every adapter that a run may name, as of now."""
         with self._lock:
-            table = self._table
-            return {
-                name: AdapterInfo(
-                    table.slots.get(name),
-                    name in table.pinned,
-                    adapter.ranks,
-                    adapter.digest,
-                    adapter.scale,
-                    adapter.path,
-                    table.generations[name],
-                )
-                for name, adapter in table.adapters.items()
-            }
+            return {name: AdapterInfo.of(self._table, name) for name in self._table.adapters}
 
     def counts(self) -> SlotCounts:
         """As of now, all of one moment."""
@@ -126,12 +92,12 @@ class Slots:
     def snapshot(self) -> dict[str, tuple[int, Blocks]]:
         """What the slots hold, each adapter whole: name -> slot and blocks."""
         with self._lock:
-            found = {}
+            contents = {}
             for name, slot in self._table.slots.items():
                 blocks = self._table.adapters[name].blocks
                 assert blocks is not None, f"{name} sits in a slot, so it was read"
-                found[name] = (slot, blocks)
-            return found
+                contents[name] = (slot, blocks)
+            return contents
 
     @contextmanager
     def lease(
@@ -153,25 +119,62 @@ class Slots:
             InputError: timeout is no number of seconds.
         """
         deadline = deadline_of(timeout)
-        wanted = [name for name in dict.fromkeys(names) if name is not None]
+        requested = [name for name in dict.fromkeys(names) if name is not None]
         with self._lock:
-            unread = [name for name in wanted if self._table.is_unread(name)]
+            unread = [name for name in requested if self._table.is_unread(name)]
             if unread:
-                self._table.check(wanted)  # ahead of reading for a run that is refused
+                self._table.check(requested)  # ahead of reading for a run that is refused
         for name in unread:
             self._fetch(name, deadline)
-        grant = self._queue.wait(
-            lambda is_first: self._table.lease(wanted, is_first), wanted, deadline
-        )
-        start = time.perf_counter()
-        try:
+        claim = Claim()
+        with in_the_end(lambda: self._give_back(claim)):
+            grant = self._queue.wait(
+                lambda is_first: self._table.lease(claim, requested, is_first), requested, deadline
+            )
+            claim.start = time.perf_counter() if is_run else None
             if grant.pages:
-                self._page_in(grant)
+                self._page_in(claim, grant)
             slots: dict[str | None, int] = {None: 0}
             slots.update(grant.slots)
             yield slots
-        finally:
-            self._release(grant.slots.values(), start if is_run else None)
+
+    def read(self, row: RowAdapters) -> None:
+        """Have what a row uses in host memory, so that no lease reads files. Raises as `lease`."""
+        with self._lock:
+            self._table.check(names := row_names([row]))
+        for name in names:
+            if self._table.is_unread(name):
+                self._fetch(name, None)
+
+    def try_lease(self, row: RowAdapters, *, may_page: bool, condemn: bool) -> Lease | None:
+        """Hold the slots of what a row uses until they are released; None: not to be had now.
+
+        Args:
+            may_page: others may have to leave their slots for it, unless some wait in line.
+            condemn: without success, nobody enters the slots any more that it is going to get.
+
+        Raises SlotsExceededError: too many are pinned, or there are; UnknownAdapterError.
+        """
+        claim, names = Claim(), row_names([row])
+        if not names:
+            return Lease(BASE_USE, None, lambda: None)
+        try:
+            self.read(row)
+            with self._lock:
+                may_page = may_page and self._queue.is_empty
+                grant = self._table.lease(claim, names, may_page)
+                if grant is None:
+                    if may_page and not condemn:
+                        self._table.pardon()
+                    return None
+                claim.start = time.perf_counter()
+                use, content = use_of(row, grant.slots, self._table.adapters)
+            if grant.pages:
+                self._page_in(claim, grant)
+        except BaseException:
+            self._give_back(claim)
+            raise
+        return Lease(use, content, lambda: self._give_back(claim))
 
     @contextmanager
     def lease_slots(self, numbers: Iterable[int], timeout: float | None = None) -> Iterator[None]:
@@ -182,17 +185,15 @@ class Slots:
             SlotTimeoutError: one was given away and not free again in time.
             InputError: timeout is no number of seconds.
         """
-        wanted = set(numbers) - {0}
-        held = self._queue.wait(
-            lambda is_first: self._table.lease_numbers(wanted, is_first),
-            wanted,
-            deadline_of(timeout),
-        )
-        start = time.perf_counter()
-        try:
+        requested, claim = set(numbers) - {0}, Claim()
+        with in_the_end(lambda: self._give_back(claim)):
+            self._queue.wait(
+                lambda is_first: self._table.lease_numbers(claim, requested, is_first),
+                requested,
+                deadline_of(timeout),
+            )
+            claim.start = time.perf_counter()
             yield
-        finally:
-            self._release(held, start)
 
     def fill(self, name: str, adapter: HostAdapter, timeout: float | None = None) -> int:
         """Put an adapter into host memory and into a slot, at once; returns the slot.
@@ -207,22 +208,19 @@ class Slots:
             InputError: timeout is no number of seconds.
         """
         assert adapter.blocks is not None, "a load has read what it loads"
-        slot, evicted = self._queue.wait(
-            lambda is_first: self._table.lease_for_load(name, is_first),
-            [name],
-            deadline_of(timeout),
-        )
-        if evicted is not None:
-            _LOG.debug("adapter %r leaves slot %d for %r", evicted, slot, name)
-        written = None
-        try:
+        claim = Claim()
+        with in_the_end(lambda: self._give_back(claim)):
+            slot, evicted = self._queue.wait(
+                lambda is_first: self._table.lease_for_load(claim, name, is_first),
+                [name],
+                deadline_of(timeout),
+            )
+            if evicted is not None:
+                _LOG.debug("adapter %r leaves slot %d for %r", evicted, slot, name)
             self._write(slot, adapter.blocks)
-            written = adapter
-        finally:
             with self._lock:
-                self._table.end_load(name, slot, written)
-                self._queue.notify()
-        return slot
+                self._table.end_load(claim, name, slot, adapter)
+            return slot
 
     def remove(self, name: str) -> None:
         """Forget an adapter; runs that hold it finish undisturbed. Raises UnknownAdapterError."""
@@ -254,10 +252,10 @@ class Slots:
     def _fetch(self, name: str, deadline: Deadline | None) -> None:
         """Read an adapter's blocks once, however many runs ask for them."""
         remaining = -1.0 if deadline is None else deadline.remaining()
-        if not self._reading.acquire(timeout=remaining):
-            assert deadline is not None, "without one it waits"
-            raise deadline.error([name])
-        try:
+        with in_the_end(self._end_reading):
+            if not self._reading.acquire(timeout=remaining):
+                assert deadline is not None, "without one it waits"
+                raise deadline.error([name])
             with self._lock:
                 adapter = self._table.adapters.get(name)
             if adapter is None or adapter.blocks is not None:
@@ -266,31 +264,25 @@ class Slots:
             with self._lock:
                 if self._table.adapters.get(name) is adapter:
                     self._table.adapters[name] = read
-        finally:
+
+    def _end_reading(self) -> None:
+        with suppress(RuntimeError):  # another thread holds it, or nobody any more
             self._reading.release()
 
-    def _page_in(self, grant: Grant) -> None:
-        written = False
-        try:
-            for slot, (name, adapter) in grant.pages.items():
-                assert adapter.blocks is not None, "a lease reads before it asks for slots"
-                self._write(slot, adapter.blocks)
-                _LOG.debug(
-                    "adapter %r paged into slot %d, which %r leaves",
-                    name,
-                    slot,
-                    grant.evicted.get(slot),
-                )
-            written = True
-        finally:
-            with self._lock:
-                self._table.end_paging(grant, written=written)
-                self._queue.notify()
-
-    def _release(self, slots: Collection[int], start: float | None) -> None:
-        """Give slots back; `start`: of the run that ends, by `time.perf_counter`."""
+    def _page_in(self, claim: Claim, grant: Grant) -> None:
+        for slot, (name, adapter) in grant.pages.items():
+            assert adapter.blocks is not None, "a lease reads before it asks for slots"
+            self._write(slot, adapter.blocks)
+            left = grant.evicted.get(slot)
+            _LOG.debug("adapter %r paged into slot %d, which %r leaves", name, slot, left)
         with self._lock:
-            self._table.release(slots)
+            self._table.end_paging(claim, grant)
+            self._queue.notify()
+
+    def _give_back(self, claim: Claim) -> None:
+        with self._lock:
+            self._table.give_back(claim)
+            start, claim.start = claim.start, None
             if start is not None:
                 self._num_runs += 1
                 self._run_seconds += time.perf_counter() - start

@@ -1,11 +1,11 @@
 """Logits on a device -> the highest few of some of their rows, on the host.
 
 A small graph does it there, so that a step brings a few numbers to the host and no vocabulary for
-every row. CUDA's TopK gives each row one block, so rows are cut into parts, and the highest of
-their highest are the row's.
+every row. The exporter writes it (loraexport/export/steps.py), and says there why rows are cut.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,8 @@ import onnxruntime as ort
 
 from ...device.dtypes import ONNX_TYPES
 from ...device.memory import host_value
-from ...device.ort_session import quiet_options
+from ...device.ort_session import open_session
 from ...device.providers import session_device
-from .onnx_bytes import field, graph, node, value
 
 _PARTS = 128
 """The most parts that a row is cut into."""
@@ -29,12 +28,15 @@ class TopTokens:
     """
 
     def __init__(
-        self, dtype: str, vocabulary: int, providers: Sequence[tuple[str, dict[str, Any]]]
+        self,
+        file: Path,
+        dtype: str,
+        vocabulary: int,
+        providers: list[tuple[str, dict[str, Any]]],
     ) -> None:
+        """`file`: of the graph."""
         # One thread: no second pool of threads that spin beside the decoder's.
-        self._session = ort.InferenceSession(
-            _graph(dtype), quiet_options(1), providers=list(providers), enable_fallback=0
-        )
+        self._session = open_session(file, providers, {}, 1)
         self._device = session_device(providers[0])
         self._dtype = dtype
         self._vocabulary = vocabulary
@@ -52,21 +54,54 @@ class TopTokens:
         binding = self._session.io_binding()
         place = (*self._device, ONNX_TYPES[self._dtype], list(shape), address)
         binding.bind_input("logits", *place)
-        parts = max(one for one in range(1, _PARTS + 1) if self._vocabulary % one == 0)
+        parts = max(divisor for divisor in range(1, _PARTS + 1) if self._vocabulary % divisor == 0)
         width = self._vocabulary // parts
-        own = min(num, width)
+        per_part = min(num, width)
         first = np.tile(np.arange(parts) * width, len(rows))
         inputs = {
             "rows": rows,
             "cut": np.array([-1, width]),
-            "own": np.array([own]),
+            "own": np.array([per_part]),
             "first": first[:, None],
-            "joined": np.array([len(rows), parts * own]),
+            "joined": np.array([len(rows), parts * per_part]),
             "count": np.array([num]),
         }
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, host_value(array, "int64"))
         return BoundTopTokens(self._session, binding, (len(rows), num), inputs)
+
+
+class RowLogits:
+    """logits [batch, n, vocabulary] on a device -> some of their rows on the host, float32."""
+
+    def __init__(
+        self,
+        file: Path,
+        dtype: str,
+        vocabulary: int,
+        providers: list[tuple[str, dict[str, Any]]],
+    ) -> None:
+        """`file`: of the graph."""
+        self._session = open_session(file, providers, {}, 1)
+        self._device = session_device(providers[0])
+        self._dtype = dtype
+        self._vocabulary = vocabulary
+
+    def read(self, memory: ort.OrtValue, shape: Sequence[int], rows: np.ndarray) -> np.ndarray:
+        """float32 [m, vocabulary].
+
+        Args:
+            memory, shape: of the logits on the device.
+            rows: int64 [m], into the batch * n rows of the logits.
+        """
+        binding = self._session.io_binding()
+        place = (*self._device, ONNX_TYPES[self._dtype], list(shape), memory.data_ptr())
+        binding.bind_input("logits", *place)
+        binding.bind_ortvalue_input("rows", host_value(np.ascontiguousarray(rows), "int64"))
+        wide = np.empty((len(rows), self._vocabulary), np.float32)
+        binding.bind_output("wide", "cpu", 0, ONNX_TYPES["float32"], wide.shape, wide.ctypes.data)
+        self._session.run_with_iobinding(binding)
+        return wide
 
 
 class BoundTopTokens:
@@ -88,38 +123,3 @@ class BoundTopTokens:
         """(logits float32, tokens int64), each [m, num]; valid until the next run."""
         self._session.run_with_iobinding(self._binding)
         return self.values, self.tokens
-
-
-def _graph(dtype: str) -> bytes:
-    """An onnx.ModelProto.
-
-    The parts: x [m * parts, width] = Cast(Gather(Flatten(logits), rows)); their highest `own` of
-    x, of which the token is `first` of the part and the place in it; of all of a row the highest
-    `count`.
-    """
-    nodes = [
-        node("Flatten", ["logits"], ["flat"], axis=2),
-        node("Gather", ["flat", "rows"], ["taken"]),
-        node("Cast", ["taken"], ["wide"], to=ONNX_TYPES["float32"]),
-        node("Reshape", ["wide", "cut"], ["parts"]),
-        node("TopK", ["parts", "own"], ["part_values", "places"]),
-        node("Add", ["places", "first"], ["part_tokens"]),
-        node("Reshape", ["part_values", "joined"], ["row_values"]),
-        node("Reshape", ["part_tokens", "joined"], ["row_tokens"]),
-        node("TopK", ["row_values", "count"], ["values", "chosen"]),
-        node("GatherElements", ["row_tokens", "chosen"], ["tokens"], axis=1),
-    ]
-    inputs = [value("logits", dtype, ["batch", "n", "vocabulary"])]
-    shapes: dict[str, list[str | int]] = {
-        "rows": ["m"],
-        "cut": [2],
-        "own": [1],
-        "first": ["m_parts", 1],
-        "joined": [2],
-        "count": [1],
-    }
-    inputs += [value(name, "int64", shape) for name, shape in shapes.items()]
-    outputs = [value("values", "float32", ["m", "k"]), value("tokens", "int64", ["m", "k"])]
-    named = field(2, "top_tokens") + graph(nodes, inputs, outputs)
-    opset = field(1, "") + field(2, 17)
-    return field(1, 8) + field(7, named) + field(8, opset)  # IR version 8

@@ -9,7 +9,12 @@ import numpy as np
 import onnxruntime as ort
 
 from ...device.dtypes import FLOAT_TYPES, ONNX_TYPES
+from ...errors import ArtifactError
+from ..rope import READ_LENGTHS
 from .next_inputs import next_inputs
+
+ADAPTER_WEIGHTS = "adapter_weights"
+"""An input of graphs whose rows may blend, float32 [rows, slots], that need not be fed."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,9 @@ class DecoderGraph:
     device: tuple[str, int]
     capture: bool
     inputs: frozenset[str]
-    """Those of a batch: input_ids, attention_mask and the like, and the tail's."""
+    """Those of a batch: input_ids, attention_mask and the like, and of the next step's."""
     next: Mapping[str, str]
-    """Input of a step -> the output that becomes the next step's."""
+    """Input of a step -> the output that becomes the next step's; none where the host does it."""
     present: Mapping[str, str]
     """Input -> output of every layer's keys and values."""
     cache_dtype: str
@@ -30,6 +35,10 @@ class DecoderGraph:
     head_size: int
     logits_dtype: str
     vocabulary: int
+    takes_lengths: bool = False
+    """Whether a part of a prompt can be read as the whole (see rope.py)."""
+    blend_slots: int | None = None
+    """How many slots a row may blend; None: it uses one."""
     _graph_ids: Iterator[int] = field(default_factory=lambda: count(1))
 
     def allocate(self, shape: list[int], dtype: str) -> ort.OrtValue:
@@ -37,8 +46,8 @@ class DecoderGraph:
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, ONNX_TYPES[dtype], *self.device)
 
     def upload(self, array: np.ndarray) -> ort.OrtValue:
-        """int64 in memory of its own on the session's device."""
-        value = self.allocate(list(array.shape), "int64")
+        """An array in memory of its own on the session's device."""
+        value = self.allocate(list(array.shape), array.dtype.name)
         value.update_inplace(array)
         return value
 
@@ -52,25 +61,42 @@ def read_decoder_graph(
     decoder: Mapping[str, Any],
     device: tuple[str, int],
     capture: bool,
+    has_next: bool = True,
 ) -> DecoderGraph:
-    """The graph of a session, with its tail; `decoder`: of genai_config.json."""
-    taken = {one.name: one for one in session.get_inputs()}
-    given = {output.name: output for output in session.get_outputs()}
+    """The graph of a session.
+
+    Args:
+        decoder: of genai_config.json.
+        has_next: it gives what the next step takes.
+    """
+    inputs = {entry.name: entry for entry in session.get_inputs()}
+    outputs = {output.name: output for output in session.get_outputs()}
+    named = {name for name in decoder["inputs"].values() if "%d" not in name}
+    if missing := sorted(named - set(inputs)):
+        raise ArtifactError(
+            f"genai_config.json names the input {missing[0]!r}, and the graph has no such input;"
+            " build the artifact again"
+        )
     names = decoder["inputs"], decoder["outputs"]
     present = {
         names[0][f"past_{part}_names"] % layer: names[1][f"present_{part}_names"] % layer
         for layer in range(int(decoder["num_hidden_layers"]))
         for part in ("key", "value")
     }
-    logits = given["logits"]
+    logits = outputs["logits"]
+    optional = {entry.name: entry for entry in session.get_overridable_initializers()}
+    weights = optional.get(ADAPTER_WEIGHTS)
+    blended = frozenset() if weights is None else frozenset({ADAPTER_WEIGHTS})
     return DecoderGraph(
         session=session,
         device=device,
         capture=capture,
-        inputs=frozenset(taken) - frozenset(present),
-        next=next_inputs(decoder["inputs"].values()),
+        takes_lengths=READ_LENGTHS in optional,
+        blend_slots=None if weights is None else int(weights.shape[1]),
+        inputs=(frozenset(inputs) - frozenset(present)) | blended,
+        next=next_inputs(decoder["inputs"].values()) if has_next else {},
         present=present,
-        cache_dtype=FLOAT_TYPES[taken[next(iter(present))].type],
+        cache_dtype=FLOAT_TYPES[inputs[next(iter(present))].type],
         heads=int(decoder["num_key_value_heads"]),
         head_size=int(decoder["head_size"]),
         logits_dtype=FLOAT_TYPES[logits.type],

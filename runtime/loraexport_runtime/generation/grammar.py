@@ -1,0 +1,121 @@
+"""What an answer's text has to be: a JSON schema, a regular expression or an EBNF grammar, as the
+tokens that may come next. llguidance, an extra, knows which ones."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ..contract.json_values import strict_json
+from ..contract.listed import ListedFiles
+from ..errors import ArtifactError, InputError, ProviderError, quoted
+
+MOST_CHARACTERS = 200_000
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """All of an answer's text is to match it."""
+
+    kind: Literal["json_schema", "regex", "ebnf"]
+    """ebnf: in Lark's notation, from its rule `start` on."""
+    text: str
+
+    def check(self) -> None:
+        """Raise InputError unless it has a known kind and a text of a bounded size."""
+        if self.kind not in ("json_schema", "regex", "ebnf"):
+            raise InputError(
+                f"grammar.kind is {quoted(self.kind)}; expected 'json_schema', 'regex' or 'ebnf'"
+            )
+        if not isinstance(self.text, str) or not 0 < len(self.text) <= MOST_CHARACTERS:
+            raise InputError(
+                f"grammar.text is {quoted(self.text)}; expected a text of at most"
+                f" {MOST_CHARACTERS:,} characters"
+            )
+
+
+class GrammarReader:
+    """Grammars over the tokens of one model."""
+
+    def __init__(
+        self, files: ListedFiles, folder: str, vocabulary: int, ends: frozenset[int]
+    ) -> None:
+        """`folder`: of the decoder, in the artifact; its tokenizer is read when it is needed."""
+        self._files = files
+        self._path = f"{folder}/{TOKENIZER_FILE}"
+        self._vocabulary = vocabulary
+        self._ends = ends
+        self._tokenizer: Any = None
+
+    def open(self, grammar: Grammar) -> "Match":
+        """The beginning of a text that is to match a grammar.
+
+        Raises:
+            ArtifactError: the tokenizer is gone, or damaged.
+            InputError: the grammar is none.
+            ProviderError: llguidance is not installed.
+        """
+        try:
+            import llguidance
+        except ImportError as error:
+            raise ProviderError(
+                "a grammar needs llguidance: pip install 'loraexport-runtime[grammar]'"
+            ) from error
+        if self._tokenizer is None:
+            self._tokenizer = self._read_tokenizer(llguidance)
+        matcher: Any = llguidance.LLMatcher
+        read: dict[str, Any] = {
+            "json_schema": lambda text: matcher.grammar_from_json_schema(_read_schema(text)),
+            "regex": matcher.grammar_from_regex,
+            "ebnf": matcher.grammar_from_lark,
+        }
+        try:
+            compiled = read[grammar.kind](grammar.text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"grammar: this is no {grammar.kind}: {error}") from error
+        opened = matcher(self._tokenizer, compiled, log_level=0)
+        if opened.is_error():
+            raise InputError(f"grammar: this is no {grammar.kind}: {opened.get_error()}")
+        return Match(opened, self._vocabulary)
+
+    def _read_tokenizer(self, llguidance: Any) -> Any:
+        with self._files.open(self._path) as file:
+            text = file.read().decode("utf-8", "replace")
+        try:
+            if not isinstance(json.loads(text), dict):  # a text that is no object were a name
+                raise ValueError("it is no JSON object")
+            return llguidance.LLTokenizer(
+                text, n_vocab=self._vocabulary, eos_token=sorted(self._ends)
+            )
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(
+                f"{self._files.folder / self._path}: llguidance cannot read this tokenizer: {error}"
+            ) from error
+
+
+def _read_schema(text: str) -> dict[str, Any]:
+    """llguidance pastes a schema that is a text into its own JSON, whatever the text ends."""
+    schema = strict_json(text)
+    if not isinstance(schema, dict):
+        raise ValueError("it is no JSON object")
+    return schema
+
+
+class Match:
+    """An answer's text so far, and what may follow; see sampling.Allowed."""
+
+    def __init__(self, matcher: Any, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+
+    def mask(self) -> np.ndarray:
+        """bool [vocabulary]: the tokens that may come next; those that end a text among them."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little").astype(bool)
+        return allowed[: self._vocabulary]
+
+    def accept(self, token: int) -> bool:
+        """Go on from a token; whether the text is whole, and nothing may follow."""
+        return not self._matcher.consume_token(token) or bool(self._matcher.is_stopped())

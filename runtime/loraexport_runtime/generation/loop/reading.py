@@ -1,0 +1,73 @@
+"""Whose prompt is read next, and how much of it."""
+
+from .jobs import Answer
+from .rows import Row, Rows
+
+PATIENCE = 4
+"""So many shorter prompts may be read before a longer one that came earlier."""
+
+
+class PromptOrder:
+    """The prompts in the rows of an engine, read chunk by chunk."""
+
+    def __init__(self, rows: Rows[Answer], quota: int, joins: bool) -> None:
+        """
+        Args:
+            quota: tokens of a chunk.
+            joins: short prompts of rows that lie side by side are read together.
+        """
+        self._rows = rows
+        self._quota = quota
+        self._joins = joins
+
+    def next(self) -> list[Row[Answer]]:
+        """The shortest remainder first; but one that others overtook often goes ahead of them."""
+        waiting = [row for row in self._rows.used if row.user and not row.user.goes_on]
+        if not waiting:
+            return []
+
+        def rank(row: Row[Answer]) -> tuple[bool, int, int]:
+            answer = row.user
+            assert answer is not None, "it has a prompt"
+            is_late = answer.num_passed >= PATIENCE
+            left = 0 if is_late else len(answer.prompt) - row.num_read
+            return not is_late, left, answer.order
+
+        first = min(waiting, key=rank)
+        rows = [first]
+        if self._joins:
+            rows = self._join(first)
+        newest = max(row.user.order for row in rows if row.user)
+        for row in waiting:
+            if row.user and row not in rows and row.user.order < newest:
+                row.user.num_passed += 1
+        return rows
+
+    def _join(self, first: Row[Answer]) -> list[Row[Answer]]:
+        """Rows beside the first one that can be read with it: whole prompts of like length."""
+        rows, longest = [first], self.chunk_end(first)
+
+        def fits(row: Row[Answer]) -> bool:
+            answer = row.user
+            if answer is None or answer.goes_on or row.num_read or answer.reports:
+                return False
+            size = len(answer.prompt)
+            width = max(longest, size)
+            return width * (len(rows) + 1) <= self._quota and 2 * min(longest, size) >= width
+
+        if not fits(first):
+            return rows
+        for row in self._rows.rows[first.index + 1 :]:
+            if not fits(row):
+                break
+            rows.append(row)
+            longest = max(longest, self.chunk_end(row))
+        return rows
+
+    def chunk_end(self, row: Row[Answer]) -> int:
+        """Chunks end at multiples of the quota, so that a prompt is cut as if it were alone; no
+        single token is left, as onnxruntime's product of one row rounds otherwise on a CPU."""
+        assert row.user is not None, "it has a prompt"
+        size = len(row.user.prompt)
+        end = min(size, (row.num_read // self._quota + 1) * self._quota)
+        return size if size - end == 1 else end

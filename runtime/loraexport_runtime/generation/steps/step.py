@@ -1,0 +1,229 @@
+"""Runs of a decoder's graph over the rows of a cache: one more token for the first rows, captured
+or not, and the prompts of a row, or of some that lie side by side.
+
+onnxruntime's attention takes, with a past, one token of each row or several of one row, and without
+a past the prompts of several rows. So a run is one of these.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ...contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
+from ...device.dlpack import rows_view
+from ...device.dtypes import ONNX_TYPES
+from ...device.memory import host_value
+from ...device.providers import graph_options
+from ...slots.lease import BASE_USE, RowUse
+from ..rope import READ_LENGTHS
+from .cache import Cache
+from .decoder_graph import ADAPTER_WEIGHTS, DecoderGraph
+
+
+class RowInputs:
+    """What a step reads of every row, in the device's memory, at addresses that stay.
+
+    A step leaves here what the next one takes: the likeliest tokens, and lengths, masks and
+    positions that are one further, but for rows that do not go on.
+    """
+
+    def __init__(self, graph: DecoderGraph, rows: int, length: int) -> None:
+        self._length = length
+        ones = np.ones((rows, 1), dtype=np.int64)
+        first = {
+            "input_ids": 0 * ones,
+            "attention_mask": _mask(ones, length),
+            "position_ids": 0 * ones,
+            "adapter_ids": 0 * ones,
+            ROWS: np.arange(rows)[:, None],
+            LENGTHS: ones,
+            GOES_ON: 0 * ones,
+            PLACES: np.arange(length)[None],
+            ADAPTER_WEIGHTS: np.zeros((rows, graph.blend_slots or 0), np.float32),
+        }
+        self._blend_slots = graph.blend_slots
+        self._rows = [(1, BASE_USE, False)] * rows
+        """(length, use, goes on) of each, as it was put last, and then advanced."""
+        self.values = {
+            name: graph.upload(array) for name, array in first.items() if name in graph.inputs
+        }
+
+    def put(self, row: int, token: int, length: int, use: RowUse, goes_on: bool) -> None:
+        """All of one row.
+
+        Args:
+            token: that the next step reads.
+            length: of the row's tokens, with that one.
+            use: its adapter's slot, or the weights of several.
+        """
+        self._rows[row] = (length, use, goes_on)
+        values = {
+            "input_ids": token,
+            "attention_mask": _mask(np.array([[length]]), self._length),
+            "position_ids": length - 1,
+            "adapter_ids": use.slot,
+            LENGTHS: length,
+            GOES_ON: int(goes_on),
+        }
+        for name in values.keys() & self.values.keys():
+            array = np.array(values[name], dtype=np.int64).reshape(1, -1)
+            self._view(name, slice(row, row + 1), array.shape[1]).update_inplace(array)
+        if self._blend_slots is not None:
+            weights = blend_weights([use], self._blend_slots)
+            self._view(ADAPTER_WEIGHTS, slice(row, row + 1), weights.shape[1]).update_inplace(
+                weights
+            )
+
+    def advance(self, tokens: np.ndarray) -> None:
+        """Leave what the next step takes in the first rows, after a graph that does not.
+
+        Args:
+            tokens: int64 [m], the likeliest.
+        """
+        for row, token in enumerate(tokens.tolist()):
+            length, use, goes_on = self._rows[row]
+            self.put(row, token, length + goes_on, use, goes_on)
+
+    def put_tokens(self, tokens: np.ndarray) -> None:
+        """What the next step reads in the first rows, int64 [m]."""
+        self._view("input_ids", slice(0, len(tokens)), 1).update_inplace(tokens[:, None])
+
+    def tokens(self, num: int) -> np.ndarray:
+        """int64 [num]: the likeliest after a step, of the first rows."""
+        tokens: np.ndarray = self.values["input_ids"].numpy()
+        return tokens[:num, 0].copy()
+
+    def _view(self, name: str, rows: slice, width: int) -> ort.OrtValue:
+        return rows_view(self.values[name], rows, width, _dtype(name))
+
+
+class Step:
+    """One more token for each of the first rows."""
+
+    def __init__(
+        self, graph: DecoderGraph, cache: Cache, inputs: RowInputs, rows: int, logits: int
+    ) -> None:
+        """
+        Args:
+            logits: the address for [rows, 1, vocabulary] on the device.
+        """
+        self.rows = rows
+        self._graph = graph
+        self._graph_id = graph.next_graph_id() if graph.capture else None
+        self._options = None if self._graph_id is None else graph_options(self._graph_id)
+        self._alive = inputs
+        binding = graph.session.io_binding()
+        for name, value in inputs.values.items():
+            width = 0 if name == "adapter_ids" or name == ROWS else value.shape()[1]
+            shape = [1 if name == PLACES else rows, *([width] if width else [])]
+            place = (*graph.device, ONNX_TYPES[_dtype(name)], shape, value.data_ptr())
+            binding.bind_input(name, *place)
+            if name in graph.next:
+                binding.bind_output(graph.next[name], *place)
+        bind_rows(graph, binding, cache, 0, rows, [rows, 1, graph.vocabulary], logits)
+        self._binding = binding
+
+    def run(self) -> None:
+        """A first run that captures is several of the graph: no row may go on then."""
+        self._graph.session.run_with_iobinding(self._binding, self._options)
+        self._binding.synchronize_outputs()  # what follows reads on streams of its own
+
+    def release(self) -> None:
+        """Let go of the graph that was captured."""
+        if self._graph_id is not None:
+            self._graph.session.release_captured_graph(self._graph_id)
+
+
+def read_prompts(
+    graph: DecoderGraph,
+    cache: Cache,
+    row: int,
+    prompts: Sequence[np.ndarray],
+    uses: Sequence[RowUse],
+    past: int,
+    wholes: Sequence[int],
+    logits: int,
+) -> np.ndarray:
+    """Read tokens into neighbouring rows; the likeliest token after each, int64 [m], if the graph
+    gives it, else 0.
+
+    Args:
+        row: the first of them.
+        prompts: int64 [n] of each row; padded on the right, where they differ.
+        past: how many tokens the row has already; 0 for more than one row.
+        wholes: the length of the text that each is a part of.
+        logits: the address for [m, n, vocabulary] on the device.
+    """
+    rows, longest = len(prompts), max(map(len, prompts))
+    assert rows == 1 or past == 0, "several rows are read from their beginning"
+    lengths = np.array([len(prompt) for prompt in prompts])
+    ids = np.zeros((rows, longest), dtype=np.int64)
+    for index, prompt in enumerate(prompts):
+        ids[index, : len(prompt)] = prompt
+    ends = past + lengths[:, None]
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": _mask(ends, past + longest),
+        "position_ids": np.tile(past + np.arange(longest), (rows, 1)),
+        "adapter_ids": np.array([use.slot for use in uses], dtype=np.int64),
+        ROWS: np.arange(rows) * longest + lengths - 1,
+        LENGTHS: ends,
+        GOES_ON: np.ones_like(ends),
+        PLACES: np.arange(past + longest)[None],
+    }
+    binding = graph.session.io_binding()
+    for name in feeds.keys() & graph.inputs:
+        binding.bind_ortvalue_input(name, host_value(feeds[name], "int64"))
+    if graph.blend_slots is not None and any(use.weights for use in uses):
+        weights = blend_weights(uses, graph.blend_slots)
+        binding.bind_ortvalue_input(ADAPTER_WEIGHTS, host_value(weights, "float32"))
+    if graph.takes_lengths:
+        sizes = np.array(wholes, dtype=np.int64)
+        binding.bind_ortvalue_input(READ_LENGTHS, host_value(sizes, "int64"))
+    chosen = np.zeros((rows, 1), dtype=np.int64)
+    if graph.next:
+        place = ("cpu", 0, ONNX_TYPES["int64"], chosen.shape, chosen.ctypes.data)
+        binding.bind_output(graph.next["input_ids"], *place)
+    bind_rows(graph, binding, cache, row, rows, [rows, longest, graph.vocabulary], logits)
+    options = graph_options(-1) if graph.capture else None
+    graph.session.run_with_iobinding(binding, options)
+    binding.synchronize_outputs()
+    return chosen[:, 0]
+
+
+def bind_rows(
+    graph: DecoderGraph,
+    binding: Any,
+    cache: Cache,
+    row: int,
+    rows: int,
+    shape: Sequence[int],
+    logits: int,
+) -> None:
+    """Bind the cache of some rows as past and present, and the memory of their logits."""
+    for name, (sizes, address) in cache.places(row, rows).items():
+        place = (*graph.device, ONNX_TYPES[graph.cache_dtype], sizes, address)
+        binding.bind_input(name, *place)
+        binding.bind_output(graph.present[name], *place)
+    place = (*graph.device, ONNX_TYPES[graph.logits_dtype], list(shape), logits)
+    binding.bind_output("logits", *place)
+
+
+def blend_weights(uses: Sequence[RowUse], num_slots: int) -> np.ndarray:
+    """float32 [rows, slots]: what each row takes of every slot beside its own."""
+    weights = np.zeros((len(uses), num_slots), np.float32)
+    for row, use in enumerate(uses):
+        for slot, weight in use.weights:
+            weights[row, slot - 1] = weight
+    return weights
+
+
+def _dtype(name: str) -> str:
+    return "float32" if name == ADAPTER_WEIGHTS else "int64"
+
+
+def _mask(lengths: np.ndarray, places: int) -> np.ndarray:
+    """int64 [rows, places]: 1 before a row's length, of [rows, 1]."""
+    return (np.arange(places) < lengths).astype(np.int64)
