@@ -104,8 +104,16 @@ def build(
     return BuildResult(folder, report)
 
 
-def make_plan(spec: str | PathLike[str]) -> "AnyPlan":
+def make_plan(
+    spec: str | PathLike[str],
+    *,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> "AnyPlan":
     """Plan a build: sites, ranks, slots, strategies and costs, without reading weights.
+
+    Args:
+        spec: the YAML file.
+        progress: called with the name of every stage when it begins.
 
     Raises:
         SpecError: the spec breaks its contract.
@@ -115,7 +123,10 @@ def make_plan(spec: str | PathLike[str]) -> "AnyPlan":
     from .spec.reader import read_spec
 
     path = Path(spec)
-    return plan_spec(read_spec(path), path.parent)
+    progress("read the spec")
+    parsed = read_spec(path)
+    progress("plan")
+    return plan_spec(parsed, path.parent)
 
 
 def verify(
@@ -123,6 +134,7 @@ def verify(
     *,
     base: str | PathLike[str] | None = None,
     providers: Sequence[str] | None = None,
+    torchscript: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> VerifyResult:
     """Repeat an artifact's proof, perhaps on another machine.
@@ -134,14 +146,16 @@ def verify(
         artifact: its folder.
         base: the base's directory; default: where the spec says, else the stored cases.
         providers: `cpu`, `cuda` or both; default: what runs here.
+        torchscript: run its TorchScript too, which is code that the artifact brings; without,
+            `report.skipped` names it.
         progress: called with the name of every stage when it begins.
 
     Raises:
         ArtifactError: the artifact is damaged, or holds no spec.
         BaseModelError: `base` is not the artifact's.
         ProviderError: a provider cannot run here.
-        UsageError: `base` was given for a base that a seed makes, or a build replaced the artifact
-            meanwhile.
+        UsageError: `base` was given for a base that a seed makes, the artifact has TorchScript
+            alone and `torchscript` is False, or a build replaced the artifact meanwhile.
     """
     from loraexport_runtime.contract.manifest import Manifest
 
@@ -151,7 +165,8 @@ def verify(
     folder = Path(artifact)
     progress("run every implementation")
     manifest = Manifest.read(folder)
-    report = verify_artifact(folder, manifest, None if base is None else Path(base), providers)
+    directory = None if base is None else Path(base)
+    report = verify_artifact(folder, manifest, directory, providers, torchscript)
     published = manifest.parity.status == "deferred" and report.status == "passed"
     if published:
         mark_verified(folder, manifest, report.summary())

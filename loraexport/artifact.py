@@ -6,19 +6,29 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-from loraexport_runtime.contract.files import MANIFEST_FILE, FileEntry, digest_file
+from loraexport_runtime.adapters.files import REST_SECONDS
+from loraexport_runtime.contract.files import (
+    MANIFEST_FILE,
+    FileEntry,
+    Stamp,
+    digest_file,
+    stamp_of,
+)
+from loraexport_runtime.contract.foreign import reason
 from loraexport_runtime.contract.json_values import dump
 from loraexport_runtime.contract.manifest import FORMAT_VERSION, Manifest, ParitySummary
 from loraexport_runtime.contract.seal import DIGEST_FILE, digest_line
-from loraexport_runtime.errors import LoraexportError
+from loraexport_runtime.errors import MAX_QUOTED, LoraexportError, shorten
 
 from .errors import BuildBusyError, DiskFullError, ExportError, UsageError
 
@@ -36,6 +46,8 @@ class Staging:
 
     folder: Path
     target: Path
+    _listed: dict[str, tuple[Stamp, FileEntry]] = field(default_factory=dict)
+    """What was hashed, by path."""
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest over all files, then put the folder in the target's place at once."""
@@ -54,15 +66,44 @@ class Staging:
         else:
             self.folder.rename(place)
 
-    def _seal(self, manifest: Manifest) -> None:
+    def list_files(self, manifest: Manifest) -> Manifest:
+        """The manifest with every file as it is now: a session reads no others.
+
+        A file is hashed once: what was listed before is compared by its stamp.
+
+        Raises:
+            UsageError: one that was listed before has changed, or has gone.
+        """
         files = {
-            str(path.relative_to(self.folder).as_posix()): FileEntry(
-                digest_file(path), path.stat().st_size
-            )
+            path.relative_to(self.folder).as_posix(): path
             for path in sorted(self.folder.rglob("*"))
             if path.is_file() and path.name != MANIFEST_FILE
         }
-        content = replace(manifest, files=files).to_json().encode()
+        self._wait_for_rest(files.values())
+        for name, path in files.items():
+            stamp = stamp_of(path.stat())
+            if name not in self._listed:
+                self._listed[name] = stamp, FileEntry(digest_file(path), path.stat().st_size)
+            if self._listed[name][0] != stamp_of(path.stat()):
+                raise self._changed(name)
+        if gone := sorted(self._listed.keys() - files.keys()):
+            raise self._changed(gone[0])
+        return replace(manifest, files={name: self._listed[name][1] for name in files})
+
+    def _wait_for_rest(self, files: Iterable[Path]) -> None:
+        """Let the file system's clock go on, so that a later write has another time."""
+        newest = max((path.stat().st_ctime for path in files), default=0.0)
+        if 0 <= (age := time.time() - newest) < REST_SECONDS:
+            time.sleep(REST_SECONDS - age)
+
+    def _changed(self, name: str) -> UsageError:
+        return UsageError(
+            f"{self.folder / name}: something changed it while it was proven, so that nothing is"
+            " published; build again, and let nothing else write there"
+        )
+
+    def _seal(self, manifest: Manifest) -> None:
+        content = self.list_files(manifest).to_json().encode()
         (self.folder / MANIFEST_FILE).write_bytes(content)
         (self.folder / DIGEST_FILE).write_text(digest_line(content), encoding="utf-8")
 
@@ -77,8 +118,14 @@ def staging(out: Path, name: str) -> Iterator[Staging]:
         DiskFullError: `out`, or the folder of temporary files, is full.
     """
     target = out / name
-    for path in (target, _failed(target)):
-        _require_replaceable(path)
+    try:
+        for path in (target, _failed(target)):
+            _require_replaceable(path)
+    except OSError as error:
+        shown = shorten(str(out), MAX_QUOTED)
+        raise UsageError(
+            f"--out {shown}: no path to write to ({error.strerror}); choose another"
+        ) from error
     with _open_lock(out, name) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -86,9 +133,9 @@ def staging(out: Path, name: str) -> Iterator[Staging]:
             raise BuildBusyError(
                 f"another build of {target} is running; wait for it, or build with another --out"
             ) from error
-        for left in out.glob(f".{name}.staging-*"):  # of builds that were killed
-            if left.name.removeprefix(f".{name}.staging-").isdigit():
-                shutil.rmtree(left)
+        for abandoned in out.glob(f".{name}.staging-*"):  # of builds that were killed
+            if abandoned.name.removeprefix(f".{name}.staging-").isdigit():
+                _remove(abandoned)
         folder = out / f".{name}.staging-{os.getpid()}"
         try:
             folder.mkdir()
@@ -118,12 +165,26 @@ def _raise_if_full(error: Exception, folder: Path) -> None:
     is_explained = isinstance(error, LoraexportError) and not isinstance(error, ExportError)
     if not said and (is_explained or not full):
         return
-    named = next((one.filename for one in said if one.filename), None)
-    place = named or (full or places)[0]
+    filename = next((cause.filename for cause in said if cause.filename), None)
+    place = filename or (full or places)[0]
     raise DiskFullError(
         f"{place}: no space left on the device; nothing was published. Free some, or choose another"
         " --out (or TMPDIR, for a temporary file)"
     ) from error
+
+
+def _remove(leftover: Path) -> None:
+    """Remove a folder, or what stands in its place; a link goes, and not what it leads to."""
+    try:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{leftover}: what an earlier build left behind cannot be removed"
+            f" ({error.strerror or error}); remove it, or choose another --out"
+        ) from error
 
 
 def _failed(target: Path) -> Path:
@@ -150,12 +211,20 @@ def _open_lock(out: Path, name: str) -> TextIO:
             f"{out / name}: a folder of this name is kept for the report of a build that fails;"
             " choose another name in the spec"
         )
+    file = out / f".{name}.lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return (out / f".{name}.lock").open("a")
-    except OSError as error:
+        # Without waiting, as a FIFO would for a reader; and the lock itself, not what it leads to.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        lock = os.fdopen(os.open(file, flags | os.O_CLOEXEC, 0o666), "a")
+        if stat.S_ISREG(os.fstat(lock.fileno()).st_mode):
+            return lock
+        lock.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    except (OSError, ValueError) as error:  # ValueError: a NUL
         _raise_if_full(error, out)
-        raise UsageError(f"--out {out}: cannot be written ({error}); choose another") from error
+        shown, why = shorten(str(out), MAX_QUOTED), shorten(str(error), 2 * MAX_QUOTED)
+        raise UsageError(f"--out {shown}: cannot be written ({why}); choose another") from error
 
 
 def mark_verified(folder: Path, manifest: Manifest, parity: ParitySummary) -> None:
@@ -165,7 +234,8 @@ def mark_verified(folder: Path, manifest: Manifest, parity: ParitySummary) -> No
         manifest: the artifact's, as it was when it was verified.
 
     Raises:
-        UsageError: a build has replaced the artifact since.
+        UsageError: a build has replaced the artifact since, or it cannot be written.
+        DiskFullError: there is no room; its parity is as it was.
     """
     if Manifest.read(folder).to_json() != manifest.to_json():  # as text: NaN is not NaN
         raise UsageError(f"{folder}: a build replaced it while it was verified; verify it again")
@@ -175,17 +245,39 @@ def mark_verified(folder: Path, manifest: Manifest, parity: ParitySummary) -> No
     after = (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
     is_sealed = manifest.format_version >= FORMAT_VERSION
     if is_sealed:  # Both digests stand there until the manifest is the new one.
-        _put(folder, DIGEST_FILE, (digest_line(before) + digest_line(after)).encode())
-    _put(folder, MANIFEST_FILE, after)
+        write_whole(folder / DIGEST_FILE, (digest_line(before) + digest_line(after)).encode())
+    write_whole(folder / MANIFEST_FILE, after)
     if is_sealed:
-        _put(folder, DIGEST_FILE, digest_line(after).encode())
+        write_whole(folder / DIGEST_FILE, digest_line(after).encode())
 
 
-def _put(folder: Path, name: str, content: bytes) -> None:
-    """Replace a file at once."""
-    temporary = folder / f".{name}.{os.getpid()}"
-    temporary.write_bytes(content)
-    temporary.replace(folder / name)
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file, or leave what was there: beside it first, then in its place at once.
+
+    Raises:
+        DiskFullError: there is no room.
+        UsageError: nothing can be written there.
+    """
+    staged = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(content)
+        staged.replace(file)
+    except OSError as error:
+        raise cannot_write(file, error) from error
+    finally:
+        with suppress(OSError):  # what was written in part
+            staged.unlink(missing_ok=True)
+
+
+def cannot_write(place: Path, error: OSError) -> LoraexportError:
+    """What to raise where the system lets nobody write."""
+    if error.errno in _FULL:
+        return DiskFullError(
+            f"{place}: no space left on the device; it was not written. Free some, or choose"
+            " another place"
+        )
+    why = "permission denied" if isinstance(error, PermissionError) else reason(error)
+    return UsageError(f"{place}: cannot be written ({why}); choose another place")
 
 
 def _exchange(first: Path, second: Path) -> None:

@@ -11,39 +11,19 @@ LoraexportError                     runtime's root; exit code 1 if nothing below
 ├── WeightsError        4           (runtime) a weight file is damaged, unsafe or not finite
 ├── AdapterError        4           (runtime) an adapter cannot be used, with its two kinds
 ├── ArtifactError       5           (runtime) an artifact is damaged
-├── DiskFullError       1           there is no room for what a build writes
+├── DiskFullError       1           there is no room for what is written
 └── ExportError         1           torch or onnx failed on a graph: a fault of our own
 
 Two ends of a command are no errors: 130 after SIGINT (Ctrl-C), 143 after SIGTERM.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from loraexport_runtime import errors as runtime
+from loraexport_runtime.contract import strict_yaml
 from loraexport_runtime.errors import LoraexportError
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with a spec: `line` is 1-based, `path` like `adapters[1].name`."""
-
-    line: int
-    path: str
-    message: str
-    hint: str = ""
-
-
-class SpecError(LoraexportError):
+class SpecError(strict_yaml.ProblemsError):
     """The spec breaks its contract. `problems` lists everything found, in the file's order."""
-
-    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
-        self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
-        lines = []
-        for problem in self.problems:
-            where = f"{source}:{problem.line}: " + (f"{problem.path}: " if problem.path else "")
-            lines.append(where + problem.message + (f" ({problem.hint})" if problem.hint else ""))
-        super().__init__("\n".join(lines))
 
 
 class UsageError(LoraexportError):
@@ -55,7 +35,7 @@ class BuildBusyError(UsageError):
 
 
 class DiskFullError(LoraexportError):
-    """There is no room for what a build writes; nothing was published."""
+    """There is no room for what is written; nothing was published, nothing is there in part."""
 
 
 class ParityError(LoraexportError):

@@ -39,17 +39,19 @@ def script() -> Any:
 
 
 def write_tree(root: Path, code: str, on_gpu: dict[str, dict[str, str]]) -> None:
-    """Two packages of one file each, of which the first has run, and the list."""
-    for package in ("loraexport", "runtime/loraexport_runtime"):
-        (root / package).mkdir(parents=True)
+    """Packages of one file each, of which the first has run, and the list."""
+    others = ("runtime/loraexport_runtime/b.py", "runtime/serve/loraexport_serve/c.py")
+    for file in ("loraexport/a.py", *others):
+        (root / file).parent.mkdir(parents=True)
     file = root / "loraexport/a.py"
     file.write_text(code)
-    (root / "runtime/loraexport_runtime/b.py").write_text("x = 1\n")
+    for other in others:
+        (root / other).write_text("x = 1\n")
     (root / "tests/gpu").mkdir(parents=True)
     (root / "tests/gpu/covered.json").write_text(json.dumps(on_gpu))
     measured = coverage.CoverageData(basename=str(root / ".coverage"))
-    lines = {str(file): _lines_run(code), str(root / "runtime/loraexport_runtime/b.py"): [1]}
-    measured.add_lines(lines)
+    lines = {str(root / other): [1] for other in others}
+    measured.add_lines({str(file): _lines_run(code), **lines})
     measured.write()
 
 
@@ -71,6 +73,8 @@ def test_lines_that_no_test_ran_are_named(
         "loraexport: 57.1 % of 7 lines (at least 95 %)",
         "",
         "loraexport_runtime: 100.0 % of 1 lines (at least 95 %)",
+        "",
+        "loraexport_serve: 100.0 % of 1 lines (at least 95 %)",
         "",
         "",
     ]

@@ -49,23 +49,50 @@ RUNTIME: dict[str, set[str]] = {
     "buckets": {"errors", "contract", "device", "adapters"},
     "sessions": {"errors", "contract", "device", "adapters", "slots", "buckets"},
     "generation": {"errors", "contract", "device", "adapters", "slots", "buckets"},
+    "batching": {"errors", "contract", "device", "slots", "buckets", "sessions"},
     "checking": {
         *("errors", "contract", "device", "adapters", "slots", "buckets"),
         *("sessions", "generation"),
     },
-    "": {"errors", "version", "device", "sessions", "slots", "generation"},
+    "": {"errors", "version", "device", "sessions", "slots", "generation", "batching"},
     "version": set(),
     "__main__": {"errors", "checking"},
 }
 """The same of the runtime, which imports nothing of the exporter."""
 
-TABLES = {"loraexport": EXPORTER, "loraexport_runtime": RUNTIME}
-PLACES = {"loraexport": ROOT, "loraexport_runtime": ROOT / "runtime"}
+SERVE: dict[str, set[str]] = {
+    "version": set(),
+    "errors": set(),
+    "config": {"errors", "version"},
+    "auth": {"errors", "config"},
+    "hosts": {"errors", "config", "auth"},
+    "metrics": {"hosts"},
+    "service": {"errors", "config", "auth", "hosts", "metrics"},
+    "gone": set(),
+    "routes": {"errors", "gone", "config", "auth", "hosts", "metrics", "service", "version"},
+    "app": {"errors", "config", "auth", "routes", "service"},
+    "ports": {"config"},
+    "server": {"errors", "config", "auth", "hosts", "service", "app", "ports"},
+    "bench": set(),
+    "embedded": {"config", "auth", "service", "app"},
+    "triton": {"config", "hosts", "embedded"},
+    "ray": {"errors", "config", "embedded"},
+    "cli": {"errors", "config", "bench", "server", "triton"},
+    "__main__": {"cli"},
+    "": {"errors", "config", "server", "version"},
+}
+"""The same of the server, which imports the runtime, and nothing of the exporter."""
+
+TABLES = {"loraexport": EXPORTER, "loraexport_runtime": RUNTIME, "loraexport_serve": SERVE}
+PLACES = {
+    "loraexport": ROOT,
+    "loraexport_runtime": ROOT / "runtime",
+    "loraexport_serve": ROOT / "runtime/serve",
+}
 
 MOST_LINES = 300
 MOST_MODULES = 15
 LONGER = {
-    "loraexport/bench/contestants/model.py": "a batch of a whole model, by every contestant",
     "loraexport/cli/app.py": "every command with the help of its options",
     "runtime/loraexport_runtime/contract/manifest.py": "the whole contract, value by value",
 }

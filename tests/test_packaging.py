@@ -1,5 +1,6 @@
-"""What is in the two wheels, and that both distributions are of one version."""
+"""What is in the three wheels, and that the distributions are of one version."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,19 @@ import pytest
 
 import loraexport
 import loraexport_runtime
+import loraexport_serve
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"loraexport": ROOT, "loraexport_runtime": ROOT / "runtime"}
+FOLDERS = {
+    "loraexport": ROOT,
+    "loraexport_runtime": ROOT / "runtime",
+    "loraexport_serve": ROOT / "runtime/serve",
+}
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, zipfile.ZipFile]:
-    """Both wheels, built of a copy: setuptools writes beside the sources."""
+    """The wheels, built of a copy: setuptools writes beside the sources."""
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
@@ -30,7 +36,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, zipfile.ZipFil
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--wheel-dir", str(folder), "./runtime", "."]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder)]
+    command += ["./runtime", "./runtime/serve", "."]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {name: zipfile.ZipFile(next(folder.glob(f"{name}-*.whl"))) for name in FOLDERS}
@@ -52,7 +59,7 @@ def test_a_wheel(wheels: dict[str, zipfile.ZipFile], name: str) -> None:
     """Every module, the mark of types, the licence, the project's addresses, and nothing else."""
     wheel, package = wheels[name], FOLDERS[name] / name
     info = {entry for entry in wheel.namelist() if ".dist-info/" in entry}
-    kept = {".py", ".typed", ".json"}
+    kept = {".py", ".typed", ".json", ".html"}
     files = {
         path.relative_to(package.parent).as_posix()
         for path in package.rglob("*")
@@ -70,13 +77,30 @@ def test_a_wheel(wheels: dict[str, zipfile.ZipFile], name: str) -> None:
 
 def test_one_version(wheels: dict[str, zipfile.ZipFile]) -> None:
     version = loraexport_runtime.__version__
-    assert loraexport.__version__ == version
+    assert loraexport.__version__ == loraexport_serve.__version__ == version
     assert {metadata(wheel)["Version"] for wheel in wheels.values()} == {version}
-    assert (ROOT / "loraexport/version.py").is_symlink(), "the number stands in the runtime alone"
+    for link in ("loraexport", "runtime/serve/loraexport_serve"):
+        assert (ROOT / link / "version.py").is_symlink(), "the number stands in the runtime alone"
     for name in FOLDERS:
         assert project(name)["dynamic"] == ["version"]
 
 
-def test_the_exporter_takes_the_runtime_of_its_version() -> None:
-    pinned = [one for one in project("loraexport")["dependencies"] if "runtime" in one]
-    assert pinned == [f"loraexport-runtime=={loraexport.__version__}"]
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("loraexport", "loraexport-runtime"),
+        ("loraexport_serve", "loraexport-runtime[generation,grammar]"),
+    ],
+)
+def test_each_takes_the_runtime_of_its_version(name: str, taken: str) -> None:
+    pinned = [one for one in project(name)["dependencies"] if "runtime" in one]
+    assert pinned == [f"{taken}=={loraexport.__version__}"]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/reference/api.md", "runtime/README.md"]
+)
+def test_what_a_service_needs_is_told(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    needed = {re.split(r"[>=;]", one)[0] for one in project("loraexport_runtime")["dependencies"]}
+    assert {name for name in needed - {"onnxruntime-gpu"} if name not in text} == set()

@@ -10,6 +10,7 @@ from support.builds import write_one_layer
 
 import loraexport
 import loraexport_runtime
+import loraexport_serve
 from loraexport.artifact import mark_verified
 from loraexport.parity.report import Report
 from loraexport.plan.plan import Plan
@@ -44,8 +45,20 @@ RUNTIME = {
     "ArtifactError",
     "ArtifactSession",
     "BatchError",
+    "Batcher",
+    "BatcherStats",
+    "ChatTemplateError",
     "ClosedError",
     "Completion",
+    "GeneratedAnswer",
+    "GeneratedToken",
+    "Generation",
+    "GenerationDefaults",
+    "GenerationEngine",
+    "GenerationHandle",
+    "GenerationRequest",
+    "GenerationStats",
+    "Grammar",
     "InputError",
     "LayerSession",
     "LayersSession",
@@ -53,11 +66,15 @@ RUNTIME = {
     "ModelSession",
     "Piece",
     "ProviderError",
+    "QueueFullError",
+    "RequestTimeoutError",
     "SegmentsError",
     "SessionStats",
     "SlotTimeoutError",
     "SlotsExceededError",
+    "StepError",
     "TextGenerator",
+    "Tokenizer",
     "UnknownAdapterError",
     "UnknownLayerError",
     "WeightsError",
@@ -67,12 +84,21 @@ RUNTIME = {
     "load_layers",
     "load_model",
 }
+SERVE = {
+    "ApiError",
+    "ModelSettings",
+    "Settings",
+    "SettingsError",
+    "__version__",
+    "read_settings",
+    "serve",
+}
 
 
 @pytest.mark.parametrize(
     ("package", "names"),
-    [(loraexport, EXPORTER), (loraexport_runtime, RUNTIME)],
-    ids=["loraexport", "loraexport_runtime"],
+    [(loraexport, EXPORTER), (loraexport_runtime, RUNTIME), (loraexport_serve, SERVE)],
+    ids=["loraexport", "loraexport_runtime", "loraexport_serve"],
 )
 def test_the_names_of_a_package(package: object, names: set[str]) -> None:
     listed = list(package.__all__)  # type: ignore[attr-defined]
@@ -90,7 +116,9 @@ def test_an_import_brings_no_torch() -> None:
 @pytest.mark.parametrize("kind", [str, Path])
 def test_build_plan_and_verify_give_values(tmp_path: Path, kind: type) -> None:
     spec, stages, proof = write_one_layer(tmp_path), list[str](), list[str]()
-    plan = loraexport.make_plan(kind(spec))
+    planned = list[str]()
+    plan = loraexport.make_plan(kind(spec), progress=planned.append)
+    assert planned == ["read the spec", "plan"]
     assert isinstance(plan, Plan)
     assert [layer.layer.name for layer in plan.layers] == ["q"]
     built = loraexport.build(kind(spec), out=kind(tmp_path / "out"), progress=stages.append)
@@ -99,7 +127,7 @@ def test_build_plan_and_verify_give_values(tmp_path: Path, kind: type) -> None:
     assert built.report.status == "passed"
     assert stages == ["plan", "read weights", "export q to TorchScript", "verify", "publish"]
     verified = loraexport.verify(
-        kind(built.folder), base=kind(tmp_path / "base"), progress=proof.append
+        kind(built.folder), base=kind(tmp_path / "base"), torchscript=True, progress=proof.append
     )
     assert (verified.folder, verified.report.status) == (built.folder, "passed")
     assert not verified.published  # it was published verified
@@ -117,10 +145,10 @@ def test_a_deferred_artifact_is_verified_by_a_proof(
     read = Manifest.read(built.folder)
     mark_verified(built.folder, read, replace(read.parity, status="deferred"))
     before = manifest.read_bytes()
-    assert loraexport.verify(built.folder).published
+    assert loraexport.verify(built.folder, torchscript=True).published
     assert manifest.read_bytes() != before
     assert Manifest.read(built.folder).parity.status == "passed"
-    assert not loraexport.verify(built.folder).published
+    assert not loraexport.verify(built.folder, torchscript=True).published
 
 
 def test_errors_come_as_they_are(tmp_path: Path) -> None:

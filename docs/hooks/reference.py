@@ -1,18 +1,22 @@
 """mkdocs hook: the pages that follow from the code, made at each build and kept nowhere.
 
-`reference/spec.md` comes from the JSON Schema of a spec, `reference/cli.md` from the commands.
+`reference/spec.md` comes from the JSON Schema of a spec, `reference/cli.md` from the commands,
+`reference/server.md` from the server's settings and its OpenAPI document.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from loraexport.cli.app import app
 from loraexport.spec.reader import json_schema
+from loraexport_serve.app import describe
+from loraexport_serve.config.schema import ModelSettings, Settings
 
 Schema = Mapping[str, Any]
 # Where a reader of a spec meets them, outermost first.
@@ -53,12 +57,23 @@ the traceback of an error. [Exit codes](errors.md#exit-codes) tell what went wro
 without the exporter has a command of the runtime, `python -m loraexport_runtime check`: see
 [operations](../guides/operations.md#check-before-traffic).
 """
+SERVER_INTRODUCTION = """\
+# Routes and settings of the server
+
+Made from the document that `GET /openapi.json` gives, and from the settings themselves.
+[Serve](../guides/serve.md) says what they are for. An unknown field of a body is a 400 that
+names it.
+"""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     schema: Schema = json_schema()
-    pages = {"reference/spec.md": spec_page(schema), "reference/cli.md": cli_page()}
+    pages = {
+        "reference/spec.md": spec_page(schema),
+        "reference/cli.md": cli_page(),
+        "reference/server.md": server_page(),
+    }
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -137,6 +152,52 @@ def cli_page() -> str:
         if len(rows) > 2:
             parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
+
+
+def server_page() -> str:
+    """Every key of the settings, every route, and the fields of every body and answer."""
+    parts = [SERVER_INTRODUCTION, "## Settings"]
+    parts += ["A flag and a variable too: `batch_rows`, `--batch-rows`, `LORAEXPORT_BATCH_ROWS`."]
+    for title, kind in (("", Settings), ("### Of an artifact, below `models`", ModelSettings)):
+        schemas = msgspec.json.schema_components([kind])[1]
+        parts += [title, settings_table(schemas[kind.__name__])]
+    for port, admin in (("clients", False), ("operators", True)):
+        document = describe(admin)
+        parts.append(f"## Port of {port}")
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                parts += [f"### {method.upper()} {path}", operation["summary"]]
+                parts += fields(operation, document["components"]["schemas"])
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def settings_table(schema: Schema) -> str:
+    """A row for each key, with its default."""
+    rows = ["| key | default | |", "| --- | --- | --- |"]
+    for key, value in schema["properties"].items():
+        required = key in schema.get("required", ())
+        default = "required" if required else f"`{json.dumps(value.get('default'))}`"
+        shown = "–" if default in ("`null`", "`[]`", "`false`") else default
+        text = value.get("description", "").replace("|", "\\|")
+        rows.append(f"| `{key}` | {shown} | {text} |")
+    return "\n".join(rows)
+
+
+def fields(operation: Schema, schemas: Schema) -> list[str]:
+    """What a route takes, and what it gives, by the names of their fields."""
+    said = []
+    content = operation.get("requestBody", {}).get("content", {})
+    for media in content.values():
+        body = schemas[media["schema"]["$ref"].rsplit("/", 1)[-1]]
+        required = body.get("required", ())
+        names = [f"**{name}**" if name in required else name for name in body["properties"]]
+        said.append(f"Takes {', '.join(names)}.")
+    for media in operation["responses"]["200"]["content"].values():
+        ref = media["schema"].get("$ref")
+        if ref:
+            answer = schemas[ref.rsplit("/", 1)[-1]]
+            said.append(f"Gives {', '.join(answer['properties'])}.")
+    return said
 
 
 def parameter_row(parameter: Any) -> str:

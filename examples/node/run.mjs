@@ -1,6 +1,6 @@
 // One mixed batch of a whole model's graph in onnxruntime-node, and what each adapter changes.
 //
-//     npm install --prefix examples/node
+//     npm install --prefix examples/node --ignore-scripts
 //     node examples/node/run.mjs artifacts/minilm
 //
 // onnxruntime-node ignores in silence what is fed to a stack, so that the adapters are those that the

@@ -5,73 +5,79 @@ from dataclasses import replace
 
 import numpy as np
 
-from loraexport_runtime.adapters.packing import assemble, pack
+from loraexport_runtime.adapters.packing import assemble, check_values, pack
 from loraexport_runtime.adapters.sites import check_base_copies
-from loraexport_runtime.adapters.tensors import LoraWeights, read_lora_weights
+from loraexport_runtime.adapters.tensors import ModuleWeights, read_site_weights
 from loraexport_runtime.contract.manifest import Layer
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ..plan.plan import AnyPlan
 from .weights import Base
 
-AdapterWeights = Mapping[str, LoraWeights]
+AdapterWeights = Mapping[str, ModuleWeights]
 """One adapter's weights by site."""
+OutputScales = Mapping[str, Mapping[str, np.ndarray]]
+"""Adapter -> site -> DoRA's g."""
 
 
-def load_adapters(plan: AnyPlan, base: Base) -> dict[str, AdapterWeights]:
+def load_adapters(
+    plan: AnyPlan, base: Base, output_scales: OutputScales | None = None
+) -> dict[str, AdapterWeights]:
     """Read the weights of a plan's adapters, by adapter name.
 
     Raises:
         WeightsError: a tensor holds NaN or Inf.
-        AdapterWeightsError: an adapter carries another base's embedding.
+        AdapterWeightsError: an adapter carries another base's embedding, or a value that overflows
+            the export's dtype.
     """
+    dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     loaded: dict[str, AdapterWeights] = {}
     for adapter in plan.adapters:
-        check_base_copies(adapter.header, adapter.modules, base.digests)
-        tensors = read_lora_weights(adapter.header)
-        loaded[adapter.name] = {site: tensors[module] for site, module in adapter.modules.items()}
+        check_base_copies(adapter.header, adapter.modules, base.digests, plan.kind.naming)
+        weights = read_site_weights(adapter.header, adapter.modules)
+        scales = dict((output_scales or {}).get(adapter.name, {}))
+        check_values(adapter.name, weights, adapter.scale, dtype, scales)
+        loaded[adapter.name] = weights
     return loaded
 
 
-def pack_adapters(plan: AnyPlan, base: Base, layers: Iterable[Layer]) -> dict[str, np.ndarray]:
-    """The slots' rows of every stack that a graft brings, by name; the base's are in its graph.
+def pack_adapters(
+    plan: AnyPlan,
+    base: Base,
+    layers: Iterable[Layer],
+    base_rows: Mapping[str, np.ndarray] | None = None,
+    output_scales: OutputScales | None = None,
+) -> dict[str, np.ndarray]:
+    """The rows of every stack that a graft brings, by name: of the slots, and ahead of them the
+    base's where they are parameters; other rows of the base are in its graph.
 
     Args:
         layers: the plan's, with the stacks that fit the graph.
+        base_rows: of the stacks that replace a parameter of the base, by name.
 
     Raises:
         WeightsError, AdapterWeightsError: see `load_adapters`.
     """
-    adapters = load_adapters(plan, base)
+    base_rows, output_scales = base_rows or {}, output_scales or {}
+    adapters = load_adapters(plan, base, output_scales)
     dtype = NUMPY_DTYPES[plan.spec.export.dtype]
     stacks: dict[str, np.ndarray] = {}
     for layer in layers:
         blocks = {}
         for adapter in plan.adapters:
             if adapter.slot is not None:
-                packed = pack(layer, adapters[adapter.name], adapter.scale, dtype)
-                if layer.stacks[0].slot_rows is not None:
-                    ranks = {site: found.rank for site, found in adapter.sites.items()}
-                    packed = _cut(packed, layer, ranks, layer.stacks[0].slot_rows[adapter.slot - 1])
+                scales = output_scales.get(adapter.name)
+                weights = adapters[adapter.name]
+                packed = pack(layer, weights, adapter.scale, dtype, base_rows, scales)
                 blocks[adapter.slot] = packed
         for stack in layer.stacks:
+            if stack.name in base_rows:
+                stacks[stack.name] = assemble(stack, dtype, base_rows[stack.name], blocks)
+                continue
             rows = (stack.shape[0] - stack.row_offset, stack.shape[1])
-            own = replace(stack, shape=rows, row_offset=0)
-            stacks[stack.name] = assemble(own, dtype, None, blocks)
+            slot_stack = replace(stack, shape=rows, row_offset=0)
+            stacks[stack.name] = assemble(slot_stack, dtype, None, blocks)
     return stacks
-
-
-def _cut(
-    packed: Mapping[str, np.ndarray], layer: Layer, ranks: Mapping[str, int], rows: int
-) -> dict[str, np.ndarray]:
-    """A slot's blocks with the rows that its adapter has alone, and zeros up to `rows`."""
-    used = [
-        index * layer.max_rank + row
-        for index, part in enumerate(layer.slices)
-        for row in range(ranks.get(part.site, 0))
-    ]
-    fill = ((0, rows - len(used)), (0, 0))
-    return {name: np.pad(block[used], fill) for name, block in packed.items()}
 
 
 def put_base(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> None:

@@ -10,20 +10,36 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 
+from loraexport_runtime.adapters.dora import dora_sites, output_scales
+from loraexport_runtime.adapters.tensors import read_site_weights
+from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..errors import BaseModelError
+from ..graphs.files import other_files, read_graph
 from ..graphs.products import Graft, find_grafts
-from ..hf.model import load_plain_model
+from ..hf.model import load_stored_decoder
+from ..hf.positions import Positions, link_plain, read_positions, read_rotary_factors
+from ..hf.tokenizer import drop_code
 from ..plan.decoder import DecoderPlan
 from ..plan.plan import Plan
 from ..plan.stacks import make_stacks
 from . import graph as onnx_graph
-from .model import read_base
+from .adapters import OutputScales
+from .attention import (
+    RotaryTables,
+    choose_by_row,
+    graph_positions,
+    keep_whole_caches,
+    set_factors,
+    set_layers,
+)
+from .model import digest_base, stored_weight
 from .weights import Base
 
 _PRECISIONS = {
@@ -36,8 +52,9 @@ _PRECISIONS = {
 }
 """The model builder's precision and execution provider, by the base's weights and the export's
 dtype; its graphs run on the other provider too."""
-_OPTIONS = ["accuracy_level=0"]
-"""Of int4: the products take activations as they are, not rounded to int8."""
+_OPTIONS = ["accuracy_level=0", "windowed_kv_cache=false"]
+"""Of int4: the products take activations as they are, not rounded to int8. Of layers with a window:
+a cache of full length, as every session but onnxruntime-genai's own needs it."""
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -48,6 +65,7 @@ class GenaiGraph:
     model: ir.Model
     files: Mapping[str, Path | bytes]
     """By name: where the file lies, or what it holds."""
+    positions: Positions
 
     def write_files(self, folder: Path) -> None:
         """Put all but the graph into a folder."""
@@ -57,19 +75,29 @@ class GenaiGraph:
                 shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_bytes(content)
+        drop_code(folder)
 
 
-def load_decoder_base(plan: Plan[DecoderPlan]) -> Base:
-    """Read the weights of a planned decoder's sites, or of a graph that exists their digests.
+def load_decoder_base(plan: Plan[DecoderPlan]) -> tuple[Base, OutputScales]:
+    """The digests of a planned decoder's weights, which are in its graph alone, and what DoRA takes
+    of them.
 
     Raises:
         BaseModelError: the base cannot be used.
+        WeightsError: an adapter holds NaN or Inf, or its DoRA no direction.
     """
     decoder = plan.kind
     if decoder.graph is not None:
-        return onnx_graph.load_graph_base(plan, decoder.graph)
+        return onnx_graph.load_graph_base(plan, decoder.graph), {}
     layers = [planned.layer for planned in plan.layers]
-    return read_base(load_plain_model(decoder.directory, "causal-lm", {}), layers)
+    model = load_stored_decoder(decoder.directory)
+    scales = {}
+    for adapter in plan.adapters:
+        if "dora" in adapter.header.features:
+            dora = dora_sites(read_site_weights(adapter.header, adapter.modules))
+            weight_of = partial(stored_weight, model)
+            scales[adapter.name] = output_scales(dora, weight_of, layers, adapter.scale)
+    return digest_base(model, layers, decoder.missing), scales
 
 
 def load_decoder_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
@@ -81,8 +109,22 @@ def load_decoder_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
     graph = plan.kind.graph
     if graph is None:
         return _build_graph(plan)
-    files = {file.name: file for file in onnx_graph.other_files(graph)}
-    return GenaiGraph(onnx_graph.load_graph(graph), files)
+    others = other_files(read_graph(graph.file), graph.file, graph.directory)
+    files = {file.name: file for file in others}
+    model = onnx_graph.load_graph(graph)
+    positions = graph_positions(model)
+    config = read_genai_config(graph.directory, BaseModelError)["model"]
+    window = config["decoder"].get("sliding_window", {}).get("window_size")
+    if window and not any(positions.windows):
+        raise BaseModelError(
+            f"{graph.directory / GENAI_CONFIG}: it has a sliding window of {window} tokens, and no"
+            f" layer of {graph.file.name} has one, as onnxruntime-genai's builder leaves it out:"
+            " longer texts would be computed without it. Build the Hugging Face model instead"
+            " (base.kind: causal_lm)"
+        )
+    keep_whole_caches(model)
+    choose_by_row(model, int(config["decoder"]["head_size"]))
+    return GenaiGraph(model, files, positions)
 
 
 def find_decoder_sites(plan: Plan[DecoderPlan], model: ir.Model) -> list[Graft]:
@@ -114,8 +156,7 @@ def fit_stacks(graft: Graft, num_slots: int) -> Graft:
         return graft
     strategy: Strategy = "augmented" if all(map(_is_plain, graft.nodes)) else "masked"
     widths = graft.widths if strategy == "augmented" else [layer.out_features]
-    slot_rows = layer.stacks[0].slot_rows
-    stacks = make_stacks(layer, strategy, num_slots, widths, slot_rows=slot_rows)
+    stacks = make_stacks(layer, strategy, num_slots, widths)
     return replace(graft, layer=replace(layer, strategy=strategy, stacks=stacks))
 
 
@@ -127,7 +168,41 @@ def _is_plain(node: ir.Node) -> bool:
 
 
 def _build_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
-    base, directory = plan.spec.base, plan.kind.directory
+    directory = plan.kind.directory
+    with tempfile.TemporaryDirectory() as plain, tempfile.TemporaryDirectory() as folder:
+        link_plain(directory, Path(plain))
+        _run_builder(plan, Path(plain), Path(folder))
+        model = ir.load(Path(folder) / "model.onnx")
+        ir.external_data.load_to_model(model)
+        graphs = ("model.onnx", "model.onnx.data")
+        files = [
+            file
+            for file in sorted(Path(folder).iterdir())
+            if file.is_file() and file.name not in graphs
+        ]
+        contents = {file.name: file.read_bytes() for file in files}
+        config = read_genai_config(Path(folder), BaseModelError)["model"]
+    positions = read_positions(directory)
+    set_layers(model, positions)
+    tables = _read_tables(directory, positions, int(config["context_length"]))
+    if tables is not None:
+        set_factors(model, tables, int(config["decoder"]["head_size"]))
+    return GenaiGraph(model, contents, positions)
+
+
+def _read_tables(directory: Path, positions: Positions, context: int) -> RotaryTables | None:
+    length = positions.reread_length
+    factors = read_rotary_factors(directory, context)
+    if factors is None or length is None or length >= context:
+        return None if factors is None else RotaryTables(factors, None)
+    short = read_rotary_factors(directory, length)
+    assert short is not None, "a model has RoPE at every length, or at none"
+    return RotaryTables(short, factors)
+
+
+def _run_builder(plan: Plan[DecoderPlan], directory: Path, folder: Path) -> None:
+    """onnxruntime-genai's model builder: a directory of Hugging Face -> its folder."""
+    base = plan.spec.base
     try:
         with _no_logging():
             from onnxruntime_genai.models.builder import create_model, parse_extra_options
@@ -139,22 +214,17 @@ def _build_graph(plan: Plan[DecoderPlan]) -> GenaiGraph:
     weights = base.weights if base.kind == "causal_lm" else "float"
     precision = _PRECISIONS[weights, plan.spec.export.dtype]
     said = io.StringIO()
-    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryDirectory() as made:
-        place = ("decoder", str(directory), made, *precision)
+    with tempfile.TemporaryDirectory() as cache:
+        place = ("decoder", str(directory), str(folder), *precision)
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _no_logging():
                 prepared = parse_extra_options(*place, cache, _OPTIONS)
                 create_model(*place, cache, **prepared)
         except Exception as error:
             raise BaseModelError(
-                f"{directory}: onnxruntime-genai's model builder cannot take this model:"
+                f"{plan.kind.directory}: onnxruntime-genai's model builder cannot take this model:"
                 f" {type(error).__name__}: {str(error).strip() or said.getvalue()[-200:]}"
             ) from error
-        model = ir.load(Path(made) / "model.onnx")
-        ir.external_data.load_to_model(model)
-        graphs = ("model.onnx", "model.onnx.data")
-        rest = [file for file in sorted(Path(made).iterdir()) if file.name not in graphs]
-        return GenaiGraph(model, {file.name: file.read_bytes() for file in rest})
 
 
 @contextlib.contextmanager

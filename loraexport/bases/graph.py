@@ -1,14 +1,12 @@
 """A graph that exists: its digests, its weights in memory, its products."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.contract.files import digest_file
-from loraexport_runtime.contract.foreign import require_file
 
 from ..errors import BaseModelError
 from ..graphs.files import external_files, read_graph
@@ -17,6 +15,7 @@ from ..plan.graph import GraphPlan
 from ..plan.plan import AnyPlan
 from .weights import Base, digest_of
 
+_WEIGHT, _OUTPUT = ".weight", "lm_head"
 NO_PLAIN_MODEL = "the base is an ONNX graph"
 """Why no Hugging Face model can be asked."""
 
@@ -24,7 +23,6 @@ NO_PLAIN_MODEL = "the base is an ONNX graph"
 def load_graph_base(plan: AnyPlan, graph: GraphPlan) -> Base:
     """The digests of a graph's files and of its sites' weights, as they are stored."""
     model = read_graph(graph.file)
-    _require_data(model, graph.file)
     by_output = {product.output: product for product in list_products(model.graph)}
     digests = {}
     for planned in plan.layers:
@@ -32,24 +30,25 @@ def load_graph_base(plan: AnyPlan, graph: GraphPlan) -> Base:
         stored = {product.output: digest_array(_values(product.weight)) for product in products}
         for part in planned.layer.slices:
             digests[part.site] = digest_of(stored | {"columns": f"{part.offset}, {part.width}"})
+    digests = _embeddings(model.graph) | digests
     files = {graph.file, *external_files(model, graph.file)}
     return Base({}, digests, digest_of({file.name: digest_file(file) for file in sorted(files)}))
 
 
-def _require_data(model: ir.Model, file: Path) -> None:
-    """Raise BaseModelError unless each file of external data is there and whole."""
-    for data in sorted(external_files(model, file)):
-        require_file(data, BaseModelError, f"{file.name} keeps weights in it; copy it too")
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-            size = (file.parent / tensor.location).stat().st_size
-            if size < end:
-                raise BaseModelError(
-                    f"{file.parent / tensor.location}: {size} bytes, but {value.name!r} of"
-                    f" {file.name} ends at {end}; copy or download it again"
-                )
+def _embeddings(graph: ir.Graph) -> dict[str, str]:
+    """The digests of word tables and of an output layer, by module, as PEFT would save them."""
+    tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
+    digests = {
+        str(table.name).removesuffix(_WEIGHT): digest_array(_values(table))
+        for table in tables
+        if table is not None and table.const_value is not None
+        if str(table.name).endswith(_WEIGHT) and len(table.const_value.shape) == 2
+    }
+    for product in list_products(graph):
+        is_plain = product.node.op_type == "MatMul" and product.node.inputs[1] is product.weight
+        if is_plain and product.names and product.names[0].rpartition(".")[2] == _OUTPUT:
+            digests[product.names[0]] = digest_array(_values(product.weight).T)
+    return digests
 
 
 def load_graph(graph: GraphPlan) -> ir.Model:
@@ -64,16 +63,6 @@ def load_graph(graph: GraphPlan) -> ir.Model:
     except Exception as error:
         raise BaseModelError(f"{graph.file}: its external data is damaged: {error}") from error
     return model
-
-
-def other_files(graph: GraphPlan) -> list[Path]:
-    """What lies beside the graph, but for its weights and other graphs."""
-    skipped = {graph.file, *external_files(read_graph(graph.file), graph.file)}
-    return [
-        file
-        for file in sorted(graph.directory.iterdir())
-        if file.is_file() and file not in skipped and file.suffix != ".onnx"
-    ]
 
 
 def find_sites(

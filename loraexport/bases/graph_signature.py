@@ -12,14 +12,14 @@ from loraexport_runtime.contract.kinds import TensorEntry
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ..errors import BaseModelError
+from ..graphs.inputs import GRAPH_DTYPES, input_entry
 from ..graphs.products import Layout
 from ..graphs.sessions import open_graph
+from ..graphs.tables import table_rows
 from ..plan.graph import GraphPlan
 from ..plan.plan import Plan
 from .graph import find_sites
 
-_KNOWN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "pixel_values")
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "INT64": "int64"}
 _EXAMPLES = ((3, 7), (2, 5))
 """(batch, sequence) of the runs that tell a graph's dimensions apart."""
 
@@ -42,7 +42,7 @@ class GraphSignature:
     """Layer -> layout, and for flat rows how many belong to one, in the first example."""
 
 
-def read_signature(plan: Plan[GraphPlan], model: ir.Model) -> GraphSignature:
+def read_graph_signature(plan: Plan[GraphPlan], model: ir.Model) -> GraphSignature:
     """Run the graph on two batches and see which dimensions follow the rows and the tokens.
 
     Raises:
@@ -50,7 +50,7 @@ def read_signature(plan: Plan[GraphPlan], model: ir.Model) -> GraphSignature:
             neither.
     """
     label = str(plan.kind.file)
-    inputs = tuple(_input_entry(value, label) for value in model.graph.inputs)
+    inputs = tuple(input_entry(value, label) for value in model.graph.inputs)
     tokens = find_tokens(plan, model)
     sources = _add_site_outputs(plan, model.clone())
     session = open_graph(sources.model)
@@ -110,30 +110,8 @@ def _layout(shape: Sequence[int], layer: str, label: str) -> tuple[Layout, int]:
     )
 
 
-def _input_entry(value: ir.Value, label: str) -> TensorEntry:
-    name, shape = str(value.name), value.shape
-    dtype = _DTYPES.get(value.dtype.name if value.dtype is not None else "")
-    if name.startswith("past_key_values"):
-        raise BaseModelError(
-            f"{label}: it takes a cache ({name}), but no genai_config.json lies beside it; make its"
-            " folder with onnxruntime-genai's model builder, or export the model without a cache"
-        )
-    if name not in _KNOWN_INPUTS or dtype is None or shape is None:
-        raise BaseModelError(
-            f"{label}: it takes {name!r} ({value.dtype}); known are {', '.join(_KNOWN_INPUTS)} in"
-            " int64, float32 and float16, so that nothing could be proven. Export it with these"
-        )
-    if isinstance(shape[0], int) or (name != "pixel_values" and isinstance(shape[1], int)):
-        raise BaseModelError(
-            f"{label}: {name} has the fixed shape {shape}; export it with dynamic axes for"
-            " the batch and the sequence"
-        )
-    sizes = ("batch", *map(str, shape[1:])) if name == "pixel_values" else ("batch", "sequence")
-    return TensorEntry(name, dtype, sizes)  # type: ignore[arg-type]
-
-
 def _output_entry(value: ir.Value, shapes: Sequence[Sequence[int]], label: str) -> TensorEntry:
-    dtype = _DTYPES.get(value.dtype.name if value.dtype is not None else "")
+    dtype = GRAPH_DTYPES.get(value.dtype.name if value.dtype is not None else "")
     sizes = []
     for place, pair in enumerate(zip(*shapes, strict=True)):
         follows = {_pair(0): "batch", _pair(1): "sequence"}
@@ -187,20 +165,11 @@ def find_tokens(plan: Plan[GraphPlan], model: ir.Model) -> Tokens:
         if config.get(key) is not None:
             value_of(config, key, int, file, BaseModelError)
     pad = config.get("pad_token_id") or 0
-    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
-    if ids is None:
+    if all(value.name != "input_ids" for value in model.graph.inputs):
         return Tokens(0, pad)
-    same = [ids]  # and what only shapes them
-    for value in same:
-        for user, _ in value.uses():
-            table = user.inputs[0]
-            if user.op_type in ("Reshape", "Cast", "Identity", "Unsqueeze"):
-                same += user.outputs
-            elif user.op_type == "Gather" and table is not None and table.is_initializer():
-                assert table.shape is not None, "an initializer has a shape"
-                return Tokens(int(table.shape[0]), pad)  # type: ignore[arg-type]
-    if config.get("vocab_size") is not None:
-        return Tokens(config["vocab_size"], pad)
+    rows = table_rows(model.graph, "input_ids") or config.get("vocab_size")
+    if rows is not None:
+        return Tokens(rows, pad)
     raise BaseModelError(
         f"{plan.kind.file}: no table that input_ids look up, and no vocab_size in {file}; put the"
         " model's config.json there"

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from loraexport_runtime.adapters.packing import assemble, pack
 from loraexport_runtime.adapters.tensor_files import digest_array, read_tensors
+from loraexport_runtime.adapters.tensors import LoraWeights
 from loraexport_runtime.contract.manifest import Layer
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
@@ -40,9 +42,11 @@ def load_layers_base(plan: Plan[LayersPlan]) -> Base:
                 weights = _read(source, layer_plan.fan_in_fan_out)
             _check_fits(weights, part.site, plan.spec.export.dtype)
             sites[part.site] = weights
-    digests = {site: digest_array(one.weight) for site, one in sites.items()}
-    biases = {f"{site}.bias": one.bias for site, one in sites.items()}
-    every = digests | {name: digest_array(one) for name, one in biases.items() if one is not None}
+    digests = {site: digest_array(weights.weight) for site, weights in sites.items()}
+    biases = {f"{site}.bias": weights.bias for site, weights in sites.items()}
+    every = digests | {
+        name: digest_array(bias) for name, bias in biases.items() if bias is not None
+    }
     return Base(sites, digests, digest_of(every))
 
 
@@ -135,7 +139,9 @@ def _build(
     whole_base = make_base(to_torch(weight), torch_bias)
     stacked_base = make_base(None, None) if base_rows else whole_base
     make_layer = MultiLoraEmbedding if layer.kind == "embedding" else MultiLoraLinear
-    loop = SegmentedLoop(layer, slots, plan.num_slots, dtype)
+    # Layers have no modules that were trained whole: their plan refuses these.
+    lora_slots = cast("Mapping[int, tuple[Mapping[str, LoraWeights], float]]", slots)
+    loop = SegmentedLoop(layer, lora_slots, plan.num_slots, dtype)
     return LayerModules(
         layer,
         SegmentedLayer(whole_base, loop).eval(),
@@ -153,7 +159,7 @@ def _fuse(
     if all(part.bias is None for part in parts):
         return weight, None
     biases = [
-        np.zeros(part.width, dtype) if one.bias is None else one.bias.astype(dtype)
-        for one, part in zip(parts, layer.slices, strict=True)
+        np.zeros(part.width, dtype) if weights.bias is None else weights.bias.astype(dtype)
+        for weights, part in zip(parts, layer.slices, strict=True)
     ]
     return weight, np.concatenate(biases)

@@ -4,7 +4,8 @@ The sites are those of the plan; in the model each becomes one of the modules of
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraexport_runtime.adapters.dora import dora_sites, output_scales
-from loraexport_runtime.adapters.packing import assemble, lowest, pack
+from loraexport_runtime.adapters.packing import assemble, check_values, lowest, pack
 from loraexport_runtime.adapters.sites import check_base_copies
 from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.adapters.tensors import ModuleWeights, read_site_weights
 from loraexport_runtime.contract.manifest import Layer
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
+from ..hf.inputs.signature import Signature
 from ..hf.model import has_rotary_positions, headless_widths, load_plain_model
-from ..hf.pooling import SentencePooling
-from ..hf.skeleton import Signature
+from ..hf.sentences.pooling import make_tail
 from ..lora import STRATEGIES
 from ..lora.blended import Blended
 from ..lora.model_sites import ModelSite, RowContext, RowEmbedding, RowHead, RowLinear, SlicedSite
@@ -62,19 +63,23 @@ def load_model_base(plan: Plan[ModelPlan]) -> tuple[Base, ModelModules]:
         BaseModelError: the base cannot be used.
         WeightsError, AdapterWeightsError: an adapter cannot be used on it.
     """
-    layers = [one.layer for one in plan.layers]
+    layers = [planned.layer for planned in plan.layers]
     headless = headless_widths(layers)
     model: Any = load_plain_model(plan.kind.directory, plan.kind.task, headless)
-    base = read_base(model, layers)
+    base = read_base(model, layers, plan.kind.missing)
     dtype = plan.spec.export.dtype
     slots: dict[int, _Slot] = {}
     scales: dict[str, dict[str, np.ndarray]] = {}
     for adapter in plan.adapters:
-        check_base_copies(adapter.header, adapter.modules, base.digests)
+        check_base_copies(adapter.header, adapter.modules, base.digests, plan.kind.naming)
         weights = read_site_weights(adapter.header, adapter.modules)
         dora = dora_sites(weights)
-        known = {site: base.sites[site].weight for site in dora}
-        scales[adapter.name] = output_scales(dora, known, layers, adapter.scale)
+        scales[adapter.name] = output_scales(
+            dora, lambda site: base.sites[site].weight, layers, adapter.scale
+        )
+        check_values(
+            adapter.name, weights, adapter.scale, NUMPY_DTYPES[dtype], scales[adapter.name]
+        )
         if adapter.slot is not None:
             slots[adapter.slot] = _Slot(weights, adapter.scale, scales[adapter.name])
     model = model.to(TORCH_DTYPES[dtype])
@@ -87,19 +92,31 @@ def load_model_base(plan: Plan[ModelPlan]) -> tuple[Base, ModelModules]:
         rows = _base_rows(layer, base, NUMPY_DTYPES[dtype])
         base_rows |= rows
         blocks = {
-            slot: pack(layer, one.weights, one.scale, NUMPY_DTYPES[dtype], rows, one.output_scales)
-            for slot, one in slots.items()
+            slot: pack(
+                layer,
+                content.weights,
+                content.scale,
+                NUMPY_DTYPES[dtype],
+                rows,
+                content.output_scales,
+            )
+            for slot, content in slots.items()
         }
         for stack in layer.stacks:
             value = assemble(stack, NUMPY_DTYPES[dtype], rows.get(stack.name), blocks)
             stacks[stack.name] = value
         _replace_sites(model, layer, plan.num_slots, context, blend)
-    pooling = None
-    if plan.kind.task == "sentence-embedding":
-        pooling = SentencePooling.read(plan.kind.directory)
+    if model.config.model_type == "deberta-v2":
+        from ..lora.row_positions import give_rows_positions
+
+        give_rows_positions(model, context)
+    tail = None if plan.kind.tail is None else make_tail(plan.kind.tail)
+    if tail is not None and (tensors := tail.state_dict()):
+        digests = {name: digest_array(to_numpy(tensor)) for name, tensor in tensors.items()}
+        base = replace(base, digest=digest_of({"": base.digest, **digests}))
     signature = Signature(plan.kind.inputs, plan.kind.outputs)
     rotary = has_rotary_positions(model.config)
-    parts = model, signature, pooling, context, list(stacks), rotary
+    parts = model, plan.kind.task, signature, tail, context, list(stacks), rotary
     if plan.kind.packed:
         from .unpadded import PackedModel
 
@@ -127,8 +144,12 @@ class _Slot:
     output_scales: Mapping[str, np.ndarray]
 
 
-def read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
-    """The frozen weights of every site, [out, in], and the digest of the whole model."""
+def read_base(model: nn.Module, layers: Sequence[Layer], missing: Sequence[str]) -> Base:
+    """The frozen weights of every site, [out, in], and the digest of all that its files have.
+
+    Args:
+        missing: the weights that they lack.
+    """
     sites = {}
     for layer in layers:
         for part in layer.slices:
@@ -136,9 +157,40 @@ def read_base(model: nn.Module, layers: Sequence[Layer]) -> Base:
             bias = getattr(module, "bias", None)
             weight = to_numpy(_weight(module))
             sites[part.site] = SiteWeights(weight, None if bias is None else to_numpy(bias))
-    every = {name: digest_array(to_numpy(one)) for name, one in model.state_dict().items()}
-    digests = {site: digest_array(one.weight) for site, one in sites.items()}
-    return Base(sites, digests, digest_of(every))
+    return replace(digest_base(model, layers, missing), sites=sites)
+
+
+def digest_base(model: nn.Module, layers: Sequence[Layer], missing: Sequence[str]) -> Base:
+    """The digests of a model's weights as float32, in whatever dtype they are.
+
+    Args:
+        missing: the weights that its files lack.
+    """
+    every = {
+        name: digest_array(to_numpy(tensor.float() if tensor.is_floating_point() else tensor))
+        for name, tensor in model.state_dict().items()
+        if name not in missing
+    }
+    sites = [part.site for layer in layers for part in layer.slices]
+    digests = {site: digest_array(stored_weight(model, site)) for site in sites}
+    digests |= {
+        name: every[f"{name}.weight"]
+        for name in _embeddings(model)
+        if name not in sites and f"{name}.weight" in every
+    }
+    return Base({}, digests, digest_of(every), tuple(missing))
+
+
+def _embeddings(model: Any) -> list[str]:
+    """The modules whose weights PEFT may save beside a LoRA: the first and the output layer."""
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers = []
+    for getter in getters:
+        with suppress(AttributeError, NotImplementedError):  # a model of sounds has none
+            layers.append(getattr(model, getter)())
+    return [
+        name for name, module in model.named_modules() if any(module is layer for layer in layers)
+    ]
 
 
 def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -150,19 +202,21 @@ def _base_rows(layer: Layer, base: Base, dtype: np.dtype) -> dict[str, np.ndarra
             if stack.role == "output_scale":
                 value[:] = 1
             for part in layer.slices:
-                one = base.sites[part.site]
+                weights = base.sites[part.site]
                 columns = slice(part.offset, part.offset + part.width)
                 if stack.role == "lora_B":
-                    left = part.offset - stack.column_offset
-                    if 0 <= left < stack.shape[1]:
-                        put_base(value[:, left : left + part.width], one.weight, one.bias)
+                    column = part.offset - stack.column_offset
+                    if 0 <= column < stack.shape[1]:
+                        put_base(
+                            value[:, column : column + part.width], weights.weight, weights.bias
+                        )
                 elif stack.role == "weight":
-                    value[: len(one.weight)] = one.weight
+                    value[: len(weights.weight)] = weights.weight
                 elif stack.role == "bias":
                     # Labels that the base lacks, as in stacks.pack.
                     value[:, columns] = lowest(dtype)
-                    own = slice(part.offset, part.offset + len(one.weight))
-                    value[:, own] = 0 if one.bias is None else one.bias
+                    base_columns = slice(part.offset, part.offset + len(weights.weight))
+                    value[:, base_columns] = 0 if weights.bias is None else weights.bias
             rows[stack.name] = value.astype(dtype)
     return rows
 
@@ -177,8 +231,8 @@ def _replace_sites(
     bias = None
     if any(bias is not None for bias in biases):
         pieces = [
-            weight.new_zeros(len(_weight(module))) if one is None else one.detach()
-            for module, one in zip(modules, biases, strict=True)
+            weight.new_zeros(len(_weight(module))) if bias is None else bias.detach()
+            for module, bias in zip(modules, biases, strict=True)
         ]
         bias = torch.cat(pieces)
     roles = {stack.role for stack in layer.stacks}
@@ -205,6 +259,11 @@ def _replace_sites(
         parent, _, child = part.site.rpartition(".")
         sliced = SlicedSite(whole, index, context)
         setattr(model.get_submodule(parent), child, whole if len(layer.slices) == 1 else sliced)
+
+
+def stored_weight(model: nn.Module, site: str) -> np.ndarray:
+    """float32 [out, in] of a site; an embedding's [vocabulary, dim]."""
+    return to_numpy(_weight(model.get_submodule(site)).float())
 
 
 def _weight(module: Any) -> Tensor:

@@ -17,10 +17,11 @@ from transformers import AttentionInterface
 from loraexport_runtime.contract.kinds import Packed
 
 from ..errors import BaseModelError
-from ..hf.pooling import SentencePooling
+from ..hf.sentences.tail import PROMPT_LENGTHS
 from .multi_lora_model import MultiLoraModel
 
 _NAME = "loraexport_packed"
+_NOT_OF_TOKENS = ("attention_mask", PROMPT_LENGTHS)
 _OPERATOR = "com.microsoft::PackedMultiHeadAttention"
 
 
@@ -66,7 +67,7 @@ class Packing:
         tokens, lengths = real.nonzero().squeeze(1), (attention_mask != 0).sum(1)
         columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         shown = columns < lengths.unsqueeze(1)
-        places = [one.flatten().nonzero().squeeze(1) for one in (shown, ~shown)]
+        places = [mask.flatten().nonzero().squeeze(1) for mask in (shown, ~shown)]
         return cls(
             tokens,
             tokens // attention_mask.shape[1],
@@ -96,17 +97,13 @@ class PackedModel(MultiLoraModel):
                 four gathers.
 
         Raises:
-            BaseModelError: the model, or its pooling, cannot be packed.
+            BaseModelError: the model cannot be packed.
         """
         config: Any = self.model.config
         if config.model_type not in _POSITIONS:
             raise BaseModelError(
                 f"export.packed: a model of type {config.model_type!r} cannot be packed, but"
                 f" {', '.join(_POSITIONS)}; remove it"
-            )
-        if isinstance(self.pooling, SentencePooling) and self.pooling.mode == "cls_token":
-            raise BaseModelError(
-                "export.packed: pooling takes the first column, which may be padding; remove it"
             )
         config._attn_implementation = _NAME
         self._runs_on = runs_on
@@ -123,16 +120,16 @@ class PackedModel(MultiLoraModel):
         config: Any = self.model.config
         packing = Packing.of(inputs["attention_mask"])
         self.begin(adapter_ids.index_select(0, packing.rows), stacks, None)
-        ids = {name: one for name, one in inputs.items() if name != "attention_mask"}
+        ids = {name: inputs[name] for name in inputs if name not in _NOT_OF_TOKENS}
         positions = _POSITIONS[config.model_type](ids["input_ids"], config.pad_token_id)
         y = self.run(
-            {name: packing.pick(one) for name, one in ids.items()}
+            {name: packing.pick(tensor) for name, tensor in ids.items()}
             | {"position_ids": packing.pick(positions)},
             attention_mask=torch.zeros(1, 1, 1, 1),  # of four dimensions: taken as it is
             packing=packing,
             runs_on=self._runs_on,
         )
-        return self.pooled(packing.restore(y), inputs["attention_mask"])
+        return self.finish(packing.restore(y), inputs)
 
 
 def _attention(
@@ -144,7 +141,7 @@ def _attention(
     packing: Packing,
     runs_on: str,
     scaling: float,
-    **others: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' interface: query, key, value [T, heads, 1, size] -> [T, 1, heads, size]."""
     heads = query.shape[1]

@@ -23,9 +23,11 @@ class Base:
 
     sites: dict[str, SiteWeights]
     digests: dict[str, str]
-    """sha256 of each site's weight, by site."""
+    """sha256 of each site's weight, by site; and of embeddings that are none, by module."""
     digest: str
     """sha256 over everything that the base's output depends on, as hexadecimal text."""
+    missing: tuple[str, ...] = ()
+    """Weights of its model that its files lack, so that no digest but their sites' covers them."""
 
 
 def digest_of(digests: Mapping[str, str]) -> str:

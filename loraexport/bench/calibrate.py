@@ -6,6 +6,7 @@ import yaml
 
 from loraexport_runtime.contract.manifest import Strategy
 
+from ..artifact import write_whole
 from ..errors import UsageError
 from ..plan.costs import LayerShape, Measured, fit
 from ..plan.stacks import BYTES_PER_VALUE
@@ -43,7 +44,7 @@ def calibrate(results: Results, out: Path) -> Costs:
         raise UsageError("no layer of this run was captured, so there is nothing to calibrate with")
     device = results.environment.get("device", "this device")
     costs = fit(device, measured)
-    (out / COSTS_FILE).write_text(f"{costs.model_dump_json(indent=1)}\n", encoding="utf-8")
+    write_whole(out / COSTS_FILE, f"{costs.model_dump_json(indent=1)}\n".encode())
     return costs
 
 

@@ -91,26 +91,26 @@ def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     works: dict[str, Work] = {}
     outputs: dict[str, np.ndarray] = {}
     left_out: dict[str, str] = {}
-    wanted = [
+    contestants = [
         contestant for contestant in contest.contestants if contestant.name not in contest.leave_out
     ]
-    groups = {one.name: one.group for one in wanted}
-    for one in wanted:
+    groups = {contestant.name: contestant.group for contestant in contestants}
+    for contestant in contestants:
         try:
-            work = one.make()
+            work = contestant.make()
             if work.prepare is not None:
                 work.prepare()
             work.calls[0]()
             device.synchronize()
-            works[one.name], outputs[one.name] = work, work.output()
+            works[contestant.name], outputs[contestant.name] = work, work.output()
         except Exception as error:  # another library's refusal is what the table shows
-            left_out[one.name] = _reason(error)
+            left_out[contestant.name] = _reason(error)
             device.recover()
     differences = check_agreement(_title(contest.cell), outputs, groups, bench.dtype)
     timings = time_works(works, bench.rounds, bench.round_ms / 1000, device) if works else {}
     entries = tuple(
-        Entry(name=name, group=groups[name], timing=one, difference=differences[name])
-        for name, one in timings.items()
+        Entry(name=name, group=groups[name], timing=timing, difference=differences[name])
+        for name, timing in timings.items()
     )
     ours = next((name for name in contest.ours if name in works), None)
     return contest.cell.model_copy(update={"entries": entries, "left_out": left_out, "ours": ours})
@@ -125,15 +125,16 @@ def check_agreement(
         ParityError: further than rounding explains, or no adapter changes anything.
     """
     first: dict[Group, str] = {}
-    found = {}
+    differences = {}
     for name, y in outputs.items():
         reference = outputs[first.setdefault(groups[name], name)]
-        found[name] = largest_difference(y, reference)
+        differences[name] = largest_difference(y, reference)
         allowed = _TOKENS_TOLERANCE if y.dtype == np.int64 else _TOLERANCES[dtype]
-        if not found[name] <= allowed:  # NaN is not
+        if not differences[name] <= allowed:  # NaN is not
             raise ParityError(
                 f"{where}: {name!r} disagrees with {first[groups[name]]!r}: difference"
-                f" {found[name]:.1e}, allowed {allowed:.0e}; a time of wrong numbers says nothing"
+                f" {differences[name]:.1e}, allowed {allowed:.0e}; a time of wrong numbers says"
+                " nothing"
             )
     if len(first) == 2:
         base, mixed = (outputs[first[group]] for group in ("base", "mixed"))
@@ -143,7 +144,7 @@ def check_agreement(
                 f"{where}: the adapters move the base's output by {moved:.1e} only, so that a"
                 " contestant without them would pass; take a larger rank"
             )
-    return found
+    return differences
 
 
 def largest_difference(y: np.ndarray, reference: np.ndarray) -> float:

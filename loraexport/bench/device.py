@@ -113,19 +113,19 @@ class Device:
 
     def environment(self) -> dict[str, str]:
         """What the figures depend on."""
-        found = {"date": datetime.now(UTC).date().isoformat(), "device": self.name}
+        environment = {"date": datetime.now(UTC).date().isoformat(), "device": self.name}
         if self.kind == "cuda":
-            found["driver"] = _driver()
-            found["cuda of torch"] = str(torch.version.cuda)
-            found["L2, MiB"] = str(self._l2_bytes >> 20)
+            environment["driver"] = _driver()
+            environment["cuda of torch"] = str(torch.version.cuda)
+            environment["L2, MiB"] = str(self._l2_bytes >> 20)
         threads = f", {self.threads} used by each contestant" if self.threads else ""
-        found["host"] = f"{_cpu_name()}, {os.cpu_count()} cores{threads}"
+        environment["host"] = f"{_cpu_name()}, {os.cpu_count()} cores{threads}"
         for tool in _TOOLS:
             try:
-                found[tool] = version(tool)
+                environment[tool] = version(tool)
             except PackageNotFoundError:
                 continue
-        return found | {key: value for key, value in versions().items() if key != "gpu"}
+        return environment | {key: value for key, value in versions().items() if key != "gpu"}
 
 
 def _cpu_name() -> str:
@@ -133,14 +133,14 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _driver() -> str:
     command = shutil.which("nvidia-smi")
     if command is None:
         return "unknown"
-    asked = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
     return (done.stdout.splitlines() or ["unknown"])[0].strip()

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from loraexport_runtime.contract.foreign import MAX_BYTES, read_bounded
+
 from ..errors import UsageError
 from .workloads.schema import Workloads
 
@@ -93,7 +95,7 @@ def read_results(path: Path) -> Results:
         UsageError: it is none, or of another version.
     """
     try:
-        return Results.model_validate_json(path.read_text(encoding="utf-8"))
+        return Results.model_validate_json(read_bounded(path, MAX_BYTES))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give the bench.json of a run") from error
     except ValidationError as error:

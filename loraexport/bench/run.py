@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..artifact import cannot_write, write_whole
 from ..errors import ParityError, UsageError
 from .contest import SCRATCH, Contest, run_contest
 from .device import Device
@@ -26,8 +27,9 @@ def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) ->
 
     Raises:
         ProviderError: the device cannot run here.
-        BaseModelError, UsageError: a workload cannot be made.
+        BaseModelError, UsageError: a workload cannot be made, or `out` cannot.
     """
+    _make_folder(out)
     device = Device(bench.device, bench.threads)
     results = Results(environment=device.environment(), workloads=bench, cells=())
     for workload in bench.workloads:
@@ -53,9 +55,13 @@ def _with(results: Results, contest: Contest, bench: Workloads, device: Device) 
 
 
 def write_report(results: Results, out: Path) -> UsageError | None:
-    """Write bench.json, bench.md and the plots; give why there are no plots, if so."""
+    """Write bench.json, bench.md and the plots; give why there are no plots, if so.
+
+    Raises UsageError, DiskFullError: nothing can be written there.
+    """
+    _make_folder(out)
     _write_json(results, out)
-    (out / "bench.md").write_text(to_markdown(results), encoding="utf-8")
+    write_whole(out / "bench.md", to_markdown(results).encode())
     try:
         write_plots(results, out)
     except UsageError as error:
@@ -63,10 +69,16 @@ def write_report(results: Results, out: Path) -> UsageError | None:
     return None
 
 
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
 def _write_json(results: Results, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     text = results.model_dump_json(indent=1)
-    (out / "bench.json").write_text(f"{text}\n", encoding="utf-8")
+    write_whole(out / "bench.json", f"{text}\n".encode())
 
 
 def _contests(workload: Workload, lab: Lab) -> Iterator[Contest]:

@@ -1,6 +1,7 @@
 """The command line: arguments -> functions; errors -> one readable block and an exit code."""
 
 import json
+import os
 import sys
 import traceback
 from dataclasses import asdict
@@ -11,9 +12,10 @@ import typer
 from rich.text import Text
 
 import loraexport
-from loraexport_runtime.adapters.config import CONFIG_FILE
+from loraexport_runtime.adapters.files import CONFIG_FILE, describe_inner
 from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
+from loraexport_runtime.contract.foreign import reason
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.errors import LoraexportError
 
@@ -64,6 +66,7 @@ def build(
 ) -> None:
     """Export, prove and publish the artifact of a spec."""
     from ..pipeline.files import text_note
+    from .show_plan import describe_missing
 
     with show_progress(f"building {spec}", as_json) as progress:
         done = loraexport.build(spec, out, progress)
@@ -71,8 +74,11 @@ def build(
     for name in report.silent_adapters:
         err_console.print(f"warning: adapter {name!r} changes nothing: all its B are zero")
     summary, digest = report.summary(), digest_file(folder / MANIFEST_FILE)
+    manifest = Manifest.read(folder)
+    missing = manifest.base.missing
     if as_json:
-        print_json({"artifact": str(folder), "digest": digest, "parity": report_dict(report)})
+        values = {"artifact": str(folder), "digest": digest, "missing": list(missing)}
+        print_json(values | {"parity": report_dict(report)})
         return
     out_console.print(
         Text("published", style="green"),
@@ -81,9 +87,8 @@ def build(
         f" {', '.join(summary.checked)}",
     )
     out_console.print(f"digest, to pin it: {digest}")
-    note = text_note(Manifest.read(folder))
-    if note:
-        err_console.print(f"note: {note}")
+    for note in filter(None, (describe_missing(missing), text_note(manifest))):
+        err_console.print(Text(f"note: {note}"))
     if summary.status == "deferred":
         err_console.print(
             "The ONNX graphs are unverified: run 'loraexport verify' on a CUDA machine."
@@ -111,12 +116,17 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The base's directory; default: where the spec says.")
     ] = None,
+    torchscript: Annotated[
+        bool, typer.Option("--torchscript", help="Run its TorchScript too: code that it brings.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Repeat an artifact's parity, perhaps on another machine."""
     chosen = [name.strip() for name in providers.split(",")] if providers else None
     with show_progress(f"verifying {artifact}", as_json) as progress:
-        done = loraexport.verify(artifact, base=base, providers=chosen, progress=progress)
+        done = loraexport.verify(
+            artifact, base=base, providers=chosen, torchscript=torchscript, progress=progress
+        )
     report = done.report
     if done.published:
         err_console.print(f"verified; digest, to pin it: {digest_file(artifact / MANIFEST_FILE)}")
@@ -138,24 +148,34 @@ def generate(
     ] = None,
     provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="0: the likeliest token always; default: as the model's own config says."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate from one batch of prompts, each with its own adapter, for a look."""
     from loraexport_runtime import load_generator
 
     names = [None if name == "base" else name for name in adapter or ["base"] * len(prompt)]
-    generator = load_generator(artifact, [provider])
-    found = generator.generate(
-        prompt, adapters=names, max_new_tokens=max_new_tokens, temperature=temperature
-    )
+    with load_generator(artifact, [provider]) as generator:
+        generations = generator.generate(
+            prompt, adapters=names, max_new_tokens=max_new_tokens, temperature=temperature
+        )
     if as_json:
-        rows = zip(prompt, names, found, strict=True)
-        print_json([{"prompt": text, "adapter": name, **asdict(one)} for text, name, one in rows])
+        rows = zip(prompt, names, generations, strict=True)
+        print_json(
+            [
+                {"prompt": text, "adapter": name, **asdict(generation)}
+                for text, name, generation in rows
+            ]
+        )
         return
-    for text, name, one in zip(prompt, names, found, strict=True):
+    for text, name, generation in zip(prompt, names, generations, strict=True):
         out_console.print(Text(f"[{name or 'base'}] {text}", style="bold"))
-        out_console.print(Text(one.text))
+        out_console.print(Text(generation.text))
 
 
 @app.command()
@@ -186,25 +206,25 @@ def bench(
     if (workloads is None) == (results is None):
         raise UsageError("give either a file of workloads, as specs/bench/cpu.yaml, or --from")
     if results is not None:
-        found = read_results(results)
+        measured = read_results(results)
     else:
         assert workloads is not None, "one of the two is given"
-        asked = read_workloads(workloads)
+        requested = read_workloads(workloads)
         with show_progress(f"measuring {workloads}", as_json) as progress:
-            found = run_bench(asked, out, progress)
-    missing = write_report(found, out)
+            measured = run_bench(requested, out, progress)
+    missing = write_report(measured, out)
     if missing is not None and results is not None:
         raise missing
     if missing is not None:
         err_console.print(Text(f"warning: no plots: {missing}"))
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(measured.model_dump(mode="json"))
     else:
         out_console.print(Text((out / "bench.md").read_text(encoding="utf-8").rstrip()))
     if calibrate:
-        err_console.print(f"For the spec of a build:\n{as_spec(fit_costs(found, out))}".rstrip())
-    if found.disagreements:
-        raise ParityError("\n".join(found.disagreements))
+        err_console.print(f"For the spec of a build:\n{as_spec(fit_costs(measured, out))}".rstrip())
+    if measured.disagreements:
+        raise ParityError("\n".join(measured.disagreements))
 
 
 @app.command()
@@ -219,8 +239,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an artifact, an adapter directory or a spec."""
-    is_artifact, note = (path / MANIFEST_FILE).is_file(), None
-    if not is_artifact and (path / CONFIG_FILE).is_file():
+    _require_access(path)
+    is_artifact, note = os.path.isfile(path / MANIFEST_FILE), None  # False for a path too long
+    if not is_artifact and os.path.isfile(path / CONFIG_FILE):
         _inspect_adapter(path, base, as_json)
         return
     if base is not None:
@@ -229,17 +250,22 @@ def inspect(
             f" with {CONFIG_FILE}); give one, or leave --base out"
         )
     if is_artifact:
-        from ..pipeline.files import text_note
+        from ..pipeline.files import generation_defaults, text_note
 
         manifest = Manifest.read(path)
         manifest.check_files(path)
         data = {"digest": digest_file(path / MANIFEST_FILE), **json.loads(manifest.to_json())}
+        defaults = generation_defaults(path, manifest)
+        if defaults is not None:
+            data["generation"] = defaults
         note = text_note(manifest)
-    elif path.is_file():
+    elif os.path.isfile(path):
         from ..spec.reader import read_spec
 
         data = read_spec(path).model_dump(mode="json")
-    elif path.exists():
+    elif os.path.exists(path):
+        if inner := describe_inner(path):
+            raise UsageError(inner)
         raise UsageError(
             f"{path}: neither an artifact (it has no {MANIFEST_FILE}) nor an adapter (it has no"
             f" {CONFIG_FILE}); give the folder of one, or a spec"
@@ -257,7 +283,10 @@ def inspect(
 @app.command()
 def init(
     base: Annotated[str, typer.Option(help="The model's directory, hub id or package: path.")],
-    adapter: Annotated[list[Path], typer.Option(help="A PEFT directory; give it for each.")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(help="A PEFT directory, or NAME=directory; give it for each."),
+    ],
     out: Annotated[Path, typer.Option(help="The spec to write.")] = Path("spec.yaml"),
 ) -> None:
     """Write a commented spec for a model and its adapters."""
@@ -297,6 +326,16 @@ def main() -> None:
             hint = "'loraexport --debug …' shows where"
             print_error(type(error).__name__, f"{error or 'no message'} ({hint})")
         sys.exit(1)
+
+
+def _require_access(path: Path) -> None:
+    """Raise UsageError where this user may not see what is there: something may be."""
+    try:
+        os.stat(path / CONFIG_FILE)
+    except PermissionError as error:
+        raise UsageError(f"{path}: {reason(error)}") from error
+    except (OSError, ValueError):  # what reads it says why
+        return
 
 
 def _inspect_adapter(path: Path, base: str | None, as_json: bool) -> None:

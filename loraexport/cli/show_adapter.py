@@ -66,7 +66,9 @@ def _header_dict(header: AdapterHeader) -> dict[str, Any]:
         "rslora": header.rslora,
         "max_rank": header.max_rank,
         "features": list(header.features),
-        "heads": {name: [one.out_features, one.in_features] for name, one in header.saved.items()},
+        "heads": {
+            name: [saved.out_features, saved.in_features] for name, saved in header.saved.items()
+        },
     }
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from loraexport_runtime.contract.kinds import TensorEntry
+from loraexport_runtime.contract.kinds import TensorEntry, sequence_of
 from loraexport_runtime.contract.manifest import Layer
 
 from ..errors import BaseModelError
+from ..hf.sentences.tail import PROMPT_LENGTHS
 from ..tensors import TORCH_DTYPES, to_torch
 
 if TYPE_CHECKING:  # transformers is for whole models only
@@ -43,7 +44,7 @@ def try_example_rows(name: str, modules: "ModelModules") -> tuple[dict[str, Tens
     Raises:
         BaseModelError: it fails before any exporter has a part in it.
     """
-    inputs, adapter_ids = example_rows(modules.signature.inputs)
+    inputs, adapter_ids = example_rows(modules.signature.inputs, modules.signature.outputs)
     stacks = [to_torch(value) for value in modules.stacks.values()]
     try:
         with torch.no_grad():
@@ -65,21 +66,27 @@ def example_weights(adapter_ids: Tensor, num_slots: int) -> Tensor:
     return weights
 
 
-def example_rows(inputs: Sequence[TensorEntry]) -> tuple[dict[str, Tensor], Tensor]:
-    """(a model's inputs by name, adapter_ids) for tracing: three rows, a text padded on the right.
+def example_rows(
+    inputs: Sequence[TensorEntry], outputs: Sequence[TensorEntry]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(a model's inputs by name, adapter_ids) for tracing: three rows, one padded on the right.
 
-    Pixels count up from -1 to 1.
+    Pixels, samples and spectrograms count up from -1 to 1.
     """
-    mask = torch.ones(3, 7, dtype=torch.int64)
-    mask[1, 4:] = 0
+    length = sequence_of(outputs, 7)
+    mask = torch.ones(3, length, dtype=torch.int64)
+    mask[1, sequence_of(outputs, 4) :] = 0
+    places = torch.arange(3 * length).view(3, length)
     values = {
-        "input_ids": 5 + torch.arange(21).view(3, 7) % 11,
+        "input_ids": 5 + places % 11,
         "attention_mask": mask,
         "token_type_ids": torch.zeros_like(mask),
+        "bbox": places.unsqueeze(-1) % 3 + torch.tensor([0, 1, 2, 3]),
+        PROMPT_LENGTHS: torch.tensor([2, 1, 0]),
     }
     for entry in inputs:
-        if entry.name == "pixel_values":
-            sizes = entry.sizes(3, 1)
-            pixels = torch.linspace(-1, 1, math.prod(sizes)).view(sizes)
-            values[entry.name] = pixels.to(TORCH_DTYPES[entry.dtype])
+        if entry.dtype != "int64":
+            sizes = entry.sizes(3, length)
+            numbers = torch.linspace(-1, 1, math.prod(sizes)).view(sizes)
+            values[entry.name] = numbers.to(TORCH_DTYPES[entry.dtype])
     return {entry.name: values[entry.name] for entry in inputs}, torch.tensor([1, 0, 1])

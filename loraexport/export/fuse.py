@@ -3,8 +3,9 @@
 Attention of [batch, heads, n, size] with a bool mask becomes MultiHeadAttention of
 [batch, n, heads * size] with the mask as an addend: no transposes, and on CUDA a flash kernel,
 where the other makes the mask an addend anew in every layer; the biases of q, k and v go into it
-where each was added before. Gelu becomes BiasGelu, whose kernel is vectorized, with the bias that
-was added before it or zeros. Both are float32's and float16's alone.
+where each was added before. A mask that is one for all queries, which onnxruntime's Attention does
+not take, is repeated for each. Gelu becomes BiasGelu, whose kernel is vectorized, with the bias
+that was added before it or zeros. Both are float32's and float16's alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,11 @@ def fuse(model: ir.Model) -> None:
     """Replace what can be, in place; what has another form stays as it is."""
     graph = model.graph
     masks: dict[ir.Value, ir.Value] = {}
+    repeated: dict[ir.Value, ir.Value] = {}
     zeros: dict[tuple[ir.DataType, int], ir.Value] = {}
     for node in list(graph):
         if node.op_type == "Attention" and node.domain == "":
+            _repeat_mask(graph, node, repeated)
             _fuse_attention(graph, node, masks)
         elif node.op_type == "Gelu" and node.domain == "":
             _fuse_gelu(graph, node, zeros)
@@ -34,14 +37,37 @@ def fuse(model: ir.Model) -> None:
         RemoveUnusedNodesPass()(model)
 
 
+def _repeat_mask(graph: ir.Graph, node: ir.Node, repeated: dict[ir.Value, ir.Value]) -> None:
+    """Make a mask [batch, 1, 1, n] one of [batch, 1, queries, n]."""
+    query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
+    if query is None or mask is None or mask.shape is None or len(mask.shape) != 4:
+        return
+    if mask.shape[2] != 1 or query.shape is None or query.shape[2] == 1:
+        return
+    if mask not in repeated:
+        one = ir.Value(
+            name=f"attention/one/{len(graph.initializers)}",
+            const_value=ir.tensor(np.ones(1, np.int64)),
+        )
+        graph.initializers.add(one)
+        queries = ir.node("Shape", [query], {"start": 2, "end": 3})
+        sizes = ir.node("Concat", [one, one, queries.outputs[0], one], {"axis": 0})
+        wide = ir.node("Expand", [mask, sizes.outputs[0]])
+        wide.outputs[0].type = mask.type
+        wide.outputs[0].shape = ir.Shape([*mask.shape[:2], query.shape[2], mask.shape[3]])
+        graph.insert_before(node, [queries, sizes, wide])
+        repeated[mask] = wide.outputs[0]
+    node.replace_input_with(3, repeated[mask])
+
+
 def _fuse_attention(graph: ir.Graph, node: ir.Node, masks: dict[ir.Value, ir.Value]) -> None:
     whole = _joined_heads(node)
     query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
     if whole is None or query is None or query.dtype not in _DTYPES:
         return
-    found = [_before_heads(graph, node, value) for value in node.inputs[:3]]
-    x = [value for value in found if value is not None]
-    if len(x) < len(found):
+    inputs = [_before_heads(graph, node, value) for value in node.inputs[:3]]
+    x = [value for value in inputs if value is not None]
+    if len(x) < len(inputs):
         return
     if mask is not None:
         if mask.dtype != ir.DataType.BOOL or mask.shape is None or len(mask.shape) != 4:
@@ -74,8 +100,8 @@ def _joined_heads(node: ir.Node) -> ir.Value | None:
 
     None, if it does more than a mask and a scale, or its output is used in another way.
     """
-    given = [node.attributes.get(name) for name in ("is_causal", "softcap")]
-    more = any(attribute is not None and attribute.value for attribute in given)
+    attributes = [node.attributes.get(name) for name in ("is_causal", "softcap")]
+    more = any(attribute is not None and attribute.value for attribute in attributes)
     users = [user for user, _ in node.outputs[0].uses()]
     if more or len(node.inputs) > 4 or len(node.outputs) > 1 or len(users) != 1:
         return None
@@ -126,9 +152,9 @@ def _make_addend(
         array = np.array(number, np.float16 if dtype == ir.DataType.FLOAT16 else np.float32)
         ends.append(ir.Value(name=f"attention/{name}", const_value=ir.tensor(array)))
         graph.initializers.add(ends[-1])
-    made = ir.node("Where", [mask, *ends])
-    graph.insert_before(node, made)
-    return made.outputs[0]
+    addend = ir.node("Where", [mask, *ends])
+    graph.insert_before(node, addend)
+    return addend.outputs[0]
 
 
 def _fuse_gelu(
@@ -181,6 +207,6 @@ def _node(
     attributes: Mapping[str, int | float],
     old: ir.Node,
 ) -> ir.Node:
-    made = ir.node(kind, inputs, attributes, domain=DOMAIN)
-    made.metadata_props.update(old.metadata_props)  # it says which module the node is of
-    return made
+    node = ir.node(kind, inputs, attributes, domain=DOMAIN)
+    node.metadata_props.update(old.metadata_props)  # it says which module the node is of
+    return node

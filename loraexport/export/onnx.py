@@ -6,10 +6,13 @@ role being the place of its module (base, lora/shrink, …).
 """
 
 import re
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,9 @@ OPSET = 23
 WEIGHTS = "adapter_weights"
 EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of initializers from which on they go to a file beside the graph (protobuf: 2 GiB)."""
+
+_TABLES: dict[int, Any] = {}
+"""Of torch.onnx, which only reads them: by opset, what its functions are written as."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,11 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
     inputs, adapter_ids = try_example_rows(name, modules)
     dynamic = {size: torch.export.Dim(size, min=1) for size in ("batch", "sequence")}
     stacks = [to_torch(value) for value in modules.stacks.values()]
-    own = {
+    input_shapes = {
         entry.name: {at: dynamic[size] for at, size in enumerate(entry.shape) if size in dynamic}
         for entry in modules.signature.inputs
     }
-    shapes: tuple[Any, ...] = (own, {0: dynamic["batch"]}, [None] * len(stacks))
+    shapes: tuple[Any, ...] = (input_shapes, {0: dynamic["batch"]}, [None] * len(stacks))
     names = [*inputs, "adapter_ids", *modules.stacks]
     outputs = [entry.name for entry in modules.signature.outputs]
     arguments: tuple[Any, ...] = (inputs, adapter_ids, stacks)
@@ -155,7 +161,7 @@ def export_program(
         ExportError: with what went wrong at first; `label` says where.
     """
     try:
-        with quiet_models(), warnings.catch_warnings(), torch.no_grad():
+        with quiet_models(), warnings.catch_warnings(), torch.no_grad(), _one_table():
             warnings.simplefilter("ignore")  # they speak of torch's own code, not of ours
             program = torch.onnx.export(
                 module,
@@ -173,6 +179,28 @@ def export_program(
     return program.model
 
 
+@contextmanager
+def _one_table() -> Iterator[None]:
+    """Have torch.onnx make its table of functions once: it makes one for each graph, in 0.4 s."""
+    exporter = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry: Any = getattr(exporter, "ONNXRegistry", None)
+    make = vars(registry).get("from_torchlib") if registry else None
+    if make is None:  # torch's own affair, which the first export imports: slower, and as right
+        yield
+        return
+    registry.from_torchlib = staticmethod(partial(_table_of, registry, make))
+    try:
+        yield
+    finally:
+        registry.from_torchlib = make
+
+
+def _table_of(registry: Any, make: Any, opset_version: int) -> Any:
+    if opset_version not in _TABLES:
+        _TABLES[opset_version] = make.__get__(None, registry)(opset_version=opset_version)
+    return _TABLES[opset_version]
+
+
 def _first_cause(error: BaseException) -> str:
     """What went wrong at first, in one line: the exporter wraps it in advice to its developers."""
     while error.__cause__ is not None:
@@ -184,23 +212,23 @@ def _first_cause(error: BaseException) -> str:
 def _name_by_role(graph: ir.Graph, prefix: str) -> None:
     """Name nodes and values after the graph and the module that they come from."""
     counts: Counter[str] = Counter()
-    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    fixed = {id(value) for value in (*graph.inputs, *graph.outputs)}
 
     def unique(stem: str) -> str:
         counts[stem] += 1
         return stem if counts[stem] == 1 else f"{stem}_{counts[stem]}"
 
     for name, value in list(graph.initializers.items()):
-        if id(value) not in kept:
+        if id(value) not in fixed:
             del graph.initializers[name]
-            known = "." in name
-            value.name = unique(f"{prefix}.{name}" if known else f"{prefix}/constant")
+            is_parameter = "." in name
+            value.name = unique(f"{prefix}.{name}" if is_parameter else f"{prefix}/constant")
             graph.initializers[value.name] = value
     for node in graph:
         stem = f"{prefix}/{_role(node)}{node.op_type.lower()}"
         node.name = unique(stem)
         for index, value in enumerate(node.outputs):
-            if id(value) not in kept:
+            if id(value) not in fixed:
                 value.name = node.name if index == 0 else f"{node.name}:{index}"
 
 

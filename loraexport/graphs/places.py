@@ -1,11 +1,14 @@
 """Which module each product of an ONNX graph is: by a rule of the spec, or by the graph's names."""
 
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import regex
+
+from loraexport_runtime.errors import quoted
 
 from ..errors import BaseModelError
 from ..spec.schema import SiteRule
@@ -38,18 +41,22 @@ def find_places(
                 f"base.sites: no product of {file} is named {rule.node!r}; it has {len(products)},"
                 f" such as {names}"
             )
-        for one, match in hits:
-            ruled[one.output] = Place((one,), _ruled(rule, one, match.groups()))
+        for product, match in hits:
+            ruled[product.output] = Place((product,), _ruled(rule, product, match.groups()))
     unruled = [product for product in products if product.output not in ruled]
-    named = _by_name(unruled, modules, file)
+    by_name = _by_name(unruled, modules, file)
     places = list(ruled.values())
     if config is None:
-        places += [Place((one,), {name: one.out_features}) for name, one in named.items()]
+        places += [
+            Place((product,), {name: product.out_features}) for name, product in by_name.items()
+        ]
     else:
-        left = {name.replace(".attn.", ".self_attn."): one for name, one in named.items()}
-        while left:
-            places.append(_take_genai_place(left, config, modules))
-    order = {one.output: index for index, one in enumerate(products)}
+        remaining = {
+            name.replace(".attn.", ".self_attn."): product for name, product in by_name.items()
+        }
+        while remaining:
+            places.append(_take_genai_place(remaining, config, modules))
+    order = {product.output: index for index, product in enumerate(products)}
     return sorted(places, key=lambda place: order[place.products[0].output])
 
 
@@ -77,31 +84,38 @@ def _is_module(site: str, modules: Collection[str]) -> bool:
 
 
 def _take_genai_place(
-    named: dict[str, Product], config: Mapping[str, Any], modules: Collection[str]
+    remaining: dict[str, Product], config: Mapping[str, Any], modules: Collection[str]
 ) -> Place:
     """Of onnxruntime-genai, which packs q, k, v and gate, up, or splits them, unlike the adapters.
 
-    What is placed is taken out of `named`.
+    What is placed is taken out of `remaining`.
     """
-    name, one = next(iter(named.items()))
+    name, product = next(iter(remaining.items()))
     whole, every = packed_whole(name)
-    if _is_module(whole, modules) and all(part in named for part in every):
-        split = tuple(named.pop(part) for part in every)
+    if _is_module(whole, modules) and all(part in remaining for part in every):
+        split = tuple(remaining.pop(part) for part in every)
         return Place(split, {whole: sum(part.out_features for part in split)})
-    del named[name]
+    del remaining[name]
     parts, decoder = packed_parts(name), config["decoder"]
     if len(parts) == 1:
-        return Place((one,), {name: one.out_features})
+        return Place((product,), {name: product.out_features})
     if len(parts) == 2:
-        return Place((one,), dict.fromkeys(parts, one.out_features // 2))
+        return Place((product,), dict.fromkeys(parts, product.out_features // 2))
     heads = (decoder["num_attention_heads"], *[decoder["num_key_value_heads"]] * 2)
     sizes = [count * decoder["head_size"] for count in heads]
-    return Place((one,), dict(zip(parts, sizes, strict=True)))
+    return Place((product,), dict(zip(parts, sizes, strict=True)))
 
 
-def _fits(pattern: str, product: Product) -> re.Match[str] | None:
-    parts = map(re.escape, pattern.split("*"))
-    return re.fullmatch(r"([^/.]*)".join(parts), str(product.node.name))
+def _fits(pattern: str, product: Product) -> "regex.Match[str] | None":
+    parts = map(regex.escape, pattern.split("*"))
+    whole = regex.compile(r"([^/.]*)".join(parts), regex.VERSION0)
+    try:
+        return whole.fullmatch(str(product.node.name), timeout=1.0, concurrent=True)
+    except TimeoutError as error:  # of some thirty *
+        raise BaseModelError(
+            f"base.sites: {quoted(pattern)} takes too long to match with a node's name; write it"
+            " with fewer *"
+        ) from error
 
 
 def _ruled(rule: SiteRule, product: Product, texts: Sequence[str]) -> dict[str, int]:
@@ -112,11 +126,11 @@ def _ruled(rule: SiteRule, product: Product, texts: Sequence[str]) -> dict[str, 
             f"base.sites: {rule.node!r} has {product.out_features} outputs, and its {len(sites)}"
             f" sites {sum(widths)} in {len(widths)} widths; give each site's own"
         )
-    named = []
+    names = []
     for site in sites:
         if site.count("*") > len(texts):
             raise BaseModelError(f"base.sites: site {site!r} has more * than node {rule.node!r}")
         for text in texts:
             site = site.replace("*", text, 1)
-        named.append(site)
-    return dict(zip(named, widths, strict=True))
+        names.append(site)
+    return dict(zip(names, widths, strict=True))

@@ -2,10 +2,11 @@
 
 import ast
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from loraexport_runtime.contract.manifest import Layer
@@ -17,6 +18,15 @@ _PACKED = {
     ("gate_proj", "up_proj"): "gate_up_proj",
 }
 """Names of sites that an exporter may pack into one product, or the reverse."""
+_QUANTIZED = (
+    "DynamicQuantizeMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QAttention",
+    "QGemm",
+    "QLinearMatMul",
+)
+"""Of onnxruntime's quantizers, dynamic and static."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 Layout = Literal["batched", "flat", "rows"]
@@ -25,7 +35,7 @@ Layout = Literal["batched", "flat", "rows"]
 
 @dataclass(frozen=True)
 class Product:
-    """A node that computes y = x W: MatMul, Gemm, or MatMulNBits."""
+    """A node that computes y = x W: MatMul, Gemm, or MatMulNBits; or looks up y = W[x]: Gather."""
 
     node: ir.Node
     weight: ir.Value
@@ -54,18 +64,50 @@ class Graft:
     per_row: int = 0
     """Of flat rows: how many belong to a row, in some example; sites of one number share a mask."""
 
+    @property
+    def x(self) -> ir.Value:
+        """What the layer gets: of an embedding the ids."""
+        x = self.nodes[0].inputs[1 if self.layer.kind == "embedding" else 0]
+        assert x is not None, "a product has an input"
+        return x
+
 
 def list_products(graph: ir.Graph) -> list[Product]:
     """Every product of the graph with a weight of its own."""
-    found = []
+    products = []
     for node in graph:
         if node.op_type in ("MatMul", "Gemm", "MatMulNBits") and len(node.inputs) > 1:
             weight, turned = _weight(node)
             if weight is not None:
                 sizes = _sizes(node, weight, turned)
                 if sizes is not None:
-                    found.append(Product(node, weight, _names(node, weight), *sizes))
-    return found
+                    products.append(Product(node, weight, _names(node, weight), *sizes))
+    return products
+
+
+def _list_tables(graph: ir.Graph) -> Iterable[Product]:
+    """The look-ups of a table of floats, by their nodes' names."""
+    for node in graph:
+        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
+            weight, turned = _weight(node, 0)
+            if weight is not None and weight.shape is not None and len(weight.shape) == 2:
+                rows, width = (int(size) for size in weight.shape)  # type: ignore[arg-type]
+                sizes = (width, rows) if turned else (rows, width)
+                yield Product(node, weight, _names(node, weight)[-1:], *sizes)
+
+
+def count_quantized(graph: ir.Graph) -> int:
+    """The products whose weights are integers of 8 bits, which list_products leaves out."""
+    count = 0
+    for node in graph:
+        if node.op_type in _QUANTIZED:
+            count += 1
+        elif node.op_type in ("MatMul", "Gemm") and len(node.inputs) > 1 and node.inputs[1]:
+            maker = node.inputs[1].producer()
+            if maker is not None and maker.op_type == "Transpose" and maker.inputs[0]:
+                maker = maker.inputs[0].producer()
+            count += maker is not None and maker.op_type == "DequantizeLinear"
+    return count
 
 
 def find_grafts(graph: ir.Graph, layers: Iterable[Layer]) -> list[Graft]:
@@ -77,11 +119,16 @@ def find_grafts(graph: ir.Graph, layers: Iterable[Layer]) -> list[Graft]:
     Raises:
         BaseModelError: a site is not in the graph, or has other sizes there.
     """
-    products: dict[str, Product] = {}
-    for product in list_products(graph):
+    products, tables = _by_name(list_products(graph)), _by_name(_list_tables(graph))
+    return [_find(tables if layer.kind == "embedding" else products, layer) for layer in layers]
+
+
+def _by_name(products: Iterable[Product]) -> dict[str, Product]:
+    named: dict[str, Product] = {}
+    for product in products:
         for name in product.names:
-            products.setdefault(_key(name), product)
-    return [_find(products, layer) for layer in layers]
+            named.setdefault(_key(name), product)
+    return named
 
 
 def make_graft(layer: Layer, products: Sequence[Product], layout: Layout, per_row: int) -> Graft:
@@ -116,21 +163,29 @@ def _find(products: Mapping[str, Product], layer: Layer) -> Graft:
             f"site {sites[0]!r}: the base's graph has no product of this name; it has"
             f" {len(products)}, such as {', '.join(list(products)[:3])}"
         )
-    found = [products[_key(name)] for name in names]
-    layout: Layout = "flat" if found[0].node.op_type == "Gemm" else "batched"
-    return make_graft(layer, found, layout, 0)
+    layer_products = [products[_key(name)] for name in names]
+    layout: Layout = "flat" if layer_products[0].node.op_type == "Gemm" else "batched"
+    return make_graft(layer, layer_products, layout, 0)
 
 
 def _spellings(sites: Sequence[str]) -> Iterable[Sequence[str]]:
     """The names of a layer's products: its sites', or those that an exporter packs or splits."""
     yield sites
-    parent = sites[0].rpartition(".")[0]
-    names = tuple(site.rsplit(".", 1)[-1] for site in sites)
-    for parts, packed in _PACKED.items():
-        if names == parts:
-            yield [f"{parent}.{packed}"]
-        if names == (packed,):
-            yield [f"{parent}.{part}" for part in parts]
+    yield _pack(sites)
+    yield [part for site in sites for part in packed_parts(site)]
+
+
+def _pack(sites: Sequence[str]) -> list[str]:
+    """The sites with one name for all parts of a packed product, where they follow each other: a
+    parallel block has others of the same input beside them."""
+    names: list[str] = []
+    start = 0
+    while start < len(sites):
+        whole, parts = packed_whole(sites[start])
+        is_packed = tuple(sites[start : start + len(parts)]) == parts
+        names.append(whole if is_packed else sites[start])
+        start += len(parts) if is_packed else 1
+    return names
 
 
 def packed_parts(name: str) -> tuple[str, ...]:
@@ -154,19 +209,19 @@ def packed_whole(name: str) -> tuple[str, tuple[str, ...]]:
 
 def _names(node: ir.Node, weight: ir.Value) -> tuple[str, ...]:
     """From the weight, from the scopes that torch.onnx.export notes, from the node."""
-    found = []
+    names = []
     name = str(weight.name)
     # Only a Transpose or a quantizer keeps a module's name; `onnx::MatMul_12` is none.
     stem = re.sub(r"(\.MatMul)?\.(weight|qweight)(_Q\d)?$", "", name)
     if stem != name:
-        found.append(stem)
+        names.append(stem)
     scopes = _scopes(node)
     if len(scopes) > 1 and scopes[-2]:
-        found.append(scopes[-2])
+        names.append(scopes[-2])
     path = str(node.name or "").strip("/").rpartition("/")[0].replace("/", ".")
     if path:
-        found.append(path)
-    return tuple(found)
+        names.append(path)
+    return tuple(names)
 
 
 def _scopes(node: ir.Node) -> list[str]:
@@ -186,12 +241,23 @@ def _scopes(node: ir.Node) -> list[str]:
 
 def _key(name: str) -> str:
     """A module's name without what exporters call otherwise."""
-    return name.replace(".self_attn.", ".attn.").removeprefix("model.")
+    name = re.sub(r"\.attn\.dense$", ".attn.o_proj", name.replace(".self_attn.", ".attn."))
+    return name.removeprefix("model.")
 
 
-def _weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
-    """The initializer behind a product's second input, and whether a Transpose is between."""
-    value = node.inputs[1]
+def weight_of(node: ir.Node) -> np.ndarray:
+    """W [out, in] of a product of floats, or the table [vocabulary, dim] of a look-up."""
+    is_table = node.op_type == "Gather"
+    weight, turned = _weight(node, 0 if is_table else 1)
+    assert weight is not None, "it was found by its weight"
+    assert weight.const_value is not None, "an initializer has a value"
+    values = weight.const_value.numpy()
+    return values if (not turned if is_table else _is_out_in(node, turned)) else values.T
+
+
+def _weight(node: ir.Node, index: int = 1) -> tuple[ir.Value | None, bool]:
+    """The initializer behind an input of a product, and whether a Transpose is between."""
+    value = node.inputs[index]
     maker = value.producer() if value is not None else None
     turned = maker is not None and maker.op_type == "Transpose"
     if turned and maker is not None:
@@ -206,18 +272,10 @@ def _sizes(node: ir.Node, weight: ir.Value, turned: bool) -> tuple[int, int] | N
     if weight.shape is None or len(weight.shape) != 2:
         return None
     rows, columns = (int(size) for size in weight.shape)  # type: ignore[arg-type]
+    return (columns, rows) if _is_out_in(node, turned) else (rows, columns)
+
+
+def _is_out_in(node: ir.Node, turned: bool) -> bool:
+    """Whether a product's initializer is W as torch has it."""
     flag = node.attributes.get("transB")
-    is_out_in = turned != (flag is not None and flag.as_int() == 1)
-    return (columns, rows) if is_out_in else (rows, columns)
-
-
-def take_place(graph: ir.Graph, old: ir.Value, new: ir.Value, makers: Collection[ir.Node]) -> None:
-    """Every use of `old` takes `new`, but for those that make it; so does the graph's output."""
-    new.shape, new.type = old.shape, old.type
-    for user, index in list(old.uses()):
-        if user not in makers:
-            user.replace_input_with(index, new)
-    for index, output in enumerate(graph.outputs):
-        if output is old:
-            new.name, old.name = old.name, f"{old.name}_base"
-            graph.outputs[index] = new
+    return turned != (flag is not None and flag.as_int() == 1)

@@ -1,28 +1,46 @@
 """A Hugging Face directory's config files -> what a service has to know of the model."""
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from loraexport_runtime.contract.kinds import Facts, ProblemType
 
 from ..errors import BaseModelError
+from .config_file import ConfigFile
+from .sentences.files import MODEL_CONFIG, max_lengths, read_text_config
 
 _NO_LIMIT = 10**9
 """A tokenizer that knows no limit says 1e30."""
-_OFFSET_TYPES = ("camembert", "data2vec-text", "longformer", "mpnet", "roberta", "xlm-roberta")
+_OFFSET_TYPES = (
+    *("camembert", "data2vec-text", "layoutlmv3", "lilt", "longformer", "luke", "markuplm"),
+    *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 """Their first positions, up to the padding's own, are of no token."""
+_TABLE_TYPES = (
+    *("albert", "bert", "bert-generation", "big_bird", "biogpt", "clip_text_model", "convbert"),
+    *("deberta", "deberta-v2", "distilbert", "electra", "ernie", "flaubert", "fnet", "gpt2"),
+    *("gpt_bigcode", "gpt_neo", "layoutlm", "megatron-bert", "mobilebert", "mra"),
+    *("nystromformer", "openai-gpt", "opt", "rembert", "roc_bert", "siglip_text_model"),
+    *("splinter", "squeezebert", "xlm", "yoso", *_OFFSET_TYPES),
+)
+"""They look positions up in a table that ends; others compute them, for texts of any length."""
 
 
-def read_facts(directory: Path) -> Facts:
+def read_facts(directory: Path, root: Path | None = None, part: str | None = None) -> Facts:
     """What the files say that are there; a file that is absent says nothing.
+
+    Args:
+        root: where sentence-transformers' own files are, if not there.
+        part: the key of config.json under which the model's own config is, if it is one of several.
 
     Raises:
         BaseModelError: a file is no JSON object, or a value is of another type than it should be.
     """
-    config = _File(directory / "config.json")
-    sentences = _File(directory / "config_sentence_transformers.json")
+    config = ConfigFile.read(directory / "config.json")
+    if part is not None:
+        config = ConfigFile(config.path, config.object(part))
+    text = ConfigFile(config.path, config.object("text_config"))
+    sentences = ConfigFile.read((root or directory) / MODEL_CONFIG)
     prompts = sentences.texts("prompts")
     default = sentences.text("default_prompt_name")
     if default is not None and default not in prompts:
@@ -31,74 +49,50 @@ def read_facts(directory: Path) -> Facts:
             f" {', '.join(prompts) or 'none'}; correct one of them"
         )
     problem = config.text("problem_type")
-    known = get_args(ProblemType)
-    if problem is not None and problem not in known:
+    problem_types = get_args(ProblemType)
+    if problem is not None and problem not in problem_types:
         raise BaseModelError(
-            f"{config.path}: problem_type is {problem!r}; expected one of {', '.join(known)}"
+            f"{config.path}: problem_type is {problem!r}; expected one of"
+            f" {', '.join(problem_types)}"
         )
+    box_positions = config.number("max_2d_position_embeddings")
     return Facts(
         max_length=_max_length(directory, config),
-        vocab_size=config.number("vocab_size"),
+        vocab_size=config.number("vocab_size") or text.number("vocab_size"),
         pad_token_id=config.number("pad_token_id"),
         id2label=config.texts("id2label"),
         problem_type=problem,  # type: ignore[arg-type]
         prompts=prompts,
         default_prompt_name=default,
+        max_box=None if box_positions is None else box_positions - 1,
+        positions=_table_positions(config),
+        type_vocab_size=config.number("type_vocab_size") or None,
     )
 
 
-def _max_length(directory: Path, config: "_File") -> int | None:
-    """The least of what the model, its tokenizer and sentence-transformers allow."""
+def _positions(config: ConfigFile) -> int | None:
+    """Tokens of a text for which the config has positions."""
     positions = config.number("max_position_embeddings") or config.number("n_positions")
-    if positions is not None and config.text("model_type") in _OFFSET_TYPES:
-        positions -= (config.number("pad_token_id") or 0) + 1
+    if positions is None or config.text("model_type") not in _OFFSET_TYPES:
+        return positions
+    pad = config.number("pad_token_id")
+    return positions - (1 if pad is None else pad) - 1
+
+
+def _table_positions(config: ConfigFile) -> int | None:
+    """The same, where a longer text has none; None: it has, as far as is known."""
+    has_table = config.text("model_type") in _TABLE_TYPES
+    positions = _positions(config) if has_table else None
+    # DeBERTa without absolute positions has no table.
+    is_relative = not config.flag("position_biased_input", default=True)
+    return None if is_relative or positions is None or positions < 1 else positions
+
+
+def _max_length(directory: Path, config: ConfigFile) -> int | None:
+    """The least of what the model, its tokenizer and sentence-transformers allow."""
     limits = [
-        positions,
-        _File(directory / "tokenizer_config.json").number("model_max_length"),
-        _File(directory / "sentence_bert_config.json").number("max_seq_length"),
+        _positions(config),
+        ConfigFile.read(directory / "tokenizer_config.json").number("model_max_length"),
+        *max_lengths(read_text_config(directory)),
     ]
     return min((limit for limit in limits if limit and 0 < limit < _NO_LIMIT), default=None)
-
-
-class _File:
-    """One JSON object, read by the types that its values should have; null is as absent."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._values = _read_object(path)
-
-    def number(self, key: str) -> int | None:
-        value = self._values.get(key)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        return self._typed(key, value, int, "an integer")
-
-    def text(self, key: str) -> str | None:
-        return self._typed(key, self._values.get(key), str, "a text")
-
-    def texts(self, key: str) -> dict[str, str]:
-        values: dict[str, Any] = self._typed(key, self._values.get(key), dict, "an object") or {}
-        for text in values.values():
-            if not isinstance(text, str):
-                raise self._error(key, "texts", text)
-        return values
-
-    def _typed(self, key: str, value: Any, kind: type, expected: str) -> Any:
-        if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
-            return value
-        raise self._error(key, expected, value)
-
-    def _error(self, key: str, expected: str, value: object) -> BaseModelError:
-        return BaseModelError(f"{self.path}: {key}: expected {expected}, got {value!r}; correct it")
-
-
-def _read_object(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"{path}: not readable as JSON ({error}); fetch it again") from error
-    if not isinstance(values, dict):
-        raise BaseModelError(f"{path}: expected an object, got {str(values)[:40]}; fetch it again")
-    return values

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loraexport_runtime.adapters.config import CONFIG_FILE, read_lora_config
 from loraexport_runtime.adapters.dora import output_scale
+from loraexport_runtime.adapters.files import CONFIG_FILE
 from loraexport_runtime.adapters.header import AdapterHeader, AdapterModule
 from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.adapters.tensor_files import FLOAT_DTYPES, TensorInfo, read_tensors
@@ -16,6 +16,8 @@ from loraexport_runtime.adapters.tensors import LoraWeights, read_lora_weights
 from loraexport_runtime.errors import AdapterWeightsError
 
 from .checkpoint import read_checkpoint
+from .names.naming import read_naming
+from .names.stored_names import loaded_names
 
 _WEIGHT = ".weight"
 _BLOCK_VALUES = 2**22
@@ -92,19 +94,24 @@ def measure_deltas(header: AdapterHeader) -> tuple[Delta, ...]:
 def measure_moves(header: AdapterHeader, base: Path) -> tuple[Move, ...]:
     """Measure every module beside its site in a base's checkpoint, one weight in memory at a time.
 
-    A site is the name of a 2-D tensor without its `.weight`.
+    A site is the name of a 2-D tensor without its `.weight`, as the model has it once it is loaded.
 
     Raises:
         BaseModelError: the directory holds no checkpoint.
         AdapterWeightsError: a module has no site here, or its shape is another.
         WeightsError: a tensor of either is not of a float type, or holds NaN or Inf.
     """
-    tensors = {
-        name.removesuffix(_WEIGHT): (name, info)
+    stored = {
+        name: info
         for name, info in read_checkpoint(base).items()
         if name.endswith(_WEIGHT) and len(info.shape) == 2
     }
-    modules = match_sites(replace(header, saved={}), tensors)  # a base may lack heads
+    tensors = {
+        loaded.removesuffix(_WEIGHT): (name, stored[name])
+        for name, loaded in loaded_names(base, stored).items()
+    }
+    # A base may lack heads.
+    modules = match_sites(replace(header, saved={}), tensors, read_naming(base, tensors))
     _check_shapes(header, modules, tensors)
     deltas = {delta.name: delta for delta in measure_deltas(header)}
     lora = read_lora_weights(header)
@@ -113,8 +120,8 @@ def measure_moves(header: AdapterHeader, base: Path) -> tuple[Move, ...]:
         weight = read_tensors([tensors[site]])[tensors[site][0]]
         norm = deltas[name].norm
         if lora[name].magnitude is not None:
-            own = weight.T if _is_turned(weight, header, header.modules[name]) else weight
-            norm = _dora_norm(own.astype(np.float64), lora[name])
+            matrix = weight.T if _is_turned(weight, header, header.modules[name]) else weight
+            norm = _dora_norm(matrix.astype(np.float64), lora[name])
         moves.append(Move(site, deltas[name], frobenius_norm(weight), norm))
     return tuple(moves)
 
@@ -122,7 +129,7 @@ def measure_moves(header: AdapterHeader, base: Path) -> tuple[Move, ...]:
 def _is_turned(weight: np.ndarray, header: AdapterHeader, module: AdapterModule) -> bool:
     """Whether a weight is stored [in, out]."""
     if weight.shape[0] == weight.shape[1] and not module.is_embedding:
-        return bool(read_lora_config(header.path).get("fan_in_fan_out"))
+        return header.fan_in_fan_out
     return weight.shape != (module.out_features, module.in_features)
 
 
@@ -137,7 +144,7 @@ def _check_shapes(
     header: AdapterHeader, modules: Mapping[str, str], tensors: Mapping[str, tuple[str, TensorInfo]]
 ) -> None:
     """A linear weight is [out, in], with fan_in_fan_out also [in, out]; an embedding [in, out]."""
-    fan_in_fan_out = bool(read_lora_config(header.path).get("fan_in_fan_out"))
+    fan_in_fan_out = header.fan_in_fan_out
     for site, name in modules.items():
         module, info = header.modules[name], tensors[site][1]
         if info.dtype not in FLOAT_DTYPES:
@@ -154,8 +161,8 @@ def _check_shapes(
                 ", or this one stores [in, out] as Conv1D does: then set fan_in_fan_out to true in"
                 f" {CONFIG_FILE}"
             )
-        found = allowed[-1]
+        site_sizes = allowed[-1]
         raise AdapterWeightsError(
             f"{header.path}: module {name!r} maps {sizes[0]} to {sizes[1]} features, but site"
-            f" {site!r} maps {found[0]} to {found[1]}; {hint}"
+            f" {site!r} maps {site_sizes[0]} to {site_sizes[1]}; {hint}"
         )

@@ -1,7 +1,7 @@
 """A Hugging Face model on the meta device -> its sites, inputs and outputs. No weight is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,21 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraexport_runtime.contract.kinds import TensorEntry
+from loraexport_runtime.contract.kinds import sequence_of
+from loraexport_runtime.contract.naming import Naming
 
-from ..errors import BaseModelError
-from .model import model_class, read_config, take_output
+from .folder import foreign_code
+from .inputs.signature import Signature, meta_inputs, read_signature, without_values
+from .limits import bounded_modules
+from .model import find_tower, model_class, read_task_config, read_whole_config
+from .names.naming import naming_of
 from .quiet import quiet_models
 
 _META_ROWS = (2, 8)
-
-
-@dataclass(frozen=True)
-class Signature:
-    """What a model takes and gives, beside adapter_ids."""
-
-    inputs: tuple[TensorEntry, ...]
-    outputs: tuple[TensorEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,17 @@ class Skeleton:
     """By module name, in the model's order."""
     head: tuple[str, ...]
     """The sites that `all-linear` leaves out: the output layer."""
+    task_layers: tuple[str, ...]
+    """The linear layers that a classifier has beyond its base model, and that one's pooler."""
     signature: Signature
+    naming: Naming
+    """How adapters may call the sites."""
+    part: str | None
+    """The key of config.json that has this model's own config, if it is one of several."""
+    model: Any = field(repr=False)
+    """Itself, on the meta device."""
+    attentions: tuple[str, ...] = ()
+    """torch.nn.MultiheadAttention, which reads its layers' weights and never calls them."""
 
     @property
     def inner_linear(self) -> set[str]:
@@ -64,31 +70,51 @@ def read_skeleton(directory: Path, task: str, dtype: str) -> Skeleton:
     Raises:
         BaseModelError: transformers cannot build it.
     """
-    config = read_config(directory, task)
+    config = read_task_config(directory, task)
     kind = model_class(config, task)
-    try:
-        with torch.device("meta"):
+    label = f"a model of type {config.model_type!r} for task {task!r}"
+    with foreign_code(f"{directory}: transformers cannot build {label}"), quiet_models():
+        with torch.device("meta"), bounded_modules(directory):
             # Only Auto classes have a public one.
             make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
             model = make(config)
-    except Exception as error:  # its own code, on whatever values a config has
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BaseModelError(
-            f"{directory}: transformers cannot build a model of type {config.model_type!r} for task"
-            f" {task!r}: {first}"
-        ) from error
-    modules = {name: module for name, module in model.named_modules() if _is_site(module)}
-    signature = _signature(model, config, task, dtype)
-    inputs = _find_inputs(model.eval(), modules, signature)
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    heads = ("classifier", "score")
-    head = tuple(
+        all_modules = dict(model.named_modules())
+        attentions = tuple(
+            name
+            for name, module in all_modules.items()
+            if isinstance(module, nn.MultiheadAttention)
+        )
+        modules = {
+            name: module
+            for name, module in all_modules.items()
+            if _is_site(module) and name.rpartition(".")[0] not in attentions
+        }
+        signature = read_signature(model, config, task, dtype, directory)
+        inputs = _find_inputs(model.eval(), modules, signature)
+        has_output = hasattr(model, "get_output_embeddings")
+        output = model.get_output_embeddings() if has_output else None
+        heads = ("classifier", "score")
+        head = tuple(
+            name
+            for name, module in modules.items()
+            if _is_linear(module) and (module is output or name.split(".")[0] in heads)
+        )
+        sites = {name: _shape(module, inputs.get(name)) for name, module in modules.items()}
+        whole = read_whole_config(directory)
+        naming, part = naming_of(model, whole), find_tower(whole, task)
+    layers = _task_layers(model, modules)
+    return Skeleton(sites, head, layers, signature, naming, part, model, attentions)
+
+
+def _task_layers(model: Any, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    inner = model.base_model_prefix
+    if not isinstance(getattr(model, inner, None), nn.Module):
+        return ()  # the bare model
+    return tuple(
         name
         for name, module in modules.items()
-        if _is_linear(module) and (module is output or name.split(".")[0] in heads)
+        if _is_linear(module) and (name.split(".")[0] != inner or ".pooler." in name)
     )
-    sites = {name: _shape(module, inputs.get(name)) for name, module in modules.items()}
-    return Skeleton(sites, head, signature)
 
 
 def _find_inputs(
@@ -99,89 +125,34 @@ def _find_inputs(
     Seen in a forward without values; a model that cannot run so has none.
     """
     seen: list[Tensor] = []  # kept alive: another tensor could take a dead one's id
-    found: dict[str, int] = {}
+    inputs: dict[str, tuple[int, ...]] = {}
     hooks = []
     for name, module in modules.items():
         if type(module) is nn.Linear:
 
             def note(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-                known = [index for index, tensor in enumerate(seen) if tensor is arguments[0]]
+                indices = [index for index, tensor in enumerate(seen) if tensor is arguments[0]]
                 seen.append(arguments[0])
-                found[name] = known[0] if known else len(seen) - 1
+                index = indices[0] if indices else len(seen) - 1
+                inputs[name] = (*inputs.get(name, ()), index)
 
             hooks.append(module.register_forward_pre_hook(note))
-    entry = signature.inputs[0]  # masks are not needed, and their values would be looked at
-    kind = torch.int64 if entry.dtype == "int64" else torch.float32
+    batch, steps = _META_ROWS
+    sequence = sequence_of(signature.outputs, steps)
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"  # type: ignore[assignment]  # it asks how long a text is
     try:
-        with torch.device("meta"), torch.no_grad(), quiet_models():
-            model(**{entry.name: torch.zeros(entry.sizes(*_META_ROWS), dtype=kind)})
+        with without_values():
+            model(**meta_inputs(signature.inputs, sequence, batch))
     except Exception:  # a plan goes on: without it, each site has a product of its own
         return {}
     finally:
         for hook in hooks:
             hook.remove()
-    return found
-
-
-def _signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
-    import inspect
-
-    if model.main_input_name == "pixel_values":
-        return _vision_signature(model, config, task, dtype)
-    accepted = inspect.signature(model.forward).parameters
-    names = ["input_ids", "attention_mask"]
-    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    inputs = tuple(TensorEntry(name, "int64", ("batch", "sequence")) for name in names)
-    if not hasattr(config, "hidden_size"):
-        raise BaseModelError(
-            f"a model of type {config.model_type!r} has no hidden_size, as one that is made of"
-            f" several; take the directory of the one that task {task!r} is about"
-        )
-    hidden, labels = str(config.hidden_size), str(getattr(config, "num_labels", 0))
-    vocabulary = str(_sizes(model.get_output_embeddings())[1]) if task == "causal-lm" else ""
-    name, shape = {
-        "feature-extraction": ("last_hidden_state", ("batch", "sequence", hidden)),
-        "sentence-embedding": ("sentence_embedding", ("batch", hidden)),
-        "sequence-classification": ("logits", ("batch", labels)),
-        "token-classification": ("logits", ("batch", "sequence", labels)),
-        "causal-lm": ("logits", ("batch", "sequence", vocabulary)),
-    }[task]
-    return Signature(inputs, (TensorEntry(name, dtype, shape),))  # type: ignore[arg-type]
-
-
-def _vision_signature(model: Any, config: Any, task: str, dtype: str) -> Signature:
-    """pixel_values [batch, channels, height, width] of the config's size, and what they give.
-
-    Raises:
-        BaseModelError: the config names no size, or the model takes more than pixels.
-    """
-    label = f"a model of type {config.model_type!r}"
-    vision = getattr(config, "vision_config", config)
-    size, channels = (getattr(vision, name, None) for name in ("image_size", "num_channels"))
-    if task == "sentence-embedding":
-        raise BaseModelError(f"{label} takes images; task {task!r} is of texts")
-    if size is None or channels is None:
-        raise BaseModelError(
-            f"{label} takes images, but its config has no image_size and num_channels; the graph's"
-            " input needs a fixed size"
-        )
-    shape = (channels, *((size, size) if isinstance(size, int) else size))
-    try:
-        with torch.no_grad():
-            pixels = torch.empty(1, *shape, device="meta")
-            y = take_output(model.eval()(pixels, return_dict=True))
-    except Exception as error:
-        raise BaseModelError(
-            f"{label} does not run on pixel_values of shape {[1, *shape]} alone: {error}"
-        ) from error
-    names = {"image-classification": "logits", "image-embedding": "image_embeds"}
-    name = names.get(task, "last_hidden_state")
-    taken, given = (("batch", *map(str, sizes)) for sizes in (shape, y.shape[1:]))
-    return Signature(
-        (TensorEntry("pixel_values", dtype, taken),),  # type: ignore[arg-type]
-        (TensorEntry(name, dtype, given),),  # type: ignore[arg-type]
-    )
+    # A site that is called twice shares with those that get the same tensors in the same order.
+    numbers = {indices: number for number, indices in enumerate(dict.fromkeys(inputs.values()))}
+    return {name: numbers[indices] for name, indices in inputs.items()}
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath
 
 from loraexport_runtime.contract.foreign import reason
-from loraexport_runtime.errors import LoraexportError
+from loraexport_runtime.errors import LoraexportError, quoted
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w.-]+)?$")
 _PACKAGE = "package:"
@@ -46,17 +46,22 @@ def _package_directory(source: str, error: type[LoraexportError]) -> Path:
     parts = PurePosixPath(inner).parts
     if ".." in parts or PurePosixPath(inner).is_absolute():
         raise error(f"{source!r} leaves the package's folder; name a folder inside {module!r}")
-    found = _find_package(module)
-    if found is None:
+    package = _find_package(module)
+    if package is None:
         raise error(f"{source!r}: no Python package {module!r} is installed; pip install it first")
-    if not found.submodule_search_locations:
+    if not package.submodule_search_locations:
         raise error(f"{source!r}: {module!r} is a single file, so it ships no folder")
-    for location in found.submodule_search_locations:
+    for location in package.submodule_search_locations:
         root = Path(location).resolve()
-        candidate = (root / inner).resolve()
+        try:
+            candidate = (root / inner).resolve()
+            is_there = candidate.is_dir()
+        except (OSError, RuntimeError, ValueError) as cause:  # too long, links in a circle, a NUL
+            said = reason(cause) if isinstance(cause, OSError) else str(cause)
+            raise error(f"{quoted(source)}: {said}; name a folder of the package") from cause
         if not candidate.is_relative_to(root):
             raise error(f"{source!r} leaves the package's folder through a link")
-        if candidate.is_dir():
+        if is_there:
             return candidate
     raise error(f"{source!r}: package {module!r} has no folder {inner!r}")
 
@@ -75,13 +80,7 @@ def _hub_directory(source: str, local: Path, error: type[LoraexportError]) -> Pa
 
     name, _, revision = source.partition("@")
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as cause:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise error(

@@ -29,8 +29,10 @@ class Blended(Masked):
         columns = per_token.unsqueeze(2).expand(-1, -1, self.rows_per_slot)
         return (columns.flatten(1),)
 
-    def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        return self.expand(base(x), self.weigh(self.shrink(x, a), routing[0]), b)
+    def shrink_own(self, x: Tensor, routing: Routing, a: Tensor) -> Tensor:
+        """h = where(w != 0, w x A^T, 0)."""
+        h: Tensor = self.weigh(self.shrink(x, a), routing[0])
+        return h
 
     def embedding(
         self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor

@@ -39,8 +39,8 @@ class ChunkLayout(nn.Module):
         places = tokens + (first_chunk * self.chunk - starts).index_select(0, segment)
         num_chunks = num_tokens // self.chunk + seg_slots.shape[0]
         empty = torch.zeros(num_chunks * self.chunk, dtype=torch.int64, device=tokens.device)
-        held = empty.scatter(0, places, tokens).view(num_chunks, self.chunk)
-        return slots, places, held, slots.index_select(0, held[:, 0])
+        chunk_tokens = empty.scatter(0, places, tokens).view(num_chunks, self.chunk)
+        return slots, places, chunk_tokens, slots.index_select(0, chunk_tokens[:, 0])
 
 
 class SlotFactors(nn.Module):
@@ -80,9 +80,9 @@ class ChunkExpand(nn.Module):
     ) -> Tensor:
         """y [T, out], h [chunks, chunk, W], b [S * W, out], routing as in ChunkLayout."""
         delta = torch.bmm(h, self.factors(b, chunk_slots)).flatten(0, 1)
-        own = delta.index_select(0, places)
+        token_delta = delta.index_select(0, places)
         zero = torch.zeros((), dtype=y.dtype, device=y.device)
-        return y + torch.where((slots > 0).unsqueeze(1), own, zero)
+        return y + torch.where((slots > 0).unsqueeze(1), token_delta, zero)
 
 
 class Chunked(LoraStrategy):
@@ -99,13 +99,13 @@ class Chunked(LoraStrategy):
         return self.layout(seg_indptr, seg_slots, num_tokens)
 
     def linear(self, x: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor) -> Tensor:
-        slots, places, held, chunk_slots = routing
-        h = self.shrink(F.embedding(held, x), a, chunk_slots)
+        slots, places, chunk_tokens, chunk_slots = routing
+        h = self.shrink(F.embedding(chunk_tokens, x), a, chunk_slots)
         return self.expand(base(x), h, b, slots, places, chunk_slots)
 
     def embedding(
         self, ids: Tensor, base: SiteBase, routing: Routing, a: Tensor, b: Tensor
     ) -> Tensor:
-        slots, places, held, chunk_slots = routing
-        h = F.embedding(held, self.gather(ids, slots, a))
+        slots, places, chunk_tokens, chunk_slots = routing
+        h = F.embedding(chunk_tokens, self.gather(ids, slots, a))
         return self.expand(base(ids), h, b, slots, places, chunk_slots)

@@ -19,7 +19,7 @@ class Own(nn.Module):
     def __init__(self, sizes: StackSizes) -> None:
         super().__init__()
         owners = torch.arange(1, sizes.num_slots + 1)
-        owners = owners.repeat_interleave(torch.tensor(sizes.slot_rows))
+        owners = owners.repeat_interleave(sizes.rows_per_slot)
         if sizes.has_bias:
             owners = torch.cat([torch.full((BIAS_ROWS,), -1), owners])  # nobody's: rest has a 1
         self.register_buffer("owners", owners.unsqueeze(0))
@@ -37,7 +37,7 @@ class Rest(nn.Module):
         super().__init__()
         row = torch.zeros((), dtype=sizes.dtype)
         if sizes.has_bias:
-            row = row.repeat(1, BIAS_ROWS + sum(sizes.slot_rows))
+            row = row.repeat(1, BIAS_ROWS + sizes.num_slots * sizes.rows_per_slot)
             row[0, 0] = 1
         self.register_buffer("row", row)
         self.row: Tensor

@@ -26,7 +26,9 @@ class RowContext:
         self.rows = rows
         self.stacks: Mapping[str, Tensor] = {}
         self.selector: Tensor = torch.zeros(0)
-        self._routings: dict[tuple[bool, int, bool], Routing] = {}
+        self.shared: list[Tensor] | None = None
+        """A list while sites get what is no row's own, [1, n, in]: their outputs, by row."""
+        self._routings: dict[tuple[str, bool, bool, int, bool], Routing] = {}
         self._whole: dict[str, tuple[Tensor, list[Tensor]]] = {}
 
     def begin(
@@ -37,8 +39,10 @@ class RowContext:
         self._routings, self._whole = {}, {}
 
     def routing(self, lora: LoraStrategy, per_row: int, is_sequence: bool) -> Routing:
-        """Rows of one token, or of `per_row`: a model has one sequence length."""
-        key = (is_sequence, lora.rows_per_slot, lora.has_bias)
+        """Rows of one token, or of `per_row`, which differs where patches stand beside tokens."""
+        shared = self.shared is not None
+        # By its text: under export and tracing a size is a symbol or a tensor, which have no hash.
+        key = (str(per_row), is_sequence, shared, lora.rows_per_slot, lora.has_bias)
         if key not in self._routings:
             self._routings[key] = lora.route_rows(self.selector, per_row)
         return self._routings[key]
@@ -49,10 +53,10 @@ class RowContext:
 
     def once(self, site: "ModelSite", x: Tensor) -> list[Tensor]:
         """The outputs of all slices of a layer for x; computed for the first of them."""
-        known = self._whole.get(site.name)
-        if known is None or known[0] is not x:
-            known = self._whole[site.name] = (x, site.slices(x))
-        return known[1]
+        cached = self._whole.get(site.name)
+        if cached is None or cached[0] is not x:
+            cached = self._whole[site.name] = (x, site.slices(x))
+        return cached[1]
 
 
 class RowLinear(SiteBase):
@@ -144,12 +148,15 @@ class ModelSite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, in] or [batch, n, in] -> the same with out for in; ids [batch, n] -> one more
-        dimension, out. Of a layer of one slice."""
+        dimension, out. Of a layer of one slice. For batch it may be k * batch: the k parts of a
+        row one after the other, such as a picture's windows, or its tokens."""
         (y,) = self.slices(x)
         return y
 
     def slices(self, x: Tensor) -> list[Tensor]:
         """As `forward`, the output of every slice."""
+        if self._context.shared is not None:
+            x = x.expand(self._context.selector.shape[0], -1, -1)
         self._require_rows(x)
         ids = self.is_embedding
         shape = x.shape if ids else x.shape[:-1]
@@ -161,13 +168,18 @@ class ModelSite(nn.Module):
             biases = [self.get_buffer(name) for name in self._biases]
             wide = [y + bias for y, bias in zip(wide, biases, strict=True)]
         is_joined = len(wide) < len(self._widths)
-        return list(torch.split(wide[0], self._widths, -1)) if is_joined else wide
+        outputs = list(torch.split(wide[0], self._widths, -1)) if is_joined else wide
+        if self._context.shared is not None:
+            self._context.shared += outputs
+        return outputs
 
     def _tokens(self, tokens: Tensor, shape: torch.Size) -> list[Tensor]:
         """[T, out], or [T, width] of every slice."""
         if self.lora is None:
             return [self.base(tokens)]
         per_row = shape[1] if len(shape) == 2 else 1
+        if shape[0] != self._context.selector.shape[0]:
+            per_row = per_row * (shape[0] // self._context.selector.shape[0])
         routing = self._context.routing(self.lora, per_row, len(shape) == 2)
         stacks = self._context.stacks
         a, bs = stacks[self._a], [stacks[name] for name in self._bs]
@@ -179,7 +191,7 @@ class ModelSite(nn.Module):
 
     def _require_rows(self, x: Tensor) -> None:
         dims = (1, 2) if self.is_embedding else (2, 3)
-        if x.dim() not in dims or x.shape[0] != self._context.selector.shape[0]:
+        if x.dim() not in dims or x.shape[0] % self._context.selector.shape[0] != 0:
             raise BaseModelError(
                 f"site {self.name!r} gets a tensor of shape {list(x.shape)}, where a batch of rows"
                 " has to come first; its adapters cannot be told apart"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loraexport_runtime.adapters.tensors import LoraWeights
 from loraexport_runtime.contract.manifest import Layer
+from loraexport_runtime.errors import AdapterWeightsError
 
 from ..tensors import to_torch
 from .segments import TokenSlots
@@ -188,8 +189,16 @@ def _pack_true_ranks(
             a.append(lora.a.astype(np.float64) * (lora.scaling * scale / alpha))
             blocks.append(lora.b.astype(np.float64).T)
         a_indptr.append(sum(map(len, a)))
-    joined = [np.concatenate(blocks).astype(dtype) for blocks in b]
-    return _Packed(np.concatenate(a).astype(dtype), joined, a_indptr, b_starts, ranks, scalings)
+    with np.errstate(over="ignore"):
+        shrinks = np.concatenate(a).astype(dtype)
+        joined = [np.concatenate(blocks).astype(dtype) for blocks in b]
+    # B has no scaling here, so it may be too large where the product is not.
+    if not all(np.isfinite(values).all() for values in (shrinks, *joined)):
+        raise AdapterWeightsError(
+            f"layer {layer.name!r}: a factor of an adapter overflows {dtype.name} without its"
+            " scaling; export in bfloat16 or float32"
+        )
+    return _Packed(shrinks, joined, a_indptr, b_starts, ranks, scalings)
 
 
 class OwnRows(nn.Module):
@@ -246,7 +255,7 @@ class Segmented(LoraStrategy):
     ) -> Tensor:
         rows = [self.rows(slots, slot) for slot in range(self.num_slots + 1)]
         parts = [y.index_select(0, rows[0])]
-        for i, own in enumerate(rows[1:]):
+        for i, tokens in enumerate(rows[1:]):
             block = slice(i * self.rows_per_slot, (i + 1) * self.rows_per_slot)
-            parts.append(self.expand(y.index_select(0, own), shrink(own, block), b[block]))
+            parts.append(self.expand(y.index_select(0, tokens), shrink(tokens, block), b[block]))
         return self.reorder(parts, rows, y.shape[0])

@@ -23,9 +23,6 @@ class StackSizes:
 
     num_slots: int
     rows_per_slot: int
-    """The most that a slot has."""
-    slot_rows: tuple[int, ...]
-    """Of each slot; only masked and augmented take slots that differ."""
     in_features: int
     dtype: torch.dtype
     """Of x and of the stacks."""
@@ -36,9 +33,8 @@ class StackSizes:
     def of(cls, layer: Layer, num_slots: int, dtype: torch.dtype) -> "StackSizes":
         a, rows = layer.stack("lora_A"), len(layer.slices) * layer.max_rank
         assert a is not None, "a strategy is for layers with LoRA"
-        slot_rows = a.slot_rows or (rows,) * num_slots
         has_bias = layer.strategy == "augmented" and a.row_offset > 0
-        return cls(num_slots, rows, slot_rows, layer.in_features, dtype, has_bias)
+        return cls(num_slots, rows, layer.in_features, dtype, has_bias)
 
 
 class SiteBase(nn.Module):

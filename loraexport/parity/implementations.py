@@ -13,6 +13,9 @@ from loraexport_runtime.device.providers import CPU, CUDA
 
 NO_BASE = "the base is not here"
 """Why what needs the base cannot run."""
+NOT_ASKED = "the spec does not ask for it"
+NO_TORCHSCRIPT = "it is code that the artifact brings; where you trust it, add --torchscript"
+"""Why the TorchScript of an artifact from elsewhere is not run."""
 
 
 def open_torchscript(path: Path, device: str) -> Any:

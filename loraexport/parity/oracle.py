@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import regex
 from safetensors import safe_open
 
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.errors import quoted
+
+from ..errors import ParityError
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,20 @@ class ReferenceAdapter:
     """Beside A and B, each [out]: `magnitude` (DoRA), `lora_bias`, `base_bias`."""
     heads: dict[str, tuple[np.ndarray, np.ndarray | None]]
     """Whole layers: weight [out, in], bias [out]."""
+
+    def rows(self, part: slice) -> "ReferenceAdapter":
+        """The same of some outputs of every site."""
+        return ReferenceAdapter(
+            {site: (a, b[part], scaling) for site, (a, b, scaling) in self.sites.items()},
+            {
+                site: {name: values[part] for name, values in extras.items()}
+                for site, extras in self.extras.items()
+            },
+            {
+                site: (weight[part], None if bias is None else bias[part])
+                for site, (weight, bias) in self.heads.items()
+            },
+        )
 
     def merge(
         self, site: str, weight: np.ndarray, bias: np.ndarray | None
@@ -42,16 +60,29 @@ class ReferenceAdapter:
         if site not in self.sites:
             return weight, bias
         a, b, scaling = self.sites[site]
-        extras = self.extras.get(site, {})
         merged = weight + scaling * (b @ a)
-        if "magnitude" in extras:
-            lengths = np.sqrt((merged**2).sum(axis=1))
-            merged = merged * (extras["magnitude"] / lengths)[:, None]
+        if "magnitude" in self.extras.get(site, {}):
+            merged = merged * self.output_scale(site, weight)[:, None]
+        return merged, self.merge_bias(site, bias)
+
+    def output_scale(self, site: str, weight: np.ndarray) -> np.ndarray:
+        """m / ||V|| of a site, [out]; 1 where the adapter uses no DoRA."""
+        extras = self.extras.get(site, {})
+        if "magnitude" not in extras:
+            return np.ones(len(weight))
+        a, b, scaling = self.sites[site]
+        merged = weight + scaling * (b @ a)
+        lengths: np.ndarray = np.sqrt((merged**2).sum(axis=1))
+        return extras["magnitude"] / lengths
+
+    def merge_bias(self, site: str, bias: np.ndarray | None) -> np.ndarray | None:
+        """b' of a site, [out]; None where there is none."""
+        extras = self.extras.get(site, {})
         bias = extras.get("base_bias", bias)
         if "lora_bias" in extras:
-            shift = scaling * extras["lora_bias"]
+            shift = self.sites[site][2] * extras["lora_bias"]
             bias = shift if bias is None else bias + shift
-        return merged, bias
+        return bias
 
 
 def read_reference_adapter(
@@ -59,11 +90,14 @@ def read_reference_adapter(
 ) -> ReferenceAdapter:
     """Read a PEFT directory for some sites, a module's name ending in a site's or the reverse."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    found: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
+    factors: dict[str, tuple[np.ndarray, np.ndarray, float]] = {}
     extras: dict[str, dict[str, np.ndarray]] = {}
     heads: dict[str, dict[str, np.ndarray]] = {}
     roles = {
         "lora_magnitude_vector": "magnitude",
+        "lora_magnitude_vector.default": "magnitude",
+        "lora_magnitude_vector.default.weight": "magnitude",
+        "lora_B.default.bias": "lora_bias",
         "lora_magnitude_vector.weight": "magnitude",
         "lora_B.bias": "lora_bias",
         "base_layer.bias": "base_bias",
@@ -72,20 +106,29 @@ def read_reference_adapter(
         for name in file.keys():  # noqa: SIM118
             key = name.removeprefix("base_model.model.")
             value = file.get_tensor(name).astype(np.float64)
-            match = re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.weight)?", key)
+            match = re.fullmatch(r"(.+)\.lora_(embedding_)?A(\.default)?(\.weight)?", key)
             extra = next((end for end in roles if key.endswith("." + end)), None)
             if match:
                 b = file.get_tensor(name.replace("lora_A", "lora_B").replace("_A", "_B"))
                 scaling = scale * reference_scaling(config, match[1])
-                found[_find(match[1], sites)] = (value, b.astype(np.float64), scaling)
+                factors[_find(match[1], sites)] = (value, b.astype(np.float64), scaling)
             elif extra:
                 site = _find(key.removesuffix("." + extra), sites)
                 extras.setdefault(site, {})[roles[extra]] = value
             elif "lora_" not in key and "base_layer" not in key:
                 module, _, parameter = key.rpartition(".")
+                if not _is_saved(module, config.get("modules_to_save") or ()):
+                    continue  # an embedding of the base
                 heads.setdefault(_find(module, sites), {})[parameter] = value
     whole = {site: (parts["weight"], parts.get("bias")) for site, parts in heads.items()}
-    return ReferenceAdapter(found, extras, whole)
+    return ReferenceAdapter(factors, extras, whole)
+
+
+def _is_saved(module: str, names: Sequence[str]) -> bool:
+    """PEFT's rule for modules_to_save: the module, or one around it, has a name ending so."""
+    parts = module.split(".")
+    around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return any(name.endswith(tuple(names)) for name in around)
 
 
 def reference_scaling(config: Mapping[str, object], module: str) -> float:
@@ -140,7 +183,13 @@ def _names(pattern: str, module: str) -> bool:
     """PEFT's rule: the pattern is the whole name, or what follows one of its dots."""
     starts = [0] + [i + 1 for i, letter in enumerate(module) if letter == "."]
     # By position, not by slicing: `^` stands for the start of the whole name only.
-    return any(re.compile(pattern).fullmatch(module, start) for start in starts)
+    compiled = regex.compile(pattern, regex.VERSION0)
+    try:
+        return any(compiled.fullmatch(module, start, timeout=1.0) for start in starts)
+    except TimeoutError as error:
+        raise ParityError(
+            f"the pattern {quoted(pattern)} takes too long to match; name the modules instead"
+        ) from error
 
 
 def _find(module: str, sites: Sequence[str]) -> str:

@@ -5,15 +5,17 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import torch
 
 from loraexport_runtime.checking.check import without_nan
-from loraexport_runtime.checking.rows import Row, Tolerance
+from loraexport_runtime.checking.rows import ROUNDED_TOLERANCE, Comparison, Tolerance
 from loraexport_runtime.contract.manifest import Manifest, ParityStatus, ParitySummary
 
+from ..graphs.files import rounds_activations
 from ..spec.schema import Spec
 
 
@@ -24,14 +26,15 @@ class Report:
     reference: str
     dtype: str
     tolerance: float
-    rows: tuple[Row, ...]
+    gain_tolerance: float
+    rows: tuple[Comparison, ...]
     skipped: dict[str, str]
     """Implementation -> why it was not run."""
     environment: dict[str, str]
     deferred: bool = False
 
     @property
-    def failures(self) -> tuple[Row, ...]:
+    def failures(self) -> tuple[Comparison, ...]:
         return tuple(row for row in self.rows if not row.passed)
 
     @property
@@ -49,7 +52,7 @@ class Report:
         checked = tuple(dict.fromkeys(row.implementation for row in self.rows))
         errors = [row.error for row in self.rows]
         worst = max(errors) if errors and np.isfinite(errors).all() else None
-        return ParitySummary(self.status, checked, worst, self.tolerance)
+        return ParitySummary(self.status, checked, worst, self.tolerance, self.gain_tolerance)
 
     def to_json(self) -> str:
         data = {"status": self.status, **dataclasses.asdict(self)}
@@ -61,7 +64,8 @@ class Report:
             "",
             f"Against {self.reference}, {self.dtype}, tolerance {self.tolerance:g} of"
             " max |y - ref| / max |ref|.",
-            "`gain` is what the adapter adds, projected on what it should add: 1 is right.",
+            "`gain` is what the adapter adds, projected on what it should add: 1 is right, to"
+            f" {self.gain_tolerance:g}.",
             "`moved` is how far the adapter moves the output of its base, as it should.",
             "",
             "| implementation | layer | site | adapter | tokens | max abs | mean abs | error |"
@@ -72,7 +76,7 @@ class Report:
             cosine = "" if row.cosine is None else f"{row.cosine:.6f}"
             gain = "" if row.gain is None else f"{row.gain:.5f}"
             moved = "" if row.moved is None else f"{100 * row.moved:.2f} %"
-            verdict = "ok" if row.passed else "FAILED"
+            verdict = "ok" if row.passed else f"FAILED: {', '.join(row.broke)}"
             lines.append(
                 f"| {row.implementation} | {row.layer} | {row.site} | {row.adapter} |"
                 f" {row.num_tokens} | {row.max_abs_error:.2e} | {row.mean_abs_error:.2e} |"
@@ -83,19 +87,24 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def tolerance_of(spec: Spec, table: Mapping[str, Tolerance]) -> Tolerance:
-    """The dtype's own, unless the spec sets the error that it allows."""
-    tolerance = table[spec.export.dtype]
-    if spec.parity.tolerance is None:
-        return tolerance
-    return replace(tolerance, error=spec.parity.tolerance)
+def tolerance_of(
+    spec: Spec, table: Mapping[str, Tolerance], graph: Path | None = None
+) -> Tolerance:
+    """The dtype's own, or that of a graph which rounds, unless the spec sets what it allows."""
+    rounds = graph is not None and rounds_activations(graph)
+    tolerance = ROUNDED_TOLERANCE if rounds else table[spec.export.dtype]
+    if spec.parity.tolerance is not None:
+        tolerance = replace(tolerance, error=spec.parity.tolerance)
+    if spec.parity.gain is not None:
+        tolerance = replace(tolerance, gain=spec.parity.gain)
+    return tolerance
 
 
 def make_report(
     source: str,
     manifest: Manifest,
     tolerance: Tolerance,
-    rows: Sequence[Row],
+    rows: Sequence[Comparison],
     skipped: dict[str, str],
     has_onnx: bool,
 ) -> Report:
@@ -105,6 +114,7 @@ def make_report(
         source,
         manifest.dtype,
         tolerance.error,
+        tolerance.gain,
         tuple(rows),
         skipped,
         environment(),
@@ -114,7 +124,7 @@ def make_report(
 
 def environment() -> dict[str, str]:
     """What the figures depend on."""
-    found = {
+    versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": ort.__version__,
@@ -122,5 +132,5 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-    return found
+        versions["gpu"] = torch.cuda.get_device_name(0)
+    return versions

@@ -1,14 +1,17 @@
 """build(): the life of a spec, top to bottom."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraexport_runtime.checking.rows import describe_failure, largest
+from loraexport_runtime.contract.graphs import check_graphs
 from loraexport_runtime.contract.manifest import cuda_reason
 
 from ..artifact import staging
-from ..errors import ParityError
+from ..errors import ParityError, UsageError
 from ..plan.model import ModelPlan
 from ..plan.plan import AnyPlan, make_plan
 from ..spec.reader import read_spec
@@ -39,6 +42,7 @@ def build(
     from .subject import Subject
 
     _require_onnx_device(plan, has_cuda)
+    _require_memory(plan)
     recipe = RECIPES[plan.kind.tag]
     with staging(out, spec.name) as stage:
         (stage.folder / "graphs").mkdir()
@@ -48,10 +52,19 @@ def build(
 
         progress("read weights")
         loaded = recipe.load(plan)
-        manifest = recipe.export(loaded, stage.folder, progress)
+        manifest = stage.list_files(recipe.export(loaded, stage.folder, progress))
+        check_graphs(stage.folder, manifest)
         progress("verify")
         providers = default_providers(manifest)
-        subject = Subject(stage.folder, manifest, manifest.kind, spec, providers, keep_cases=True)
+        subject = Subject(
+            stage.folder,
+            manifest,
+            manifest.kind,
+            spec,
+            providers,
+            torchscript=True,
+            keep_cases=True,
+        )
         report = recipe.prove(subject, loaded)
         (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
         (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
@@ -62,6 +75,18 @@ def build(
         progress("publish")
         stage.publish(manifest)
     return stage.target, report
+
+
+def _require_memory(plan: AnyPlan) -> None:
+    """Raise UsageError if this machine cannot hold what the build allocates at once."""
+    needed = sum(layer.base_bytes + layer.lora_bytes for layer in plan.layers)
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > room:
+        raise UsageError(
+            f"{plan.num_slots} slots of rank {plan.max_rank} and the base's weights at their sites"
+            f" are {needed / 2**30:,.1f} GiB, and this machine has {room / 2**30:,.1f} GiB; give"
+            " fewer slots or a smaller max_rank, or build on a larger machine"
+        )
 
 
 def _require_onnx_device(plan: AnyPlan, has_cuda: Callable[[], bool]) -> None:
@@ -75,12 +100,12 @@ def _require_onnx_device(plan: AnyPlan, has_cuda: Callable[[], bool]) -> None:
         )
 
 
-def _parity_error(report: "Report", kept: Path) -> ParityError:
-    worst = max(report.failures, key=lambda row: row.error if row.error == row.error else 1e30)
-    gain = "" if worst.gain is None else f", gain {worst.gain:.4f}"
+def _parity_error(report: "Report", folder: Path) -> ParityError:
+    of_base = [row for row in report.failures if row.adapter == "base"]
+    worst = largest(of_base or report.failures)
+    hint = " The base fails by itself: its graph differs, not an adapter." if of_base else ""
     return ParityError(
         f"{len(report.failures)} of {len(report.rows)} comparisons failed; nothing was published."
-        f" Worst: {worst.implementation}, layer {worst.layer!r}, site {worst.site!r}, adapter"
-        f" {worst.adapter!r}: error {worst.error:.2e} (tolerance {report.tolerance:.0e}){gain}."
-        f" Report and inputs: {kept / 'parity'}. Repeat: loraexport verify {kept}"
+        f" Worst: {describe_failure(worst, report.tolerance, report.gain_tolerance)}.{hint}"
+        f" Report and inputs: {folder / 'parity'}. Repeat: loraexport verify {folder}"
     )

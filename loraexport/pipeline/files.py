@@ -1,12 +1,20 @@
 """What an artifact carries beside its graphs: the spec, adapters, the tokenizer."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from loraexport_runtime.adapters.config import CONFIG_FILE, WEIGHTS_FILE
-from loraexport_runtime.contract.kinds import Graph, Model
+from safetensors.numpy import save
+
+from loraexport_runtime.adapters.dora import SCALES_FILE
+from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.contract.kinds import Decoder, Graph, Model
+from loraexport_runtime.contract.listed import ListedFiles
 from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.generation.text.defaults import GenerationDefaults
 
+from ..bases.adapters import OutputScales
 from ..plan.plan import AdapterPlan
 from ..spec.schema import Spec
 from .progress import Progress
@@ -14,7 +22,9 @@ from .progress import Progress
 _TOKENIZER = "tokenizer/tokenizer.json"
 
 
-def copy_tokenizer(directory: Path, folder: Path, model: Model, progress: Progress) -> None:
+def copy_tokenizer(
+    directory: Path, folder: Path, model: Model, progress: Progress, lower_case: bool = False
+) -> None:
     """Copy what the base has of its tokenizer or image processor, for a service's use.
 
     Of a model of texts without tokenizer.json it is made of the vocabulary; if it cannot be, the
@@ -22,21 +32,25 @@ def copy_tokenizer(directory: Path, folder: Path, model: Model, progress: Progre
 
     Args:
         folder: the artifact.
+        lower_case: capitals are the same as small letters, whatever the base's own tokenizer does.
 
     Raises:
         BaseModelError: a file of them is damaged.
     """
-    from ..hf.tokenizer import find_files, write_tokenizer
+    from ..hf.tokenizer import drop_code, find_files, fold_case, write_tokenizer
 
     target = folder / Path(_TOKENIZER).parent
     for file in find_files(directory):
         target.mkdir(exist_ok=True)
         shutil.copyfile(file, target / file.name)
+    drop_code(target)
     if _takes_text(model) and not (folder / _TOKENIZER).is_file():
         progress("write tokenizer.json")
         why = write_tokenizer(directory, folder / _TOKENIZER)
         if why:
             progress(f"no tokenizer.json: {why}")
+    if lower_case and (folder / _TOKENIZER).is_file():
+        fold_case(folder / _TOKENIZER)
 
 
 def text_note(manifest: Manifest) -> str | None:
@@ -55,6 +69,21 @@ def text_note(manifest: Manifest) -> str | None:
     )
 
 
+def generation_defaults(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """How a decoder generates where a call says nothing else; None of another kind.
+
+    Raises:
+        ArtifactError: a file that says so is damaged.
+    """
+    match manifest.kind:
+        case Decoder(folder=inner):
+            config = read_genai_config(folder / inner)
+            files = ListedFiles(folder, manifest.files)
+            return asdict(GenerationDefaults.read(files, inner, config))
+        case _:
+            return None
+
+
 def _takes_text(model: Model) -> bool:
     return any(entry.name == "input_ids" for entry in model.inputs)
 
@@ -67,7 +96,18 @@ def portable(spec: Spec) -> Spec:
     return spec.model_copy(update={"adapters": tuple(copies)})
 
 
+def write_scales(folder: Path, output_scales: OutputScales) -> None:
+    """What of adapters with DoRA a session needs that has no base: beside their files.
+
+    Args:
+        folder: the artifact.
+    """
+    for name, scales in output_scales.items():
+        if scales:
+            (folder / "adapters" / name / SCALES_FILE).write_bytes(save(dict(scales)))
+
+
 def copy_adapter(adapter: AdapterPlan, folder: Path) -> None:
+    """Copy an adapter's files, as they were planned. Raises AdapterError: they have changed."""
     folder.mkdir(parents=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        shutil.copyfile(adapter.header.path / name, folder / name)
+    adapter.header.files.copy_to(folder)

@@ -11,19 +11,20 @@ from loraexport_runtime.contract.manifest import Manifest
 
 from ..bases.adapters import pack_adapters
 from ..bases.graph import NO_PLAIN_MODEL, find_sites, load_graph, load_graph_base
-from ..bases.graph_signature import read_signature
+from ..bases.graph_signature import read_graph_signature
 from ..bases.weights import Base
 from ..export.graft import graft
 from ..graphs.files import save_grafted
+from ..graphs.tables import with_tables
 from ..parity.implementations import NO_BASE
-from ..parity.model.check import check_model
 from ..parity.model.graph_model import open_rows
-from ..parity.model.reference import make_reference, save_reference
+from ..parity.model.reference import make_reference
 from ..parity.report import Report
 from ..plan.graph import GraphPlan
 from ..plan.plan import Plan
 from .files import copy_tokenizer
 from .manifest import make_manifest
+from .model import compare
 from .progress import Progress
 from .subject import Subject
 
@@ -48,14 +49,17 @@ def export(loaded: LoadedGraph, folder: Path, progress: Progress) -> Manifest:
     """See Recipe."""
     plan, graph = loaded.plan, loaded.graph.clone()
     progress("run the graph to see its dimensions")
-    seen = read_signature(plan, graph)
-    model = Model("onnx", False, None, seen.inputs, seen.outputs, _FILE, None, plan.kind.facts)
+    seen = read_graph_signature(plan, graph)
+    facts = with_tables(plan.kind.facts, graph.graph)
+    blend = plan.spec.export.blend
+    model = Model("onnx", blend, None, seen.inputs, seen.outputs, _FILE, None, facts)
     copy_tokenizer(plan.kind.directory, folder, model, progress)
     progress("graft multi-LoRA into it")
     sites = find_sites(plan, plan.kind, graph, seen.layouts)
     stacks = pack_adapters(plan, loaded.base, [site.layer for site in sites])
-    graft(graph, sites, stacks, plan.num_slots, plan.spec.export.dtype)
-    save_grafted(graph, folder / _FILE)
+    export = plan.spec.export
+    graft(graph, sites, stacks, plan.num_slots, export.dtype, export.blend)
+    save_grafted(graph, folder / _FILE, stacks)
     return make_manifest(plan, loaded.base, Graph(model))
 
 
@@ -68,6 +72,4 @@ def prove(subject: Subject[Graph], loaded: LoadedGraph | None) -> Report:
         oracle = open_rows(loaded.plan, folder, manifest, loaded.graph.clone())
         reference = make_reference(oracle, manifest, model, subject.spec.parity.seed)
         plain = NO_PLAIN_MODEL
-    if subject.keep_cases:
-        save_reference(reference, folder)
-    return check_model(folder, manifest, model, subject.spec, reference, plain, subject.providers)
+    return compare(subject, model, reference, plain)

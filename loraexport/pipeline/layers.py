@@ -66,4 +66,4 @@ def prove(subject: Subject[Layers], loaded: LoadedLayers | None) -> Report:
         modules = loaded.modules
     if subject.keep_cases:
         save_reference(reference, folder)
-    return check(folder, manifest, spec, reference, modules, subject.providers)
+    return check(folder, manifest, spec, reference, modules, subject.providers, subject.torchscript)

@@ -4,7 +4,6 @@ import datetime
 import importlib.metadata
 from collections.abc import Sequence
 
-from loraexport_runtime.adapters.header import digest_adapter
 from loraexport_runtime.contract.kinds import Kind
 from loraexport_runtime.contract.manifest import (
     FORMAT_VERSION,
@@ -28,6 +27,8 @@ _TOOLS = (
     "onnxruntime",
     "onnxruntime-genai-cuda",
     "onnxruntime-genai",
+    "tokenizers",
+    "Jinja2",
 )
 
 
@@ -52,7 +53,7 @@ def make_manifest(
             AdapterEntry(
                 name=adapter.name,
                 path=f"adapters/{adapter.name}",
-                digest=digest_adapter(adapter.header.path),
+                digest=adapter.header.files.digest(),
                 scale=adapter.scale,
                 slot=adapter.slot,
                 sites=adapter.sites,
@@ -60,7 +61,7 @@ def make_manifest(
             )
             for adapter in plan.adapters
         ),
-        base=BaseEntry(plan.base_source, base.digest, base.digests),
+        base=BaseEntry(plan.base_source, base.digest, base.digests, plan.kind.naming, base.missing),
         parity=ParitySummary("deferred", (), None, 0.0),
         tools=_tool_versions(),
         files={},

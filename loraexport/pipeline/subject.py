@@ -24,5 +24,7 @@ class Subject(Generic[KindT]):
     spec: Spec
     providers: Sequence[str]
     """onnxruntime's names, on which the ONNX graphs run."""
+    torchscript: bool
+    """Run the TorchScript graphs, which may hold any code: a build's own are its own."""
     keep_cases: bool
     """Write the cases into the folder, for a proof where the base is not."""

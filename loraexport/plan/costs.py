@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from loraexport_runtime.contract.foreign import MAX_BYTES, read_bounded
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..errors import UsageError
@@ -40,7 +41,7 @@ class LayerShape:
 def read_costs(path: Path = COSTS_FILE) -> Costs:
     """Raises UsageError for a file that is none of `loraexport bench --calibrate`."""
     try:
-        return Costs.model_validate_json(path.read_text(encoding="utf-8"))
+        return Costs.model_validate_json(read_bounded(path, MAX_BYTES))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give a calibration's costs.json") from error
     except ValidationError as error:
@@ -119,14 +120,14 @@ def fit(device: str, measured: Sequence[Measured]) -> Costs:
         np.array([work(measurement.strategy, measurement.shape) for measurement in measured])
         / whole[:, None]
     )
-    wanted = np.array([measurement.added for measurement in measured]) / whole
+    targets = np.array([measurement.added for measurement in measured]) / whole
     best, least = np.zeros(3), np.inf
     for size in (1, 2, 3):  # least squares on a face of the positive octant
         for chosen in itertools.combinations(range(3), size):
-            part, *_ = np.linalg.lstsq(rows[:, chosen], wanted, rcond=None)
-            error = float(((rows[:, chosen] @ part - wanted) ** 2).sum())
+            part, *_ = np.linalg.lstsq(rows[:, chosen], targets, rcond=None)
+            error = float(((rows[:, chosen] @ part - targets) ** 2).sum())
             if (part >= 0).all() and error < least:
                 best, least = np.zeros(3), error
                 best[list(chosen)] = part
-    launch, gbyte, gflop = (float(f"{one:.4g}") for one in best)
+    launch, gbyte, gflop = (float(f"{cost:.4g}") for cost in best)
     return Costs(device=device, launch=launch, gbyte=gbyte, gflop=gflop)

@@ -57,7 +57,6 @@ def make_layer_plan(
     num_slots: int,
     roles: Collection[str] = LORA,
     has_bias: bool = False,
-    slot_rows: tuple[int, ...] | None = None,
 ) -> LayerPlan:
     """Strategy, stacks and costs of a layer whose sizes are known.
 
@@ -65,23 +64,21 @@ def make_layer_plan(
         roles: of its stacks; beside LoRA those parameters that adapters replace.
         has_bias: whether the base adds a bias by a pass of its own, so that an augmented stack is
             to hold it.
-        slot_rows: of each slot, where slots stay as built; default: every slice at max_rank.
     """
     rows = len(layer.slices) * layer.max_rank if "lora_A" in roles else 0
-    on_average = sum(slot_rows) / num_slots if slot_rows else rows
     size_in, size_out = layer.in_features, layer.out_features
     strategy, reason = choose_strategy(
-        layer.kind, spec, num_slots, on_average, size_in, size_out, has_bias
+        layer.kind, spec, num_slots, rows, size_in, size_out, has_bias
     )
     if strategy == "augmented" and set(roles) != set(LORA):
         strategy, reason = "masked", "a slot's own base parameters leave no [W ; B] product"
     size = BYTES_PER_VALUE[spec.export.dtype]
     widths = [size_out]
     if strategy == "augmented" and spec.base.kind == "transformers":
-        shape = LayerShape(spec.typical_tokens, size_in, size_out, num_slots, on_average, size)
+        shape = LayerShape(spec.typical_tokens, size_in, size_out, num_slots, rows, size)
         if is_apart(costs_of(spec), shape, len(layer.slices)):
             widths = [part.width for part in layer.slices]
-    stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias, slot_rows)
+    stacks = make_stacks(layer, strategy, num_slots, widths, roles, has_bias)
     in_file = any(stack.row_offset for stack in stacks) and spec.base.kind != "causal_lm"
     graph = layer.name if spec.base.kind == "layers" else "model"
     is_embedding = layer.kind == "embedding"
@@ -102,5 +99,5 @@ def make_layer_plan(
         lora_bytes=size * lora_values,
         base_flops_per_token=0 if is_embedding else 2 * size_in * size_out,
         lora_flops_per_token=lora_flops
-        * (rows if strategy in ("segmented", "chunked") else sum(slot_rows or [rows] * num_slots)),
+        * (rows if strategy in ("segmented", "chunked") else rows * num_slots),
     )

@@ -10,9 +10,11 @@ from loraexport_runtime.adapters.header import AdapterHeader
 from loraexport_runtime.adapters.tensor_files import FLOAT_DTYPES, TensorInfo
 from loraexport_runtime.contract.kinds import Tag
 from loraexport_runtime.contract.manifest import Layer, Slice
+from loraexport_runtime.contract.naming import Naming
 
 from ..errors import BaseModelError
 from ..hf.checkpoint import read_checkpoint
+from ..hf.names.naming import read_naming
 from ..spec.schema import EmbeddingSpec, LayerSpec, LayersSpec, LinearSpec, SliceSpec, Spec
 from .layer import LayerPlan, SiteSource, make_layer_plan, refuse_features
 
@@ -25,6 +27,7 @@ class LayersPlan:
 
     seed: int
     """Of synthetic weights; 0 where there are none."""
+    naming: Naming
 
 
 def plan_layers(
@@ -49,7 +52,10 @@ def plan_layers(
     _check_sites_differ(layers)
     instead = "build the whole model (base.kind: transformers)"
     refuse_features(headers, "the graph of a single layer", instead)
-    return layers, LayersPlan(base.init.seed if base.init else 0)
+    sites = [part.site for layer in layers for part in layer.layer.slices]
+    return layers, LayersPlan(
+        base.init.seed if base.init else 0, read_naming(directory, sites, headers)
+    )
 
 
 def _plan_layer(
@@ -67,9 +73,9 @@ def _plan_layer(
         where = f"base layer {layer.name!r}"
         where += f", slice {part.name!r}" if part is not layer else ""
         source = _find_source(part, tensors, where)
-        asked = part.embedding_dim if isinstance(part, EmbeddingSpec) else part.out_features
+        out_features = part.embedding_dim if isinstance(part, EmbeddingSpec) else part.out_features
         transposed = isinstance(layer, EmbeddingSpec) or layer.fan_in_fan_out
-        in_features, width = _sizes(source, in_features, asked, transposed, where)
+        in_features, width = _sizes(source, in_features, out_features, transposed, where)
         slices.append(Slice(part.name, source.site, offset, width))
         sources.append(source)
         offset += width
@@ -139,10 +145,10 @@ def _tensor(tensors: Mapping[str, TensorInfo], name: str, where: str) -> TensorI
 
 def _closest(name: str, tensors: Iterable[str]) -> list[str]:
     """Three names that a user may have meant: the same with another prefix, or alike."""
-    known = list(tensors)
+    names = list(tensors)
     tail = name.split(".", 1)[-1]
-    same_tail = [one for one in known if one.endswith(tail) or one.endswith("." + name)]
-    return (same_tail or difflib.get_close_matches(name, known, 3, 0.6) or known)[:3]
+    same_tail = [tensor for tensor in names if tensor.endswith(tail) or tensor.endswith("." + name)]
+    return (same_tail or difflib.get_close_matches(name, names, 3, 0.6) or names)[:3]
 
 
 def _sizes(
@@ -161,11 +167,11 @@ def _sizes(
     if len(info.shape) != 2:
         raise BaseModelError(f"{where}: tensor {name!r} has shape {list(info.shape)}, not a matrix")
     found_in, found_out = info.shape if transposed else info.shape[::-1]
-    for what, asked, found in (("in", in_features, found_in), ("out", out_features, found_out)):
-        if asked is not None and asked != found:
+    for side, expected, size in (("in", in_features, found_in), ("out", out_features, found_out)):
+        if expected is not None and expected != size:
             raise BaseModelError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}, so {found} {what}put"
-                f" features; expected {asked}, by the spec or by the layer's other slices"
+                f"{where}: tensor {name!r} has shape {list(info.shape)}, so {size} {side}put"
+                f" features; expected {expected}, by the spec or by the layer's other slices"
             )
     if source.bias is not None and source.bias[1].shape != (found_out,):
         raise BaseModelError(

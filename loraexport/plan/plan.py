@@ -15,9 +15,11 @@ from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.contract.foreign import has_file
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG
 from loraexport_runtime.contract.manifest import AdapterSite
+from loraexport_runtime.contract.naming import Naming
+from loraexport_runtime.contract.strict_yaml import Problem
 from loraexport_runtime.errors import AdapterError
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, SpecError
 from ..hf.sources import resolve_directory
 from ..spec.schema import BaseSpec, CausalLmSpec, LayersSpec, OnnxSpec, Spec, TransformersSpec
 from .decoder import DecoderPlan, plan_decoder
@@ -60,8 +62,16 @@ class Plan(Generic[KindT]):
     adapters: tuple[AdapterPlan, ...]
     base_source: str
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Weights of a Hugging Face model that its files lack; none of other bases."""
+        return self.kind.missing if isinstance(self.kind, ModelPlan | DecoderPlan) else ()
+
 
 AnyPlan = Plan[PlanKind]
+
+_MAX_BYTES = 2**40
+"""Of a base's sites and the stacks: what no machine holds that builds."""
 
 
 def make_plan(spec: Spec, folder: Path) -> AnyPlan:
@@ -71,21 +81,34 @@ def make_plan(spec: Spec, folder: Path) -> AnyPlan:
         folder: the spec's folder; its relative paths start there.
 
     Raises:
+        SpecError: its slots, ranks and sizes ask for more memory than any machine has.
         BaseModelError: the base is not there, or a tensor is absent or misshapen.
         AdapterError, WeightsError: an adapter cannot be used on this base.
     """
-    headers = [
-        read_adapter(resolve_directory(adapter.path, folder, AdapterError))
-        for adapter in spec.adapters
-    ]
+    directories = (resolve_directory(one.path, folder, AdapterError) for one in spec.adapters)
+    headers = [read_adapter(directory) for directory in directories]
     max_rank = spec.max_rank or max(header.max_rank for header in headers)
     num_slots = spec.slots or len(spec.adapters)
     layers, kind = _plan_base(spec, folder, headers, num_slots, max_rank)
+    _check_bytes(spec, layers, num_slots, max_rank)
     adapters = tuple(
-        _plan_adapter(spec, index, header, layers, num_slots)
+        _plan_adapter(spec, index, header, layers, kind.naming, num_slots)
         for index, header in enumerate(headers)
     )
     return Plan(spec, num_slots, max_rank, layers, kind, adapters, _base_source(spec.base))
+
+
+def _check_bytes(spec: Spec, layers: Sequence[LayerPlan], num_slots: int, max_rank: int) -> None:
+    """Raise SpecError if the weights that a build allocates are more than `_MAX_BYTES`."""
+    base, lora = sum(plan.base_bytes for plan in layers), sum(plan.lora_bytes for plan in layers)
+    if base + lora > _MAX_BYTES:
+        message = (
+            f"{num_slots} slots of rank {max_rank} at {len(layers)} layers are"
+            f" {lora / 2**30:,.0f} GiB beside {base / 2**30:,.0f} GiB of the base, and a build"
+            f" holds at most {_MAX_BYTES >> 30:,} GiB"
+        )
+        hint = "give fewer slots, a smaller max_rank or smaller layers"
+        raise SpecError(spec.name, [Problem(1, "slots", message, hint)])
 
 
 def _plan_base(
@@ -106,7 +129,7 @@ def _plan_base(
             place = directory(path)
             generates = has_file(place / GENAI_CONFIG)
             layers, graph = plan_graph(base, place, generates, headers, *sizes)
-            return layers, DecoderPlan(place, graph) if generates else graph
+            return layers, DecoderPlan(place, graph, graph.naming) if generates else graph
 
 
 def _base_source(base: BaseSpec) -> str:
@@ -121,11 +144,12 @@ def _plan_adapter(
     index: int,
     header: AdapterHeader,
     layers: tuple[LayerPlan, ...],
+    naming: Naming,
     num_slots: int,
 ) -> AdapterPlan:
     adapter = spec.adapters[index]
     sites = [part.site for plan in layers for part in plan.layer.slices]
-    modules = match_sites(header, sites)
+    modules = match_sites(header, sites, naming)
     check_fit(header, modules, [plan.layer for plan in layers])
     effective = {
         site: AdapterSite(

@@ -27,19 +27,19 @@ def choose_strategy(
     a decoder masked or augmented, which share their mask, of a single layer chunked too. On a CPU
     masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
-    asked, tune, tokens = spec.export.strategy, spec.export.tune, spec.typical_tokens
+    requested, tune, tokens = spec.export.strategy, spec.export.tune, spec.typical_tokens
     if spec.export.blend:
         return "masked", "the mask holds each row's weights of the slots"
     if spec.base.kind == "onnx":
         return "masked", "it joins a graph that exists, whose products stay as they are"
     if spec.base.kind == "causal_lm" and spec.base.weights == "int4":
         return "masked", "a product of int4 weights cannot take B too"
-    if spec.base.kind == "causal_lm" and asked in ("segmented", "chunked"):
-        return "masked", f"it joins a graph that exists, which {asked} cannot"
-    if asked == "augmented" and kind == "embedding":
+    if spec.base.kind == "causal_lm" and requested in ("segmented", "chunked"):
+        return "masked", f"it joins a graph that exists, which {requested} cannot"
+    if requested == "augmented" and kind == "embedding":
         return "masked", "an embedding has no [W ; B] product; masked is its nearest form"
-    if asked != "auto":
-        return asked, "the spec asks for it"
+    if requested != "auto":
+        return requested, "the spec asks for it"
     if tune.device == "cpu":
         return "masked", "on a CPU masked costs least: augmented is never prepacked"
     if kind == "embedding":
@@ -51,11 +51,11 @@ def choose_strategy(
     if spec.base.kind == "layers":
         candidates.append("chunked")
     extra = {candidate: added(costs, candidate, shape) for candidate in candidates}
-    best, *others = sorted(candidates, key=lambda one: extra[one])
-    rest = ", ".join(f"{other} {extra[other]:.1f}" for other in others)
+    best, *costlier = sorted(candidates, key=lambda candidate: extra[candidate])
+    comparison = ", ".join(f"{candidate} {extra[candidate]:.1f}" for candidate in costlier)
     return best, (
         f"least by the costs of one {costs.device} for {tokens} tokens and {num_slots} slots:"
-        f" {extra[best]:.1f} us over the base; {rest}"
+        f" {extra[best]:.1f} us over the base; {comparison}"
     )
 
 

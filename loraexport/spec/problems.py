@@ -5,9 +5,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import Problem
-from .strict_yaml import SPEC, Format, Lines, dotted
+from loraexport_runtime.contract.strict_yaml import Format, Lines, Problem, dotted
 
+from ..errors import SpecError
+
+SPEC = Format("a spec, as specs/quickstart.yaml", "'loraexport schema' lists the keys", SpecError)
+_NAME_LENGTH = 64
+_HINTS = 100
+"""Problems whose nearest key is looked for: of ten thousand nobody reads the hints."""
 KINDS = ("layers", "transformers", "causal_lm", "onnx")
 """Of a base."""
 
@@ -33,17 +38,18 @@ def schema_problems(
 ) -> list[Problem]:
     """pydantic's findings in the words of a spec; one problem for all members of a union."""
     expected: dict[tuple[str | int, ...], list[str]] = {}
-    given: dict[tuple[str | int, ...], Any] = {}
-    problems = []
+    values: dict[tuple[str | int, ...], Any] = {}
+    problems: list[Problem] = []
     for detail in details:
         location = _without_union_tags(detail["loc"], lines)
         if detail["type"] in _EXPECTED:
             expected.setdefault(location, []).append(_EXPECTED[detail["type"]])
-            given[location] = detail["input"]
+            values[location] = detail["input"]
         elif detail["type"] != "too_short" or not detail["input"]:  # else its items are wrong
-            problems.append(_problem(detail, location, lines, keys_at, kind))
+            is_hinted = len(problems) < _HINTS
+            problems.append(_problem(detail, location, lines, keys_at, kind, is_hinted))
     for location, kinds in expected.items():
-        value = given[location]
+        value = values[location]
         message = f"expected {' or '.join(kinds)}, got {_shown(value)}"
         hint = _type_hint(kinds[0], value)
         problems.append(Problem(_line(location, lines), dotted(location), message, hint))
@@ -81,45 +87,54 @@ def _type_hint(expected: str, value: Any) -> str:
 
 
 def _problem(
-    detail: Any, location: tuple[str | int, ...], lines: Lines, keys_at: KeysAt, file: Format
+    detail: Any,
+    location: tuple[str | int, ...],
+    lines: Lines,
+    keys_at: KeysAt,
+    file: Format,
+    is_hinted: bool,
 ) -> Problem:
-    kind, given, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    kind, value, context = detail["type"], detail.get("input"), detail.get("ctx", {})
     line, path = _line(location, lines), dotted(location)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(location[-1]), keys_at(location), n=1)
+        name = str(location[-1])
+        near = difflib.get_close_matches(name, keys_at(location), n=1) if is_hinted else []
         hint = f"remove it; {file.keys}"
         return Problem(line, path, "unknown key", f"did you mean {near[0]!r}?" if near else hint)
     if kind == "missing":
         return Problem(line, path, "required key is missing", "add it")
     if kind == "literal_error":
         hint = "choose one" if "," in context["expected"] or " or " in context["expected"] else ""
-        return Problem(line, path, f"expected {context['expected']}, got {_shown(given)}", hint)
+        return Problem(line, path, f"expected {context['expected']}, got {_shown(value)}", hint)
     if kind == "union_tag_invalid":
         at = (*location, context["discriminator"].strip("'"))
         message = f"expected {context['expected_tags']}, got {_shown(context['tag'])}"
         return Problem(_line(at, lines), dotted(at), message, "choose one")
     if kind == "union_tag_not_found":
         key = context["discriminator"].strip("'")
-        values = {"type": ("linear", "embedding"), "kind": KINDS}[key]
-        hint = f"add {' or '.join(f'{key}: {value}' for value in values)}"
+        tags = {"type": ("linear", "embedding"), "kind": KINDS}[key]
+        hint = f"add {' or '.join(f'{key}: {tag}' for tag in tags)}"
         return Problem(line, dotted((*location, key)), "required key is missing", hint)
+    if kind == "string_too_long" and context["max_length"] > _NAME_LENGTH:
+        message = f"{len(value):,} characters, got {_shown(value)}"
+        return Problem(line, path, message, f"at most {context['max_length']:,}")
     if kind in ("string_pattern_mismatch", "string_too_long"):
         hint = "letters, digits, '.', '_', '-', the first a letter or digit, at most 64"
-        return Problem(line, path, f"{_shown(given)} is no name", hint)
+        return Problem(line, path, f"{_shown(value)} is no name", hint)
     if kind == "too_short":
         return Problem(line, path, "empty", "give at least one")
     message = detail["msg"].lower().removeprefix("input ")
-    return Problem(line, path, f"{message}, got {_shown(given)}", "")
+    return Problem(line, path, f"{message}, got {_shown(value)}", "")
 
 
 def _without_union_tags(location: Sequence[str | int], lines: Lines) -> tuple[str | int, ...]:
     """Drop what pydantic adds for unions (`linear`, `str`): it is in no file."""
-    kept: tuple[str | int, ...] = ()
+    stripped: tuple[str | int, ...] = ()
     if len(location) > 1 and location[0] == "base" and location[1] in KINDS:
         location = (location[0], *location[2:])  # the kind, which pydantic puts between
     for index, part in enumerate(location):
-        is_tag = part in ("linear", "embedding", "str", "bool")
-        if is_tag and (*kept, part) not in lines:
+        is_tag = part in ("linear", "embedding", "str", "constrained-str", "bool")
+        if is_tag and (*stripped, part) not in lines:
             continue
-        kept = (*kept, location[index])
-    return kept
+        stripped = (*stripped, location[index])
+    return stripped

@@ -6,8 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from loraexport_runtime.contract.strict_yaml import read_yaml
+
 from ..errors import SpecError
-from .problems import schema_problems
+from .problems import SPEC, schema_problems
 from .rules import cross_problems
 from .schema import (
     AdapterSpec,
@@ -26,7 +28,6 @@ from .schema import (
     TransformersSpec,
     TuneSpec,
 )
-from .strict_yaml import read_yaml
 
 
 def read_spec(path: Path) -> Spec:
@@ -35,7 +36,7 @@ def read_spec(path: Path) -> Spec:
     Raises:
         SpecError: with every problem of the file, each with line, path, and a hint.
     """
-    data, lines, problems = read_yaml(path)
+    data, lines, problems = read_yaml(path, SPEC)
     problems += cross_problems(data, lines)
     try:
         spec = Spec.model_validate_json(json.dumps(data))

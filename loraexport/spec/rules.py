@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..errors import Problem
-from .strict_yaml import Lines, dotted
+from loraexport_runtime.contract.strict_yaml import Lines, Problem, dotted
+from loraexport_runtime.errors import quoted
 
 
 def cross_problems(data: Any, lines: Lines) -> list[Problem]:
@@ -11,12 +11,13 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
     base = _get(data, "base")
     layers = _items(base, "layers")
     problems = _same_names(_items(data, "adapters"), ("adapters",), lines)
+    problems += _reserved_names(_items(data, "adapters"), lines)
     problems += _same_names(layers, ("base", "layers"), lines)
     problems += _model_keys(data, lines)
     if isinstance(base, dict) and base.get("kind") in (None, "layers"):
-        given = [key for key in ("path", "init") if base.get(key) is not None]
-        if len(given) != 1:
-            seen = "both are given" if given else "neither is given"
+        sources = [key for key in ("path", "init") if base.get(key) is not None]
+        if len(sources) != 1:
+            seen = "both are given" if sources else "neither is given"
             hint = "path for real weights, init: {seed: 0} for synthetic ones"
             message = f"give either path or init; {seen}"
             problems.append(Problem(lines.get(("base",), 1), "base", message, hint))
@@ -24,12 +25,12 @@ def cross_problems(data: Any, lines: Lines) -> list[Problem]:
         place = ("base", "layers", index)
         slices = _items(layer, "slices")
         problems += _same_names(slices, (*place, "slices"), lines)
-        own = [
+        keys = [
             key
             for key in ("out_features", "site", "weight", "bias")
             if _get(layer, key) is not None and slices
         ]
-        for key in own:
+        for key in keys:
             at = (*place, key)
             message = f"{key} beside slices"
             hint = "move it into each of the slices"
@@ -48,7 +49,9 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
     problems = []
     kind = _get(_get(data, "base"), "kind")
     if kind in ("causal_lm", "onnx"):
-        del hints[("sites",)]
+        del hints[("sites",)], hints[("export", "blend")]
+    if kind == "causal_lm":
+        del hints[("features",)]
     if kind in ("layers", "causal_lm", "onnx"):
         for place, hint in hints.items():
             value = data
@@ -80,17 +83,28 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
             "blend": _get(export, "blend") is True,
             "bfloat16 (take float16)": _get(export, "dtype") == "bfloat16",
         }
-        for what, is_so in beside.items():
+        for setting, is_so in beside.items():
             if is_so:
-                message, hint = f"packed beside {what}", "remove one of the two"
+                message, hint = f"packed beside {setting}", "remove one of the two"
                 problems.append(Problem(lines[place], dotted(place), message, hint))
     strategy = _get(export, "strategy")
     if _get(export, "blend") is True and strategy not in (None, "auto", "masked"):
-        message = f"{strategy!r} cannot blend slots"
+        message = f"{quoted(strategy)} cannot blend slots"
         hint = "remove it, or take masked"
         place = ("export", "strategy")
         problems.append(Problem(lines[place], dotted(place), message, hint))
     return problems
+
+
+def _reserved_names(adapters: list[Any], lines: Lines) -> list[Problem]:
+    """Reports call rows without an adapter so."""
+    places = [
+        ("adapters", index, "name")
+        for index, adapter in enumerate(adapters)
+        if _get(adapter, "name") == "base"
+    ]
+    message, hint = "'base' stands for no adapter", "give it another name"
+    return [Problem(lines[place], dotted(place), message, hint) for place in places]
 
 
 def _same_names(items: list[Any], place: tuple[str | int, ...], lines: Lines) -> list[Problem]:
@@ -102,7 +116,7 @@ def _same_names(items: list[Any], place: tuple[str | int, ...], lines: Lines) ->
             continue
         at = (*place, index, "name")
         if name in first:
-            message = f"two are named {name!r}, the first on line {first[name]}"
+            message = f"two are named {quoted(name)}, the first on line {first[name]}"
             problems.append(Problem(lines[at], dotted(at), message, "give each its own name"))
         first.setdefault(name, lines[at])
     return problems

@@ -9,11 +9,19 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loraexport_runtime.contract.manifest import DType
+from loraexport_runtime.contract.strict_yaml import to_yaml
 
-from .strict_yaml import to_yaml
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-Size = Annotated[int, Field(gt=0)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=64)]
+Text = Annotated[str, Field(max_length=4096)]
+"""A path or the name of a module or tensor: no file system takes a longer path."""
+Size = Annotated[int, Field(gt=0, le=2**24)]
+"""Of a tensor: 16 times the largest vocabularies. What it all takes in memory, a plan adds up."""
+Tokens = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Count = Annotated[int, Field(gt=0, le=2**16)]
+"""Of slots, and the rank of one: slots that no batch fills, and more than a layer's width."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""As torch takes it."""
 GraphFormat = Literal["torchscript", "onnx"]
 Task = Literal[
     "feature-extraction",
@@ -23,6 +31,8 @@ Task = Literal[
     "causal-lm",
     "image-classification",
     "image-embedding",
+    "text-embedding",
+    "audio-embedding",
 ]
 
 
@@ -34,11 +44,11 @@ class SliceSpec(_Model):
     """One output part of a fused layer, with its own A and B."""
 
     name: Name
-    site: str | None = Field(
+    site: Text | None = Field(
         None, description="module name that adapters use; default: from weight"
     )
-    weight: str | None = Field(None, description="tensor name; default: <site>.weight")
-    bias: str | bool | None = Field(
+    weight: Text | None = Field(None, description="tensor name; default: <site>.weight")
+    bias: Text | bool | None = Field(
         None,
         description="tensor name, or true/false with init; default: <site>.bias where it exists",
     )
@@ -52,9 +62,9 @@ class LinearSpec(_Model):
     name: Name
     in_features: Size | None = None
     out_features: Size | None = None
-    site: str | None = None
-    weight: str | None = None
-    bias: str | bool | None = None
+    site: Text | None = None
+    weight: Text | None = None
+    bias: Text | bool | None = None
     fan_in_fan_out: bool = Field(False, description="the weight is stored [in, out] (Conv1D)")
     slices: tuple[SliceSpec, ...] = ()
 
@@ -66,8 +76,8 @@ class EmbeddingSpec(_Model):
     name: Name
     num_embeddings: Size | None = None
     embedding_dim: Size | None = None
-    site: str | None = None
-    weight: str | None = None
+    site: Text | None = None
+    weight: Text | None = None
 
 
 LayerSpec = Annotated[LinearSpec | EmbeddingSpec, Field(discriminator="type")]
@@ -76,14 +86,14 @@ LayerSpec = Annotated[LinearSpec | EmbeddingSpec, Field(discriminator="type")]
 class InitSpec(_Model):
     """Synthetic weights: normal with variance 1 / in_features."""
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Seed
 
 
 class LayersSpec(_Model):
     """Single layers, one graph each."""
 
     kind: Literal["layers"]
-    path: str | None = Field(
+    path: Text | None = Field(
         None,
         description="HF directory relative to the spec, hub id, or package:<module>/<folder>",
     )
@@ -95,7 +105,7 @@ class TransformersSpec(_Model):
     """A whole Hugging Face model, one graph."""
 
     kind: Literal["transformers"]
-    path: str = Field(
+    path: Text = Field(
         description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
     )
     task: Task
@@ -105,7 +115,7 @@ class CausalLmSpec(_Model):
     """A whole decoder that generates, for onnxruntime-genai."""
 
     kind: Literal["causal_lm"]
-    path: str = Field(
+    path: Text = Field(
         description="HF directory relative to the spec, hub id, or package:<module>/<folder>"
     )
     weights: Literal["float", "int4"] = Field(
@@ -119,8 +129,8 @@ class SiteRule(_Model):
     `*` in `node` stands for any text without `/` and `.`, and in `site` for the same text.
     """
 
-    node: str = Field(description="name of a MatMul, Gemm or MatMulNBits: /layer.*/q/MatMul")
-    site: str | Annotated[tuple[str, ...], Field(min_length=2)] = Field(
+    node: Text = Field(description="name of a MatMul, Gemm or MatMulNBits: /layer.*/q/MatMul")
+    site: Text | Annotated[tuple[Text, ...], Field(min_length=2)] = Field(
         description="module name that adapters use; several, if the product packs them"
     )
     widths: tuple[Size, ...] | None = Field(
@@ -132,10 +142,10 @@ class OnnxSpec(_Model):
     """An ONNX model that exists: one graph, or a folder of onnxruntime-genai."""
 
     kind: Literal["onnx"]
-    path: str = Field(
+    path: Text = Field(
         description="its directory relative to the spec, hub id, or package:<module>/<folder>"
     )
-    file: str = Field("model.onnx", description="the graph, inside the directory")
+    file: Text = Field("model.onnx", description="the graph, inside the directory")
     sites: tuple[SiteRule, ...] = Field(
         (), description="names of products that the graph itself does not tell"
     )
@@ -150,26 +160,29 @@ class AdapterSpec(_Model):
     """A PEFT LoRA directory or hub id."""
 
     name: Name
-    path: str
+    path: Text
     scale: Annotated[float, Field(allow_inf_nan=False)] = Field(
         1.0, description="multiplies the adapter's own scaling"
     )
 
 
+Cost = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Costs(_Model):
     """Microseconds of one kernel, of a GB moved, and of a GFLOP."""
 
-    device: str
-    launch: float
-    gbyte: float
-    gflop: float
+    device: Text
+    launch: Cost
+    gbyte: Cost
+    gflop: Cost
 
 
 class TuneSpec(_Model):
     """What strategy `auto` optimises for."""
 
     device: Literal["cpu", "cuda"] = "cuda"
-    tokens: Size | None = Field(
+    tokens: Tokens | None = Field(
         None,
         description="tokens of a typical batch, all rows together; default 512, or for a decoder"
         " 32: one for each row of a step",
@@ -187,7 +200,7 @@ class ExportSpec(_Model):
     strategy: Literal["auto", "segmented", "masked", "augmented", "chunked"] = "auto"
     tune: TuneSpec = TuneSpec()
     blend: bool = Field(
-        False, description="whole models: a row may use several adapters, each with its weight"
+        False, description="all but layers: a row may use several adapters, each with its weight"
     )
     packed: bool = Field(
         False,
@@ -202,8 +215,15 @@ class ParitySpec(_Model):
     tolerance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="largest relative error; default: the dtype's own"
     )
-    tokens: Annotated[int, Field(ge=8)] = Field(24, description="layers: tokens of the mixed cases")
-    seed: Annotated[int, Field(ge=0)] = 0
+    gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="largest |gain - 1| of what an adapter adds; default: the dtype's own, or of a"
+        " graph that rounds activations to 8 bits its own",
+    )
+    tokens: Annotated[int, Field(ge=8, le=4096)] = Field(
+        24, description="layers: tokens of the mixed cases"
+    )
+    seed: Seed = 0
     onnx: Literal["required", "deferred"] = Field(
         "required",
         description="deferred: publish what runs on CUDA alone (bfloat16, export.packed) without a"
@@ -220,21 +240,21 @@ class Spec(_Model):
     name: Name
     base: BaseSpec
     adapters: Annotated[tuple[AdapterSpec, ...], Field(min_length=1)]
-    slots: Size | None = Field(None, description="slot 0 not counted; default: one per adapter")
-    max_rank: Size | None = Field(
+    slots: Count | None = Field(None, description="slot 0 not counted; default: one per adapter")
+    max_rank: Count | None = Field(
         None,
         description="default: the largest rank of these adapters; a decoder, whose slots stay as"
         " built, takes each adapter's own rank unless slots, sites or max_rank is given",
     )
-    sites: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+    sites: Literal["all-linear"] | Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
         None,
         description="where adapters loaded later may apply, by module name or its end; default:"
         " where these do",
     )
     features: tuple[Literal["dora", "bias", "heads"], ...] | None = Field(
         None,
-        description="whole models: what adapters loaded later may bring beside A and B; what these"
-        " bring is always there",
+        description="whole models and decoders: what adapters loaded later may bring beside A and"
+        " B; what these bring is always there",
     )
     export: ExportSpec = ExportSpec()
     parity: ParitySpec = ParitySpec()

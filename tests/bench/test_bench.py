@@ -161,6 +161,7 @@ def test_the_biases_of_a_random_model_are_not_0(tmp_path: Path) -> None:
     assert all(np.abs(value.astype(np.float32)).min() > 0 for value in biases)
 
 
+@pytest.mark.slow
 def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     cells = read_results(measured / "bench.json").cells
     assert [(one.workload, one.phase, one.tokens) for one in cells] == [
@@ -222,6 +223,7 @@ def test_the_variants_of_a_model(tmp_path: Path) -> None:
     assert not plain.spec.export.blend
 
 
+@pytest.mark.slow
 def test_floors_are_the_plans_numbers(measured: Path) -> None:
     layer, _, bert, *_ = read_results(measured / "bench.json").cells
     base, mixed = layer.floors["base"], layer.floors["mixed"]
@@ -235,11 +237,13 @@ def test_floors_are_the_plans_numbers(measured: Path) -> None:
     assert bert.floors["base"].flops == 2 * 15 * (per_layer + 32 * 32)  # and the pooler
 
 
+@pytest.mark.slow
 def test_the_environment_is_recorded(measured: Path) -> None:
     found = read_results(measured / "bench.json").environment
     assert {"date", "device", "host", "python", "torch", "onnxruntime", "peft"} <= set(found)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_cell_and_contestant(measured: Path) -> None:
     text = (measured / "bench.md").read_text()
     lines = text.splitlines()
@@ -260,6 +264,7 @@ def test_the_table_has_a_row_for_each_cell_and_contestant(measured: Path) -> Non
     assert ratios.split(" | ")[2] == f"{ours / base:.{2 if ours / base < 10 else 1}f}"
 
 
+@pytest.mark.slow
 def test_the_plots_are_png_files(measured: Path) -> None:
     found = {path.name: path.read_bytes() for path in measured.glob("*.png")}
     assert set(found) == {"layer-tokens.png", "overhead.png", "peers.png"}
@@ -268,6 +273,7 @@ def test_the_plots_are_png_files(measured: Path) -> None:
         assert len(data) > 5000, f"{name} shows something"
 
 
+@pytest.mark.slow
 def test_tables_and_plots_again_from_the_results(measured: Path, tmp_path: Path, run: Run) -> None:
     code, out, err = run("--from", measured / "bench.json", "--out", tmp_path)
     assert (code, err) == (0, "")
@@ -276,12 +282,14 @@ def test_tables_and_plots_again_from_the_results(measured: Path, tmp_path: Path,
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_json_is_what_the_file_holds(measured: Path) -> None:
     printed = json.loads((measured.parent / "printed.json").read_text())
     assert printed == json.loads((measured / "bench.json").read_text())
     assert printed["workloads"]["workloads"][0]["tokens"] == [7, 12]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_rest_is_written(
     measured: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,6 +630,7 @@ def _captured(results: Path, costs: Costs) -> Path:
     return results.with_name("captured.json")
 
 
+@pytest.mark.slow
 def test_calibrate_fits_the_costs_of_a_run(measured: Path, run: Run, tmp_path: Path) -> None:
     costs = Costs(device="made up", launch=2.5, gbyte=300.0, gflop=40.0)
     kept = _captured(measured / "bench.json", costs)
@@ -634,6 +643,7 @@ def test_calibrate_fits_the_costs_of_a_run(measured: Path, run: Run, tmp_path: P
     assert lines["export"]["tune"]["costs"] == found.model_dump()
 
 
+@pytest.mark.slow
 def test_nothing_to_calibrate_with(measured: Path, run: Run, tmp_path: Path) -> None:
     code, _, said = run("--from", measured / "bench.json", "--out", tmp_path, "--calibrate")
     assert code == 2

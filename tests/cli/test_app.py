@@ -326,10 +326,29 @@ def test_inspect_bad_adapter(run: Run, tmp_path: Path) -> None:
     assert_readable(run("inspect", tmp_path / "sql", "--json"), 4, "AdapterConfigError")
 
 
+@pytest.mark.parametrize("command", ["inspect", "build", "plan", "init"])
+def test_a_path_that_no_file_system_takes(run: Run, tmp_path: Path, command: str) -> None:
+    path = "x" * 5000
+    if command == "init":
+        write_base(tmp_path / "base")
+        arguments = ("init", "--base", tmp_path / "base", "--adapter", f"a={path}")
+        assert_readable(run(*arguments, "--out", tmp_path / "spec.yaml"), 4, "BaseModelError")
+        done = run("init", "--base", tmp_path / "base", "--adapter", path, "--out", tmp_path / "s")
+        assert_readable(done, 2, "UsageError")
+        return
+    done = run(command, path)
+    assert_readable(done, 2, "UsageError" if command == "inspect" else "SpecError")
+    assert len(done.err) < 8000  # with the path in what build says of its progress
+
+
 def test_inspect_nothing(run: Run, tmp_path: Path) -> None:
     done = run("inspect", tmp_path)
     assert_readable(done, 2, "UsageError")
     assert "neither an artifact (it has no manifest.json) nor an adapter (it has no" in done.err
+    write_adapter(tmp_path / "sql", {"q": (8, 8)})
+    done = run("inspect", tmp_path)
+    assert_readable(done, 2, "UsageError")
+    assert "no adapter, but a folder of 1: sql; give one of them" in done.err
     done = run("inspect", tmp_path / "missing")
     assert_readable(done, 2, "UsageError")
     assert "missing: no such file or folder; give an artifact, an adapter or a spec" in done.err
@@ -348,13 +367,20 @@ def test_inspect_damaged_artifact(run: Run, published: Path, tmp_path: Path) -> 
 
 
 def test_verify(run: Run, published: Path) -> None:
-    done = run("verify", published, "--providers", "cpu", "--base", published.parents[1] / "base")
+    done = run("verify", published, "--torchscript", "--base", published.parents[1] / "base")
     assert done.code == 0, done.err
     assert "parity passed" in done.out
 
 
+def test_verify_of_torchscript_alone_needs_consent(run: Run, published: Path) -> None:
+    done = run("verify", published, "--base", published.parents[1] / "base")
+    assert_readable(done, 2, "UsageError")
+    assert "it has TorchScript alone, which is code that the artifact brings" in done.err
+    assert "verify it with --torchscript" in done.err
+
+
 def test_verify_as_json(run: Run, published: Path) -> None:
-    done = run("verify", published, "--providers", "cpu", "--json")
+    done = run("verify", published, "--providers", "cpu", "--torchscript", "--json")
     assert (done.code, done.err) == (0, "")
     assert done.data["status"] == "passed"
 
@@ -365,7 +391,7 @@ def test_verify_of_what_was_deferred(run: Run, published: Path, tmp_path: Path) 
     text = (copy / "manifest.json").read_text(encoding="utf-8")
     deferred = text.replace('"status": "passed"', '"status": "deferred"')
     write_manifest(copy, deferred)
-    done = run("verify", copy, "--providers", "cpu")
+    done = run("verify", copy, "--providers", "cpu", "--torchscript")
     assert done.code == 0, done.err
     digest = digest_file(copy / "manifest.json")
     assert done.err.splitlines()[-1] == f"verified; digest, to pin it: {digest}"
@@ -380,13 +406,13 @@ def test_verify_damaged_artifact(run: Run, published: Path, tmp_path: Path) -> N
 
 def test_verify_against_another_base(run: Run, published: Path, tmp_path: Path) -> None:
     write_base(tmp_path / "other", {"q.weight": np.ones((6, 8), np.float32)})
-    done = run("verify", published, "--base", tmp_path / "other", "--json")
+    done = run("verify", published, "--torchscript", "--base", tmp_path / "other", "--json")
     assert_readable(done, 4, "BaseModelError")
     assert "its weights differ from those that the artifact was built from" in done.err
 
 
 def test_verify_on_a_provider_that_is_not_one(run: Run, published: Path) -> None:
-    done = run("verify", published, "--providers", "tpu", "--json")
+    done = run("verify", published, "--torchscript", "--providers", "tpu", "--json")
     assert_readable(done, 2, "ProviderError")
 
 

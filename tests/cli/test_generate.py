@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 from support.decoders import (
-    open_driven,
+    EOS,
     write_family,
 )
 from support.home import Home
+from typer.testing import CliRunner
 
 from loraexport.cli import app as cli
 from loraexport_runtime.generation.generator import TextGenerator
@@ -25,9 +26,9 @@ def artifact(home: Home) -> Path:
     return home.artifact(write_family, "Llama")
 
 
-@pytest.fixture(scope="module", params=["genai", "driven"])
-def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
-    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
+@pytest.fixture(scope="module")
+def generator(artifact: Path) -> TextGenerator:
+    return load_generator(artifact)
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,18 @@ def test_generate_on_the_command_line(run: Run, artifact: Path, generator: TextG
 def test_faults_on_the_command_line(run: Run, artifact: Path, tenants: Path) -> None:
     done = run(artifact, "--prompt", "hello", "--adapter", "third")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("UnknownAdapterError: adapter 'third' is not in this artifact")
+    assert done.err.startswith("UnknownAdapterError: adapter 'third' is not loaded; 2 are")
     done = run(artifact, "--prompt", "a", "--prompt", "b", "--adapter", "first")
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("InputError: adapters names 1 rows, but the inputs have 2")
     done = run(tenants, "--prompt", "a")
     assert (done.code, done.out) == (5, "")
     assert "its kind is 'layers'" in done.err
+
+
+def test_the_defaults_of_a_decoder_are_shown(artifact: Path, generator: TextGenerator) -> None:
+    shown = CliRunner().invoke(cli.app, ["inspect", str(artifact), "--json"])
+    defaults = json.loads(shown.output)["generation"]
+    assert defaults == json.loads(json.dumps(asdict(generator.defaults)))
+    assert (defaults["temperature"], defaults["ends"]) == (0.0, [EOS])
+    assert "repetition_penalty: 1" in CliRunner().invoke(cli.app, ["inspect", str(artifact)]).output

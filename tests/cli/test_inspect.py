@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 from loraexport.cli.app import app
 from loraexport.errors import BaseModelError, UsageError
 from loraexport.hf.moves import delta_norm, frobenius_norm, measure_deltas, measure_moves
+from loraexport.hf.quiet import quiet_models
 from loraexport.hf.sources import resolve_directory
 from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.errors import AdapterWeightsError, WeightsError
@@ -222,8 +223,11 @@ def test_layers_trained_whole_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_leading_name_more_is_matched(tmp_path: Path) -> None:
-    write_base(tmp_path / "base")
+    base = write_base(tmp_path / "base")
     write_adapter(tmp_path / "sql", {"model.blocks.0.q": (32, 32), "model.blocks.1.k": (32, 16)})
+    with pytest.raises(AdapterWeightsError, match="are of 'model', which is not a part of this"):
+        measure_moves(read_adapter(tmp_path / "sql"), base)
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
     moves = measure_moves(read_adapter(tmp_path / "sql"), tmp_path / "base")
     assert {move.site: move.delta.name for move in moves} == {
         "blocks.0.q": "model.blocks.0.q",
@@ -341,3 +345,27 @@ def test_a_base_goes_with_an_adapter(tmp_path: Path) -> None:
         done = inspect(tmp_path / path, "--base", tmp_path / "base")
         assert isinstance(done.exception, UsageError)
         assert f"{path}: --base is what an adapter is compared with" in str(done.exception)
+
+
+def test_modules_that_transformers_renames_on_load(tmp_path: Path) -> None:
+    """ViT's file names modules as transformers 4 did; model, adapter and build as 5 does."""
+    import transformers as tf
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = tf.ViTConfig(**sizes, num_hidden_layers=1, patch_size=4, image_size=8)
+    model = tf.ViTForImageClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base/model.safetensors")
+    assert not any("q_proj" in name for name in stored), "its names are the file's own by now"
+    norms = {
+        name.removesuffix(".weight"): value.norm().item()
+        for name, value in model.named_parameters()
+    }
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    with quiet_models():
+        peft.get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
+    moves = measure_moves(read_adapter(tmp_path / "adapter"), tmp_path / "base")
+    assert {move.site.rsplit(".", 1)[-1] for move in moves} == {"q_proj", "fc1"}
+    for move in moves:
+        assert move.base_norm == pytest.approx(norms[move.site], rel=1e-5)

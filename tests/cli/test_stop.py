@@ -22,8 +22,8 @@ BOUND_S = 180
     [
         (signal.SIGINT, 130, "plan"),
         (signal.SIGTERM, 143, "read weights"),
-        (signal.SIGINT, 130, "export the model to ONNX"),
-        (signal.SIGTERM, 143, "verify"),
+        pytest.param(signal.SIGINT, 130, "export the model to ONNX", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, "verify", marks=pytest.mark.slow),
     ],
 )
 def test_a_build_that_is_stopped_leaves_nothing(

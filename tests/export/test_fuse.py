@@ -117,7 +117,10 @@ def run(model: ir.Model) -> np.ndarray:
         name: random.standard_normal((3, 5, WIDTH)).astype(np.float32) for name in "qkv"
     }
     mask = np.arange(5) < np.array([5, 3, 1])[:, None]
-    feeds["mask"] = np.broadcast_to(mask[:, None, None], (3, 1, 5, 5)).copy()
+    (shape,) = [value.shape for value in model.graph.inputs if value.name == "mask"]
+    assert shape is not None
+    queries = 1 if shape[2] == 1 else 5
+    feeds["mask"] = np.broadcast_to(mask[:, None, None], (3, 1, queries, 5)).copy()
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
     y: np.ndarray = session.run(None, feeds)[0]
     return y
@@ -129,6 +132,19 @@ def test_it_computes_the_same(scale: float) -> None:
     model = attention(scale=scale)
     fuse(model)
     assert [node.op_type for node in model.graph].count("MultiHeadAttention") == 1
+    np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 30.0], ids=["fused", "as-it-is"])
+def test_a_mask_of_all_queries_is_repeated_for_each(softcap: float) -> None:
+    """LayoutLM's: onnxruntime's Attention takes none with one row for all."""
+    expected = run(attention(scale=0.5, softcap=softcap))
+    model = attention(scale=0.5, softcap=softcap)
+    (mask,) = [value for value in model.graph.inputs if value.name == "mask"]
+    mask.shape = ir.Shape(["b", 1, 1, "n"])
+    fuse(model)
+    kind = "Attention" if softcap else "MultiHeadAttention"
+    assert kind in [node.op_type for node in model.graph]
     np.testing.assert_allclose(run(model), expected, rtol=1e-5, atol=1e-6)
 
 

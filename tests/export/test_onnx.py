@@ -13,6 +13,7 @@ import torch
 from support.adapters import write_adapter
 from support.builds import Project
 from support.models import write_base
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from loraexport.bases.adapters import load_adapters
 from loraexport.bases.layers import LayerModules, build_modules, load_layers_base
@@ -250,3 +251,20 @@ def test_a_module_that_does_not_export_is_an_export_error(folder: Path, tmp_path
     with pytest.raises(ExportError, match=r"layer 'qkv': torch.onnx.export failed"):
         export_onnx(linear, "float32", tmp_path / "layer.onnx")
     assert not (tmp_path / "layer.onnx").exists()
+
+
+def test_torch_makes_its_table_of_functions_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has its own way of making it back."""
+    made = []
+
+    def count(registry: type[ONNXRegistry], opset_version: int) -> ONNXRegistry:
+        made.append(opset_version)
+        return make.__get__(None, registry)(opset_version=opset_version)
+
+    make, counted = vars(ONNXRegistry)["from_torchlib"], classmethod(count)
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", counted)
+    monkeypatch.setattr(onnx_export, "_TABLES", {})
+    for width in (2, 3):
+        onnx_export.export_program("x", torch.nn.Linear(width, 2), (torch.ones(1, width),), ({},))
+    assert made == [onnx_export.OPSET]
+    assert vars(ONNXRegistry)["from_torchlib"] is counted

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.adapters import write_adapter
 from support.builds import Project, write_model_project, write_vit_project
-from support.decoders import FAMILIES, PAD, VOCABULARY, write_decoder
+from support.decoders import FAMILIES, VOCABULARY, write_decoder
 from support.models import write_base
 
 from loraexport.bases.adapters import load_adapters
@@ -34,15 +34,14 @@ from loraexport_runtime import (
 from loraexport_runtime.buckets.bucket import Bucket
 from loraexport_runtime.buckets.replays import Replays
 from loraexport_runtime.checking.check import check_artifact
-from loraexport_runtime.checking.decoder import compare_tokens, load_reference
+from loraexport_runtime.checking.decoder import compare_tokens
+from loraexport_runtime.checking.decoder_cases import load_reference
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, stored_tolerance
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.memory import host_value
-from loraexport_runtime.device.providers import normalise_providers
-from loraexport_runtime.generation.captured import engine as driven
-from loraexport_runtime.generation.captured.engine import DrivenEngine
-from loraexport_runtime.generation.generator import TextGenerator
 from loraexport_runtime.generation.load import load_generator
+from loraexport_runtime.generation.request import GenerationRequest
+from loraexport_runtime.generation.steps import sizes as cache_sizes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -280,11 +279,16 @@ def test_a_decoder(tmp_path: Path, dtype: str, weights: str) -> None:
     assert report.status == "passed"
     found = {row.implementation for row in report.rows}
     assert found >= {"onnx-cuda", "onnx-genai-cuda"}
-    assert ("onnx-captured-cuda" in found) == (dtype != "float32")  # its attention is the CPU's
-    assert ("onnx-captured-cuda" in report.skipped) == (dtype == "float32")
+    engines = {"onnx-engine-cuda", "onnx-captured-cuda"}
+    assert found & engines == (set() if dtype == "float32" else engines)  # attention is the CPU's
+    assert set(report.skipped) & engines == (engines if dtype == "float32" else set())
     gains = [row.gain for row in report.rows if row.gain is not None]
     limit = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[dtype]
     assert all(abs(gain - 1) < limit for gain in gains)
+    if dtype == "float32":
+        with pytest.raises(ProviderError, match="its cache cannot be on CUDA"):
+            load_generator(artifact, ["cuda"])
+        return
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5], [11, 12]]
     texts = load_generator(artifact, ["cuda"]).generate(
         prompts, adapters=["first", None, "second"], max_new_tokens=5
@@ -312,14 +316,6 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return make
 
 
-def _plain_steps(generator: TextGenerator, artifact: Path) -> TextGenerator:
-    """The same engine without CUDA graphs, in place of the generator's own."""
-    generator._engine = DrivenEngine(
-        artifact / "generator", PAD, normalise_providers(["cuda"]), capture=False
-    )
-    return generator
-
-
 def _batch(lengths: list[int], seed: int = 0) -> tuple[list[list[int]], list[str | None]]:
     random = np.random.default_rng(seed)
     prompts = [random.integers(3, VOCABULARY, length).tolist() for length in lengths]
@@ -335,12 +331,16 @@ def _batch(lengths: list[int], seed: int = 0) -> tuple[list[list[int]], list[str
         ("Qwen2", "bfloat16"),
         ("Gemma", "float16"),
         ("Phi-3", "float16"),
+        ("Mistral", "float16"),
+        ("Gemma 2", "float16"),
+        ("Phi-3.5", "float16"),
+        ("Phi-3.5", "bfloat16"),
     ],
 )
 def test_captured_steps_give_the_reference_tokens(
     decoder: Decoder, family: str, dtype: str
 ) -> None:
-    """Or others whose logits are as near as rounding explains, as a build asks of GenAI's."""
+    """Or others whose logits are as near as rounding explains, as a build asks of all engines."""
     artifact = decoder(family, dtype)
     generator = load_generator(artifact, ["cuda"], cuda_graphs=True)
     tolerance = stored_tolerance(generator.manifest, MODEL_TOLERANCES)
@@ -352,10 +352,10 @@ def test_captured_steps_give_the_reference_tokens(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_check_of_a_decoder(decoder: Decoder, dtype: str) -> None:
-    """Logits, onnxruntime-genai's tokens, and those of captured steps."""
+    """Logits, and the engine's tokens, captured and not."""
     report = check_artifact(decoder("Llama", dtype), ["cuda"])
     assert (report.status, report.skipped) == ("passed", {})
-    names = {"onnx-cuda", "onnx-genai-cuda", "onnx-captured-cuda"}
+    names = {"onnx-cuda", "onnx-engine-cuda", "onnx-captured-cuda"}
     assert {row.implementation for row in report.rows} == names
 
 
@@ -372,14 +372,14 @@ def test_check_takes_every_provider_that_runs_here(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_captured_steps_give_what_plain_steps_give(
-    decoder: Decoder, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Batches of many sizes over one memory, the largest in the middle, and again."""
-    monkeypatch.setattr(driven, "_LENGTHS", 16)
+def test_captured_steps_give_what_plain_steps_give(decoder: Decoder, dtype: str) -> None:
+    """Batches of many sizes over one cache, more than its rows, and again."""
     artifact = decoder("Llama", dtype)
-    captured = load_generator(artifact, ["cuda"], cuda_graphs=True)
-    plain = _plain_steps(load_generator(artifact, ["cuda"], cuda_graphs=True), artifact)
+    captured = load_generator(artifact, ["cuda"], cuda_graphs=True, rows=16)
+    plain = load_generator(artifact, ["cuda"], rows=16)
+    runner: Any = plain.engine._worker._runner
+    # The same steps: a power of two of rows, where a plain one would have as many as there are.
+    runner.step_rows = captured.engine._worker._runner.step_rows
     sizes = [[3, 9, 5], [1], [9, 30, 4, 17, 1], [3, 9, 5], [1, 1], [12] * 20, [3, 9, 5], [1]]
     for seed, lengths in enumerate([*sizes, *sizes]):
         prompts, names = _batch(lengths, seed)
@@ -392,24 +392,61 @@ def test_captured_steps_give_what_plain_steps_give(
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_no_number_left_in_a_cache_reaches_a_captured_step(decoder: Decoder, dtype: str) -> None:
-    generator = load_generator(decoder("Llama", dtype), ["cuda"], cuda_graphs=True)
+    generator = load_generator(decoder("Llama", dtype), ["cuda"], cuda_graphs=True, rows=4)
     batch = _batch([3, 20, 2])
     expected = generator.greedy(*batch, 12)
-    engine: Any = generator._engine
-    for memory in engine._idle[0]._memory.values():
-        nothing = np.full(memory.shape(), np.nan, NUMPY_DTYPES[dtype])
-        memory.update_inplace(host_value(nothing, dtype))
+    worker: Any = generator.engine._worker
+    for memory in worker._runner.cache._memory.values():
+        nothing = np.full(memory._value.shape(), np.nan, NUMPY_DTYPES[dtype])
+        memory._value.update_inplace(host_value(nothing, dtype))
+    for row in worker._rows.rows:
+        row.num_read, row.num_touched = 0, generator.engine.length
     assert np.array_equal(generator.greedy(*batch, 12), expected)
 
 
 def test_captured_steps_from_threads(decoder: Decoder) -> None:
-    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True)
-    generator.warm_up(4, 64)
+    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True, rows=4)
+    generator.warm_up()
     batches = [_batch([3 + seed, 9, 5], seed) for seed in range(8)]
     alone = [generator.greedy(*batch, 12) for batch in batches]
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(lambda batch: generator.greedy(*batch, 12), batches))
     assert all(np.array_equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+def test_a_captured_generator_hosts_adapters(decoder: Decoder) -> None:
+    """Loaded, replaced and paged beside steps that were captured before."""
+    artifact = decoder("Llama", "float16")
+    generator = load_generator(artifact, ["cuda"], cuda_graphs=True, rows=4)
+    generator.warm_up()
+    prompt = _batch([20])[0][0]
+    names = (None, "first", "second")
+    alone = [generator.greedy([prompt], [name], 12).tolist() for name in names]
+    generator.load_adapter("third", artifact.parents[1] / "first")
+    assert generator.greedy([prompt], ["third"], 12).tolist() == alone[1]
+    assert [generator.greedy([prompt], [name], 12).tolist() for name in names] == alone
+    running = generator.engine.submit(
+        GenerationRequest(tokens=prompt, adapter="first", max_tokens=60, ignore_eos=True)
+    )
+    generator.load_adapter("first", artifact.parents[1] / "second", timeout=60)
+    assert generator.greedy([prompt], ["first"], 12).tolist() != alone[1]
+    assert len(running.result(60).answers[0].tokens) == 60
+
+
+def test_a_prefix_is_copied_on_the_device(decoder: Decoder) -> None:
+    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True, rows=4)
+    prompts = _batch([40, 41, 42, 43])[0]
+    requests = [GenerationRequest(tokens=prompt, max_tokens=6) for prompt in prompts]
+    first = [generator.engine.submit(request).result(60) for request in requests]
+    again = [handle.result(60) for handle in generator.engine.submit_all(requests)]
+    assert sum(one.reused_tokens > 0 for one in again) >= 3
+    assert [one.answers for one in again] == [one.answers for one in first]
+
+
+def test_a_cache_as_large_as_memory_allows(decoder: Decoder) -> None:
+    generator = load_generator(decoder("Llama", "float16"), ["cuda"])
+    assert (generator.engine.rows, generator.engine.length) == (32, 128)
+    assert cache_sizes._free(("cuda", 0)) > 0
 
 
 # CUDA graphs of layers and of whole models

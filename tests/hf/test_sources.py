@@ -103,6 +103,18 @@ def test_package_paths_that_lead_nowhere(tmp_path: Path, source: str, expected: 
     assert f"package:{source}" in str(caught.value)
 
 
+@pytest.mark.parametrize("inner", ["x" * 5_000, "a\0b", "models/circle/x"])
+def test_a_folder_of_a_package_that_no_file_system_takes(
+    package: Path, tmp_path: Path, inner: str
+) -> None:
+    (package / "models/circle").symlink_to("circle")
+    with pytest.raises(
+        BaseModelError, match=r"^'package:shipped_weights/.*of the package$"
+    ) as told:
+        resolve(f"package:shipped_weights/{inner}", tmp_path)
+    assert len(str(told.value)) < 400
+
+
 # ---------------------------------------------------------------- the hub's cache
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

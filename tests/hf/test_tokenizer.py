@@ -78,9 +78,9 @@ def test_what_cannot_be_made_is_said_and_leaves_no_file(
     read = tf.BertTokenizer.from_pretrained(base).backend_tokenizer
     shifted = Shifted.from_pretrained(base)
     assert shifted.backend_tokenizer.to_str() == read.to_str()
-    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda folder: shifted)
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda folder, **options: shifted)
     assert "otherwise than its own tokenizer.json does" in str(write_tokenizer(base, file))
-    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda folder: object())
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda folder, **options: object())
     assert "has no fast form in transformers" in str(write_tokenizer(base, file))
     assert not file.exists()
 

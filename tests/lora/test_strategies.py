@@ -203,7 +203,13 @@ def test_torchscript_agrees_with_the_oracle(data: st.DataObject, drawn: Drawn) -
             built.check(built.run_segmented(graph, *inputs), *inputs)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("chunked", "segmented") else [])
+        for name in STRATEGIES
+    ],
+)
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 @given(data=st.data(), drawn=layers(("float32", "float16")))  # no bfloat16 MatMul on the CPU
 def test_onnx_agrees_with_the_oracle(strategy: str, data: st.DataObject, drawn: Drawn) -> None:

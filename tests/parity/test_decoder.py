@@ -14,11 +14,9 @@ import transformers as tf
 from support.decoders import (
     ADAPTERS,
     FAMILIES,
-    PAD,
     Family,
     Peft,
     make_prompts,
-    open_driven,
     write_decoder,
     write_family,
     write_tokenizer,
@@ -30,6 +28,7 @@ from loraexport.bases import adapters as packed_adapters
 from loraexport.errors import BaseModelError, ParityError
 from loraexport.pipeline.build import build
 from loraexport.pipeline.verify import verify_artifact
+from loraexport_runtime.checking.decoder_cases import STEPS, load_reference
 from loraexport_runtime.contract.genai_config import read_genai_config
 from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
@@ -45,14 +44,14 @@ def artifact(home: Home) -> Path:
     return home.artifact(write_family, "Llama")
 
 
-@pytest.fixture(scope="module", params=["genai", "driven"])
-def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
-    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
+@pytest.fixture(scope="module")
+def generator(artifact: Path) -> TextGenerator:
+    return load_generator(artifact)
 
 
 FAST = ("Llama", "Qwen2")
 """Families whose artifacts other tests take too."""
-IMPLEMENTATIONS = ("peft", "onnx-cpu", "onnx-genai-cpu")
+IMPLEMENTATIONS = ("peft", "onnx-cpu", "onnx-engine-cpu", "onnx-genai-cpu")
 
 
 @pytest.mark.parametrize(
@@ -68,15 +67,22 @@ def test_a_family(name: str, home: Home) -> None:
     report = json.loads((artifact / "parity/parity.json").read_text())
     assert {row["adapter"] for row in report["rows"]} == {"base", *ADAPTERS}
     logits = [row for row in report["rows"] if row["site"] == "logits"]
-    assert max(row["error"] for row in logits) < 1e-4
+    assert max(row["error"] for row in report["rows"]) < 1e-4
+    assert {row["site"] for row in report["rows"]} == {"logits", "rows alone", "tokens"}
+    assert isinstance(manifest.kind, Decoder)
+    assert manifest.kind.lengths == FAMILIES[name].lengths
+    cases = load_reference(artifact, manifest).prompts
+    for length in manifest.kind.lengths:
+        crosses, short, beyond = map(len, cases[f"across-{length}"])
+        assert short < length < beyond
+        assert crosses < length
+        assert length < crosses + STEPS, "it does not cross while it generates"
     moved = [row for row in logits if row["adapter"] != "base"]
     assert all(abs(row["gain"] - 1) < 1e-3 and row["moved"] > 0.05 for row in moved)
 
     prompts = make_prompts(3, 11, 6, 7, 4, 9)
     adapters = ["second", "first", None, "first", "second", None]
     found = load_generator(artifact).generate(prompts, adapters=adapters, max_new_tokens=12)
-    driven = open_driven(artifact).generate(prompts, adapters=adapters, max_new_tokens=12)
-    assert driven == found
     peft = Peft(artifact.parents[1])
     for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
         expected = peft.generate(prompt, adapter, 12)
@@ -90,8 +96,11 @@ def test_the_docs_name_these_decoders() -> None:
     text = (ROOT / "docs/guides/generation.md").read_text(encoding="utf-8")
     section = text.split("\n## Decoders\n", 1)[1].split("\n## ", 1)[0]
     table = [line for line in section.splitlines() if line.startswith("|")]
-    rows = ["| decoder | notes |", "| --- | --- |"]
-    rows += [f"| {name} | {family.notes} |" for name, family in FAMILIES.items()]
+    rows = ["| decoder | proven across | notes |", "| --- | --- | --- |"]
+    rows += [
+        f"| {name} | {', '.join(map(str, family.lengths)) or 'no such length'} | {family.notes} |"
+        for name, family in FAMILIES.items()
+    ]
     assert table == rows, "write this into docs/guides/generation.md:\n" + "\n".join(rows)
 
 
@@ -100,7 +109,6 @@ def test_the_artifact(artifact: Path) -> None:
     decoder = manifest.kind
     assert isinstance(decoder, Decoder)
     assert (decoder.folder, decoder.onnx) == ("generator", "generator/model.onnx")
-    assert decoder.pad_token_id == PAD
     config = read_genai_config(artifact / decoder.folder)["model"]
     assert decoder.max_length == config["context_length"]
     assert decoder.vocab_size == config["vocab_size"]
@@ -207,10 +215,9 @@ def test_planted_faults_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, weights: str
 ) -> None:
     pack, assemble = packed_adapters.pack, packed_adapters.assemble
-    cut = packed_adapters._cut
 
-    def turned(packed: Any, *rest: Any) -> Any:
-        found = cut(packed, *rest)
+    def turned(*given: Any) -> Any:
+        found = pack(*given)
         return {name: np.roll(one, "lora_B" in name, 0) for name, one in found.items()}
 
     def scaled(layer: Any, weights: Any, scale: float, *rest: Any) -> Any:
@@ -222,14 +229,13 @@ def test_planted_faults_fail(
     name, planted = {
         "scaling": ("pack", scaled),
         "slot": ("assemble", swapped),
-        "rows": ("_cut", turned),
+        "rows": ("pack", turned),
     }[fault]
     monkeypatch.setattr(packed_adapters, name, planted)
-    same = {"max_rank": 8} if fault == "slot" else {}
     family = Family(FAMILIES["Llama"].config, (["q_proj"], ["q_proj", "v_proj"]))
     base = {"kind": "causal_lm", "path": "base", "weights": weights}
     with pytest.raises(ParityError, match="nothing was published"):
-        build(write_decoder(tmp_path, family, base=base, **same), tmp_path / "out")
+        build(write_decoder(tmp_path, family, base=base), tmp_path / "out")
     assert not (tmp_path / "out/tiny").exists()
     report = json.loads((tmp_path / "out/tiny.failed/parity/parity.json").read_text())
     failed = {

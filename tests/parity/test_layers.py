@@ -1,6 +1,7 @@
 """Verify finds planted faults, and says what it compared with."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,11 +155,46 @@ def test_verify_with_the_base_uses_the_oracle(artifact: Path) -> None:
     assert "eager" in {row.implementation for row in report.rows}
 
 
-def test_verify_without_the_base_uses_the_stored_cases(artifact: Path) -> None:
-    report = verify_artifact(artifact, Manifest.read(artifact))
+def test_verify_without_the_base_uses_the_stored_cases(artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "far/away/copy")
+    report = verify_artifact(copy, Manifest.read(copy))
     assert report.status == "passed"
     assert report.reference.startswith("the stored cases (no base here")
-    assert report.skipped == {"eager": "the base is not here"}
+    why = "it is code that the artifact brings; where you trust it, add --torchscript"
+    assert report.skipped == {"eager": "the base is not here", "torchscript": why}
+
+
+def test_verify_runs_no_torchscript_unasked(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch.jit loads may write files; of an artifact from elsewhere nothing loads it."""
+    manifest = Manifest.read(artifact)
+    ran = {row.implementation for row in verify_artifact(artifact, manifest, torchscript=True).rows}
+    assert "torchscript-cpu" in ran
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(torch.jit, "load", refuse)
+    report = verify_artifact(artifact, manifest)
+    assert {row.implementation for row in report.rows} == ran - {"torchscript-cpu"}
+    assert report.status == "passed"
+
+
+@pytest.mark.parametrize("start", ["around the artifact", "the working directory"])
+def test_verify_finds_a_base_of_a_relative_path(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    """By its digest: another base of this name, looked at first, is not it."""
+    weight = np.ones((32, 32), np.float32)
+    write_base(tmp_path / "here/base", {"blocks.0.q.weight": weight})
+    monkeypatch.chdir(tmp_path / "here")
+    copy = artifact
+    if start == "the working directory":
+        monkeypatch.chdir(artifact.parent.parent)
+        copy = shutil.copytree(artifact, tmp_path / "far/away/copy")
+    report = verify_artifact(copy, Manifest.read(copy))
+    assert report.reference == "the float64 oracle"
 
 
 def test_verify_refuses_a_base_for_a_seed(project: Project) -> None:
@@ -172,8 +208,9 @@ def test_verify_refuses_a_base_for_a_seed(project: Project) -> None:
     folder, report = build(spec, project.folder / "artifacts")
     assert report.skipped == {"onnx": "the spec does not ask for it"}
     with pytest.raises(UsageError, match="drawn from a seed; leave --base out"):
-        verify_artifact(folder, Manifest.read(folder), project.folder / "base")
-    assert verify_artifact(folder, Manifest.read(folder)).reference == "the float64 oracle"
+        verify_artifact(folder, Manifest.read(folder), project.folder / "base", torchscript=True)
+    proven = verify_artifact(folder, Manifest.read(folder), torchscript=True)
+    assert proven.reference == "the float64 oracle"
 
 
 def test_an_output_of_nan_fails_and_is_null_in_json(

@@ -1,6 +1,7 @@
 """Verify of a whole model finds planted faults, and repeats without the base."""
 
 import json
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from loraexport.spec.reader import read_spec
 from loraexport_runtime import AdapterError
 from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Layer, Manifest
+from loraexport_runtime.errors import AdapterWeightsError
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +73,15 @@ def test_the_graph(artifact: Path) -> None:
     assert str(artifact.parent).encode() not in script
 
 
-def test_verify_with_and_without_the_base(artifact: Path) -> None:
+def test_verify_with_and_without_the_base(artifact: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(artifact)
     base = artifact.parent.parent / "bert"
     report = verify_artifact(artifact, manifest, base)
     assert (report.status, report.reference) == ("passed", "the float64 model, merged")
-    stored = verify_artifact(artifact, manifest)
+    stored = verify_artifact(shutil.copytree(artifact, tmp_path / "far/away/copy"), manifest)
     assert stored.status == "passed"
     assert stored.reference.startswith("the stored cases (no base here")
-    assert set(stored.skipped) == {"eager", "peft"}
+    assert set(stored.skipped) == {"eager", "peft", "torchscript"}
 
 
 def test_verify_refuses_another_base(artifact: Path, tmp_path: Path) -> None:
@@ -146,8 +148,28 @@ def test_the_tolerance_of_the_spec_counts(tmp_path: Path) -> None:
     spec = write_model_project(
         tmp_path, export={"formats": ["onnx"]}, parity={"tolerance": 1e-12, "seed": 3}
     )
-    with pytest.raises(ParityError, match="tolerance 1e-12"):
+    with pytest.raises(ParityError, match=r"is above 1e-12 \(parity\.tolerance\)"):
         build(spec, tmp_path / "artifacts")
+
+
+def test_the_gain_of_the_spec_counts_and_is_what_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = transformers_module.pack
+
+    def scaled(layer: Any, weights: Any, scale: float, *rest: Any) -> Any:
+        return pack(layer, weights, scale * 1.01, *rest)
+
+    monkeypatch.setattr(transformers_module, "pack", scaled)
+    parity = {"tolerance": 0.5, "gain": 2e-3}
+    spec = write_model_project(tmp_path, export={"formats": ["onnx"]}, parity=parity)
+    text = r"adapter '(sql|chat)', case '[\w-]+': its gain of 1\.0\d+ is off 1 by more than 2e-03"
+    with pytest.raises(ParityError, match=text) as caught:
+        build(spec, tmp_path / "artifacts")
+    assert "error of" not in str(caught.value)
+    assert "The base fails" not in str(caught.value)
+    manifest = Manifest.read(tmp_path / "artifacts/tiny.failed")
+    assert (manifest.parity.tolerance, manifest.parity.gain_tolerance) == (0.5, 2e-3)
 
 
 def test_float16(tmp_path: Path) -> None:
@@ -172,7 +194,7 @@ def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
     assert isinstance(manifest.kind, Model)
     assert [entry.dtype for entry in manifest.kind.inputs] == [dtype]
     (tmp_path / "vit").rename(tmp_path / "moved")
-    stored = verify_artifact(artifact, manifest)
+    stored = verify_artifact(artifact, manifest, torchscript=True)
     assert stored.reference.startswith("the stored cases (no base here")
     assert not stored.failures
     assert {row.implementation for row in stored.rows} == found - {"eager", "peft"}
@@ -182,11 +204,20 @@ def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
     ("config", "task", "message"),
     [
         (tf.ViTConfig(), "sentence-embedding", "type 'vit' takes images; task .* is of texts"),
-        (tf.ViTConfig(), "image-embedding", "is of CLIP's vision tower, and this is a model of"),
+        (tf.ViTConfig(), "image-embedding", "is of clip_vision_model and siglip_vision_model, and"),
+        (
+            tf.BertConfig(),
+            "text-embedding",
+            "is of clip_text_model and siglip_text_model",
+        ),
         (tf.ViTConfig(), "causal-lm", "cannot build a model of type 'vit' for task 'causal-lm'"),
         (tf.BertConfig(), "image-classification", "cannot build a model of type 'bert' for task"),
         (tf.ResNetConfig(), "feature-extraction", "its config has no image_size and num_channels"),
-        (tf.SiglipConfig(), "feature-extraction", "type 'siglip' has no hidden_size, as one that"),
+        (
+            tf.SiglipConfig(),
+            "token-classification",
+            "cannot build a model of type .siglip.",
+        ),
         (
             tf.VideoMAEConfig(),
             "feature-extraction",
@@ -283,7 +314,8 @@ class TestPlan:
 
 def test_a_checkpoint_of_another_task(tmp_path: Path) -> None:
     base = {"kind": "transformers", "path": "bert", "task": "sequence-classification"}
-    with pytest.raises(BaseModelError, match=r"weights are missing.*'classifier"):
+    text = r"it brings no 'classifier', and the base has none of its own"
+    with pytest.raises(AdapterWeightsError, match=text):
         build(write_model_project(tmp_path, base=base), tmp_path / "artifacts")
     assert not list((tmp_path / "artifacts").glob("[!.]*"))
 

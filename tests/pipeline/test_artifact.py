@@ -23,7 +23,7 @@ from loraexport.artifact import mark_verified, staging
 from loraexport.cli import app as cli
 from loraexport.errors import BuildBusyError, ParityError, UsageError
 from loraexport.pipeline.build import build
-from loraexport_runtime.contract.files import MANIFEST_FILE
+from loraexport_runtime.contract.files import MANIFEST_FILE, digest_file
 from loraexport_runtime.contract.manifest import Manifest, ParitySummary
 from loraexport_runtime.contract.seal import DIGEST_FILE
 
@@ -45,7 +45,7 @@ class TestStaging:
         with staging(tmp_path, "new") as stage:
             (stage.folder / "file").write_text("1")
             assert not (tmp_path / "new").exists()
-            stage.publish(replace(Manifest.read(small), layers=()))
+            stage.publish(replace(Manifest.read(small), layers=(), adapters=()))
             assert list(check_whole(tmp_path / "new").files) == ["file"]
         assert left_over(tmp_path) == []
 
@@ -60,11 +60,54 @@ class TestStaging:
         shutil.copytree(small, tmp_path / "tiny")
         with staging(tmp_path, "tiny") as stage:
             (stage.folder / "file").write_text("1")
-            stage.publish(replace(Manifest.read(small), name="other", layers=()))
+            stage.publish(replace(Manifest.read(small), name="other", layers=(), adapters=()))
         assert check_whole(tmp_path / "tiny").name == "other"
         names = {path.name for path in (tmp_path / "tiny").iterdir()}
         assert names == {"file", MANIFEST_FILE, DIGEST_FILE}
         assert left_over(tmp_path) == []
+
+    def test_a_file_is_hashed_once(
+        self, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        hashed: list[str] = []
+
+        def note(path: Path) -> str:
+            hashed.append(path.name)
+            return digest_file(path)
+
+        monkeypatch.setattr("loraexport.artifact.digest_file", note)
+        manifest = replace(Manifest.read(small), layers=(), adapters=())
+        with staging(tmp_path, "new") as stage:
+            (stage.folder / "graph").write_text("1")
+            assert list(stage.list_files(manifest).files) == ["graph"]
+            (stage.folder / "report").write_text("2")
+            stage.publish(manifest)
+        assert hashed == ["graph", "report"]
+        assert list(check_whole(tmp_path / "new").files) == ["graph", "report"]
+
+    @pytest.mark.parametrize("change", ["write", "replace", "remove"])
+    def test_what_is_published_is_what_was_proven(
+        self, small: Path, tmp_path: Path, change: str
+    ) -> None:
+        """The same number of bytes, at once after the files were listed."""
+        manifest = replace(Manifest.read(small), layers=(), adapters=())
+        with staging(tmp_path, "new") as stage:
+            graph = stage.folder / "graph"
+            graph.write_text("1")
+            stage.list_files(manifest)
+            match change:
+                case "write":
+                    with graph.open("r+") as file:
+                        file.write("2")
+                case "replace":
+                    (stage.folder / "other").write_text("2")
+                    (stage.folder / "other").rename(graph)
+                case "remove":
+                    graph.unlink()
+            with pytest.raises(UsageError, match=r"/graph: something changed it while it was pro"):
+                stage.publish(manifest)
+        assert left_over(tmp_path) == []
+        assert not (tmp_path / "new").exists()
 
     def test_a_reader_never_finds_a_gap(self, small: Path, tmp_path: Path) -> None:
         manifest = Manifest.read(small)
@@ -95,7 +138,9 @@ class TestStaging:
     def test_a_failed_one_replaces_an_older_failed_one(self, small: Path, tmp_path: Path) -> None:
         shutil.copytree(small, tmp_path / "tiny.failed")
         with staging(tmp_path, "tiny") as stage:
-            kept = stage.keep_failed(replace(Manifest.read(small), name="other", layers=()))
+            kept = stage.keep_failed(
+                replace(Manifest.read(small), name="other", layers=(), adapters=())
+            )
         assert kept == tmp_path / "tiny.failed"
         assert check_whole(kept).name == "other"
         assert sorted(path.name for path in tmp_path.iterdir()) == [".tiny.lock", "tiny.failed"]
@@ -107,6 +152,56 @@ class TestStaging:
         with staging(tmp_path, "tiny") as stage:
             assert left_over(tmp_path) == [stage.folder.name, ".tiny.staging-x.staging-1"]
         assert left_over(tmp_path) == [".tiny.staging-x.staging-1"]
+
+    def test_left_over_files_and_links_go_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine/file").touch()
+        (tmp_path / ".tiny.staging-1").touch()
+        (tmp_path / ".tiny.staging-2").symlink_to(tmp_path / "mine")
+        (tmp_path / ".tiny.staging-3").symlink_to(tmp_path / "nowhere")
+        os.mkfifo(tmp_path / ".tiny.staging-4")
+        with staging(tmp_path, "tiny"):
+            pass
+        assert left_over(tmp_path) == []
+        assert (tmp_path / "mine/file").is_file()
+
+    def test_a_left_over_that_stays_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / ".tiny.staging-1").mkdir()
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        with (
+            pytest.raises(UsageError, match=r"staging-1: what an earlier build left .* remove it"),
+            staging(tmp_path, "tiny"),
+        ):
+            pass
+
+    @pytest.mark.parametrize("reads", [False, True], ids=["alone", "with-a-reader"])
+    def test_a_lock_that_is_no_file(self, tmp_path: Path, reads: bool) -> None:
+        lock = tmp_path / ".tiny.lock"
+        os.mkfifo(lock)
+        reader = os.open(lock, os.O_RDONLY | os.O_NONBLOCK) if reads else None
+        with pytest.raises(UsageError, match="cannot be written"), staging(tmp_path, "tiny"):
+            pass
+        if reader is not None:
+            os.close(reader)
+        lock.unlink()
+        lock.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UsageError, match="cannot be written"), staging(tmp_path, "tiny"):
+            pass
+        assert not (tmp_path / "elsewhere").exists()
+
+    @pytest.mark.parametrize("out", ["x" * 5000, "a\0b"], ids=["long", "nul"])
+    def test_a_path_that_no_file_system_takes(self, tmp_path: Path, out: str) -> None:
+        with (
+            pytest.raises(UsageError, match=r"no path to write to|cannot be written"),
+            staging(tmp_path / out, "tiny"),
+        ):
+            pass
 
     def test_mark_verified(self, small: Path, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(small, tmp_path / "tiny"))
@@ -152,19 +247,19 @@ class TestStaging:
         parity = ParitySummary("passed", ("onnx-cuda",), 0.25, 1.0)
         for steps in range(3):
             folder = Path(shutil.copytree(small, tmp_path / str(steps)))
-            left, put = [steps], artifact_module._put
+            left, put = [steps], artifact_module.write_whole
 
             def put_some(
-                folder: Path, name: str, content: bytes, left: list[int] = left, put: Any = put
+                file: Path, content: bytes, left: list[int] = left, put: Any = put
             ) -> None:
                 if left[0] == 0:
                     raise KeyboardInterrupt
                 left[0] -= 1
-                put(folder, name, content)
+                put(file, content)
 
             manifest = Manifest.read(folder)
             with monkeypatch.context() as patch:
-                patch.setattr(artifact_module, "_put", put_some)
+                patch.setattr(artifact_module, "write_whole", put_some)
                 with pytest.raises(KeyboardInterrupt):
                     mark_verified(folder, manifest, parity)
             checked = check_whole(folder).parity.checked
@@ -269,6 +364,7 @@ class TestTwoBuildsAtOnce:
             with pytest.raises(BuildBusyError), staging(tmp_path, "a"):
                 pass
 
+    @pytest.mark.slow
     def test_two_real_builds(self, tmp_path: Path) -> None:
         spec, out = write_small(tmp_path), tmp_path / "out"
         first = start_build(spec, out)
@@ -363,7 +459,9 @@ class TestFailedParity:
         spec = write_small(tmp_path, parity=self.IMPOSSIBLE)
         text = (
             r"\d+ of \d+ comparisons failed; nothing was published\. Worst: [\w-]+, layer 'up',"
-            r" site 'blocks\.0\.up', adapter '\w+': error .* \(tolerance 1e-30\).*"
+            r" site 'blocks\.0\.up', adapter '\w+', case '[\w-]+': its error of .* is above 1e-30"
+            r" \(parity\.tolerance\)\. The base fails by itself: its graph differs, not an adapter"
+            r"\. "
             r"Report and inputs: .*tiny\.failed/parity\. Repeat: loraexport verify .*tiny\.failed"
         )
         with pytest.raises(ParityError, match=text):

@@ -16,10 +16,15 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.load import load_generator
 
 ROOT = Path(__file__).resolve().parents[2]
-SPECS = sorted((ROOT / "specs").glob("*.yaml"))
+SLOW = {"minilm-packed", "sharded", "fused-qkv"}
+"""Their kinds, and what is theirs alone, have tests of their own."""
+SPECS = [
+    pytest.param(spec, marks=[pytest.mark.slow] if spec.stem in SLOW else [], id=spec.stem)
+    for spec in sorted((ROOT / "specs").glob("*.yaml"))
+]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("spec", SPECS)
 def test_spec_builds_and_serves_a_mixed_batch(spec: Path, home: Home, tmp_path: Path) -> None:
     if spec.stem == "smollm2" and not (ROOT / "smollm2/config.json").is_file():
         pytest.skip("its base is made by specs/make/smollm2.py")

@@ -12,21 +12,15 @@ from support.adapters import write_adapter
 from support.builds import Project
 from support.decoders import (
     BOS,
-    CONTEXT,
     EOS,
     FAMILIES,
-    PAD,
-    SIZES,
     VOCABULARY,
     Family,
-    open_driven,
     write_decoder,
     write_tokenizer,
 )
-from support.genai import genai_config
 
-import loraexport_runtime as lr
-from loraexport.bases.genai_folder import adapt_config
+from loraexport.bases.decoder import load_decoder_graph
 from loraexport.errors import BaseModelError, SpecError
 from loraexport.pipeline.build import build
 from loraexport.plan.decoder import DecoderPlan
@@ -38,9 +32,9 @@ from loraexport_runtime.generation.load import load_generator
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", params=["genai", "driven"])
-def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
-    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
+@pytest.fixture(scope="module")
+def generator(artifact: Path) -> TextGenerator:
+    return load_generator(artifact)
 
 
 def test_int4_beside_bfloat16_is_refused(tmp_path: Path) -> None:
@@ -51,8 +45,9 @@ def test_int4_beside_bfloat16_is_refused(tmp_path: Path) -> None:
 
 
 def _spec_of_skeleton(folder: Path, **changes: Any) -> Path:
-    """A base without weights and one adapter: what a plan reads."""
-    FAMILIES["Llama"].config().save_pretrained(folder / "base")
+    """A base and one adapter."""
+    tf.AutoModelForCausalLM.from_config(FAMILIES["Llama"].config()).save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
     write_adapter(folder / "sql", {"model.layers.0.self_attn.q_proj": (64, 64)})
     data = {
         "base": {"kind": "causal_lm", "path": "base"},
@@ -61,10 +56,44 @@ def _spec_of_skeleton(folder: Path, **changes: Any) -> Path:
     return Project(folder).spec(**(data | changes))
 
 
+def test_a_base_without_weights_or_with_a_broken_tokenizer(tmp_path: Path) -> None:
+    spec = read_spec(_spec_of_skeleton(tmp_path))
+    (tmp_path / "base/tokenizer.json").write_text("{")
+    with pytest.raises(BaseModelError, match=r"tokenizer\.json: not JSON"):
+        make_plan(spec, tmp_path)
+    (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(BaseModelError, match="no safetensors file here"):
+        make_plan(spec, tmp_path)
+
+
+def test_phi3_as_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code lies beside it, which is neither run nor asked for; the artifact's files name none."""
+    spec = write_decoder(tmp_path, FAMILIES["Phi-3"])
+    base, ran = tmp_path / "base", tmp_path / "ran"
+    names = ("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM")
+    for name in names:
+        module, _, kind = name.partition(".")
+        code = f"open({str(ran)!r}, 'w').close()\nclass {kind}:\n    pass\n"
+        (base / f"{module}.py").write_text(code)
+    for file, auto_map in (
+        ("config.json", dict(zip(("AutoConfig", "AutoModelForCausalLM"), names, strict=True))),
+        ("tokenizer_config.json", {"AutoTokenizer": [names[0], None]}),
+    ):
+        values = json.loads((base / file).read_text()) | {"auto_map": auto_map}
+        (base / file).write_text(json.dumps(values))
+    monkeypatch.setattr(sys, "stdin", None)
+    plan: Any = make_plan(read_spec(spec), tmp_path)
+    graph = load_decoder_graph(plan)
+    graph.write_files(tmp_path / "files")
+    assert "auto_map" not in (tmp_path / "files/tokenizer_config.json").read_text()
+    assert not ran.exists()
+
+
 def test_the_plan_of_one_site_has_all_that_share_its_input(tmp_path: Path) -> None:
     spec = _spec_of_skeleton(tmp_path)
     plan = make_plan(read_spec(spec), tmp_path)
-    assert plan.kind == DecoderPlan(tmp_path / "base", None)
+    assert isinstance(plan.kind, DecoderPlan)
+    assert (plan.kind.directory, plan.kind.graph) == (tmp_path / "base", None)
     assert [[part.site for part in one.layer.slices] for one in plan.layers] == [
         [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     ]
@@ -99,9 +128,9 @@ def test_sites_all_linear(tmp_path: Path) -> None:
         assert (stack.shape[0] - stack.row_offset) % (3 * 8) == 0
 
 
-@pytest.mark.parametrize("room", [{}, {"slots": 2}, {"max_rank": 16}, {"sites": ["q_proj"]}])
-def test_an_adapter_takes_rows_of_its_own_rank(tmp_path: Path, room: dict[str, Any]) -> None:
-    """Unless the spec asks for room for later ones."""
+@pytest.mark.parametrize("room", [{}, {"slots": 3}, {"max_rank": 16}, {"sites": ["q_proj"]}])
+def test_every_slot_has_room_for_any_adapter(tmp_path: Path, room: dict[str, Any]) -> None:
+    """Of the largest rank, at every site, whatever the adapters of the spec bring."""
     layer = "model.layers.0.self_attn"
     sites = {f"{layer}.q_proj": (64, 64)}
     write_adapter(tmp_path / "low", sites, rank=3)
@@ -110,16 +139,15 @@ def test_an_adapter_takes_rows_of_its_own_rank(tmp_path: Path, room: dict[str, A
     spec = _spec_of_skeleton(tmp_path, adapters=adapters, **room)
     a, *bs = make_plan(read_spec(spec), tmp_path).layers[0].layer.stacks
     whole = 3 * room.get("max_rank", 12)
-    if not room:
-        assert (a.slot_rows, a.rows(1), a.rows(2)) == ((8, 24), slice(0, 8), slice(8, 32))
-        assert {stack.slot_rows for stack in bs} == {(8, 24)}
-        assert {stack.shape[0] - stack.row_offset for stack in (a, *bs)} == {32}
-    else:
-        assert (a.slot_rows, a.rows(2)) == (None, slice(whole, 2 * whole))
+    assert (a.slot_rows, a.rows(2)) == (None, slice(whole, 2 * whole))
+    rows = room.get("slots", 2) * whole
+    assert {stack.shape[0] - stack.row_offset for stack in (a, *bs)} == {rows}
 
 
-def test_dora_is_refused_by_name(tmp_path: Path) -> None:
-    spec = _spec_of_skeleton(tmp_path)
+@pytest.mark.parametrize("features", [None, ["bias"]])
+def test_dora_gives_every_site_a_scale(tmp_path: Path, features: list[str] | None) -> None:
+    """And features that come later a place, at every site too; W then stays out of the stacks."""
+    spec = _spec_of_skeleton(tmp_path, sites=["q_proj", "o_proj"], features=features)
     site = "model.layers.0.self_attn.q_proj"
     magnitude = f"base_model.model.{site}.lora_magnitude_vector"
     write_adapter(
@@ -128,20 +156,26 @@ def test_dora_is_refused_by_name(tmp_path: Path) -> None:
         config={"use_dora": True},
         tensors={magnitude: np.ones(64, np.float32)},
     )
-    with pytest.raises(
-        lr.AdapterConfigError,
-        match=r"sql: it uses dora .*a decoder that generates \(base.kind: causal_lm\) has no place",
-    ):
-        make_plan(read_spec(spec), tmp_path)
+    roles = ["lora_A", "lora_B", "output_scale", *(features or [])]
+    plan = make_plan(read_spec(spec), tmp_path)
+    assert len(plan.layers) == 4
+    for one in plan.layers:
+        assert [stack.role for stack in one.layer.stacks] == roles
+        assert (one.layer.strategy, one.layer.base_rows) == ("masked", None)
+        assert one.strategy_reason == "a slot's own base parameters leave no [W ; B] product"
+        own = one.layer.stacks[2:]
+        assert [(stack.shape, stack.row_offset) for stack in own] == [
+            ((2, one.layer.out_features), 1)
+        ] * len(own)
 
 
 def test_keys_that_a_decoder_has_no_place_for(tmp_path: Path) -> None:
-    spec = _spec_of_skeleton(tmp_path, features=["dora"], export={"blend": True})
+    spec = _spec_of_skeleton(tmp_path, export={"packed": True})
     with pytest.raises(SpecError) as caught:
         read_spec(spec)
     lines = {one.path: (one.message, one.hint) for one in caught.value.problems}
     hint = "remove it, or take the whole model as base.kind: transformers"
-    assert lines == dict.fromkeys(("features", "export.blend"), ("for whole models only", hint))
+    assert lines == dict.fromkeys(("export.packed",), ("for whole models only", hint))
 
 
 def test_a_wrong_base_in_a_spec(tmp_path: Path) -> None:
@@ -173,12 +207,6 @@ def test_a_wrong_base_in_a_spec(tmp_path: Path) -> None:
             "NotImplementedError",
             id="GPT-2",
         ),
-        # onnxruntime-genai 0.18 asks for position_ids in a layer without RoPE, as SmolLM3 has.
-        pytest.param(
-            Family(lambda: tf.SmolLM3Config(**SIZES, no_rope_layers=[1, 0])),
-            "KeyError: 'position_ids'",
-            id="SmolLM3-without-RoPE",
-        ),
     ],
 )
 def test_a_model_that_the_builder_cannot_take(tmp_path: Path, family: Family, reason: str) -> None:
@@ -195,32 +223,10 @@ def test_the_schema_knows_decoders() -> None:
     assert "CausalLmSpec" in schema["$defs"]
 
 
-def test_a_padding_token_for_a_base_without_its_own(tmp_path: Path) -> None:
-    """Not the token that ends a text, and none that a chat template writes."""
-    write_tokenizer(tmp_path)
-    sizes = {"vocab_size": VOCABULARY, "context_length": CONTEXT}
-
-    def choose(pad: int | None) -> int:
-        file = tmp_path / "genai_config.json"
-        config = genai_config(**sizes, eos_token_id=EOS, bos_token_id=BOS, pad_token_id=pad)
-        file.write_text(json.dumps(config))
-        found = adapt_config(tmp_path)
-        assert json.loads(file.read_text())["model"]["pad_token_id"] == found
-        return found
-
-    assert choose(7) == 7
-    for pad in (None, EOS):
-        assert choose(pad) == PAD  # the tokenizer's
-    tokenizer: Any = tf.AutoTokenizer.from_pretrained(tmp_path)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<spare>"]})
-    tokenizer.save_pretrained(tmp_path)
-    assert choose(EOS) == tokenizer.convert_tokens_to_ids("<spare>")
-
-
 def test_a_base_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     spec = write_decoder(tmp_path, FAMILIES["Llama"])
     (tmp_path / "base/tokenizer.json").unlink()
-    with pytest.raises(BaseModelError, match=r"no tokenizer.json, which onnxruntime-genai needs"):
+    with pytest.raises(BaseModelError, match=r"no tokenizer.json, which a decoder needs"):
         build(spec, tmp_path / "artifacts")
     assert not (tmp_path / "artifacts/decoder").exists()
 

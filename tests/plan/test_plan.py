@@ -1,6 +1,7 @@
 """Spec and headers -> sites, ranks, stacks, strategy, costs; and every base that cannot be used."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from support.builds import Project
 from support.models import write_base
 
 from loraexport.cli.show_plan import plan_dict, print_plan
-from loraexport.errors import BaseModelError, SpecError
+from loraexport.errors import BaseModelError, SpecError, UsageError
+from loraexport.pipeline.build import build
 from loraexport.plan.layer import LayerPlan
 from loraexport.plan.plan import Plan, make_plan
 from loraexport.plan.strategy import choose_strategy
@@ -167,6 +169,28 @@ def test_more_adapters_than_slots(project: Project) -> None:
 def test_more_slots_than_adapters(project: Project) -> None:
     plan = plan_of(project, slots=5, max_rank=16)
     assert plan.layers[1].layer.stacks[0].shape == (5 * 16, 32)
+
+
+def test_a_plan_of_more_memory_than_any_machine_has(project: Project) -> None:
+    wide = {"in_features": 2**24, "out_features": 2**24, "bias": False}
+    base = layers(linear(**wide), init={"seed": 0})
+    write_adapter(project.folder / "sql", {"blocks.0.up": (8, 8)}, rank=1)
+    adapters = [{"name": "sql", "path": "sql"}]
+    with pytest.raises(SpecError, match=r"slots: 1 slots of rank 1 at 1 layers are .* at most 1,0"):
+        plan_of(project, base=base, adapters=adapters)
+    with pytest.raises(SpecError, match=r"slots: 65536 slots of rank 65536 at 1 layers are .*GiB"):
+        plan_of(project, base=layers(linear()), adapters=adapters, slots=2**16, max_rank=2**16)
+
+
+def test_a_build_of_more_memory_than_this_machine_has(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sysconf = os.sysconf
+    few = {"SC_PHYS_PAGES": 1}
+    monkeypatch.setattr(os, "sysconf", lambda name: few.get(name) or sysconf(name))
+    with pytest.raises(UsageError, match=r"2 slots of rank \d+ and the base's .* larger machine"):
+        build(project.spec(), project.folder / "artifacts")
+    assert not (project.folder / "artifacts").exists()
 
 
 def test_init_base(project: Project) -> None:
@@ -636,6 +660,7 @@ def test_head_for_a_single_layer(project: Project) -> None:
 
 
 def test_adapter_of_the_causal_lm(project: Project) -> None:
+    (project.folder / "base/config.json").write_text('{"model_type": "llama"}')
     plan = plan_adapter(project, {"model.blocks.0.q": (32, 32), "model.blocks.0.up": (32, 48)})
     assert plan.adapters[0].modules == {
         "blocks.0.q": "model.blocks.0.q",

@@ -17,6 +17,7 @@ from loraexport.artifact import mark_verified
 from loraexport_runtime.contract.files import MANIFEST_FILE
 from loraexport_runtime.contract.kinds import Decoder, Graph, Layers, Model
 from loraexport_runtime.contract.manifest import Manifest, ParitySummary
+from loraexport_runtime.generation.generator import TextGenerator
 from loraexport_runtime.generation.load import load_generator
 
 ARTIFACTS = Path(__file__).parent / "format4"
@@ -44,7 +45,9 @@ def test_each_is_of_its_kind() -> None:
     assert isinstance(kinds["model"], Model)
     assert kinds["model"].task == "feature-extraction"
     assert kinds["model"].facts.id2label == {}
-    assert kinds["decoder"] == Decoder("generator", "generator/model.onnx", 0, None, None)
+    assert kinds["decoder"] == Decoder(
+        "generator", "generator/model.onnx", False, None, None, (), None, None
+    )
 
 
 def test_layers_give_what_was_stored() -> None:
@@ -116,13 +119,30 @@ def test_a_decoder_generates_what_was_stored() -> None:
             assert row[:end] == expected[:end], name
 
 
-def test_a_decoder_opens_without_cuda_graphs_only() -> None:
-    text = (
-        r"decoder: its format is 4, and a decoder opens with CUDA graphs from format 5 on; build it"
-        " again, or pass no cuda_graphs"
-    )
-    with pytest.raises(lr.ProviderError, match=text):
-        load_generator(ARTIFACTS / "decoder", ["cuda"], cuda_graphs=True)
+def test_a_decoder_draws_and_tells_what_a_new_one_would() -> None:
+    """It has no graphs for that: its logits come to the host, of steps and of prompts."""
+    prompt = [5, 9, 17, 4, 30]
+    with load_generator(ARTIFACTS / "decoder") as generator:
+        greedy = generator.greedy([prompt], ["first"], 6)[0].tolist()
+        likely = generator.engine.submit(
+            lr.GenerationRequest(tokens=prompt, adapter="first", max_tokens=6, logprobs=2)
+        ).result(60.0)
+        told = likely.answers[0].tokens
+        assert [one.token for one in told] == greedy[: len(told)]
+        assert all(one.likeliest[0][0] == one.token for one in told)
+        options = {"temperature": 1.5, "top_k": 4, "seed": 3, "max_new_tokens": 6}
+        drawn = generator.generate([prompt] * 2, ["first", None], **options)
+        again = generator.generate([prompt, prompt], ["first", None], **options)
+        assert drawn == again
+        assert drawn[0].tokens != tuple(greedy)
+
+
+def test_a_decoder_of_format_4_has_no_captured_steps() -> None:
+    manifest = Manifest.read(ARTIFACTS / "decoder")
+    assert isinstance(manifest.kind, Decoder)
+    pairs: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
+    with pytest.raises(lr.ProviderError, match="it is of format 4, whose steps cannot be captured"):
+        TextGenerator(ARTIFACTS / "decoder", manifest, manifest.kind, pairs, cuda_graphs=True)
 
 
 def test_a_graph_of_format_4_is_used_as_a_model(tmp_path: Path) -> None:

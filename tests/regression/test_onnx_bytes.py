@@ -28,8 +28,14 @@ def exporters() -> None:
         pytest.skip(f"the digests are of {VERSIONS}, here are {installed}")
 
 
+SLOW = {"minilm-packed", "sharded"}
+
+
 @pytest.mark.usefixtures("exporters")
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FILES],
+)
 def test_same_onnx_bytes(name: str, home: Home) -> None:
     artifact = home.build(ROOT / f"specs/{name}.yaml")
     digests = {

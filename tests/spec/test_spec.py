@@ -199,6 +199,11 @@ def test_spec_is_frozen(tmp_path: Path) -> None:
             "12: adapters[1].name: two are named 'sql', the first on line 11 (give each its own",
         ),
         (
+            "  - {name: sql, path: sql}",
+            "  - {name: base, path: sql}",
+            "11: adapters[0].name: 'base' stands for no adapter (give it another name)",
+        ),
+        (
             "adapters:",
             "    - {name: up, type: linear, site: b}\nadapters:",
             "10: base.layers[1].name: two are named 'up', the first on line 7 (give each its own",

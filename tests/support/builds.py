@@ -165,3 +165,35 @@ def write_vit_project(folder: Path, **changes: Any) -> Path:
     base = {"kind": "transformers", "path": "vit", "task": "feature-extraction"}
     adapters = [{"name": "birds", "path": "birds"}]
     return Project(folder).spec(**({"base": base, "adapters": adapters} | changes))
+
+
+def write_graph(folder: Path) -> None:
+    """A graph of a table and a product, whose weights lie in a file beside; an adapter, a spec."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    generator = np.random.default_rng(0)
+    weights = {"table": generator.standard_normal((40, 32)), "q.weight": np.eye(32)}
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", 32])
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"], "/words/Gather"),
+        helper.make_node("MatMul", ["x", "q.weight"], ["y"], "/q/MatMul"),
+    ]
+    values = [
+        numpy_helper.from_array(weight.astype(np.float32), name) for name, weight in weights.items()
+    ]
+    graph = helper.make_graph(nodes, "tiny", [ids], [y], values)
+    (folder / "graph").mkdir()
+    opset = [helper.make_opsetid("", 21)]
+    onnx.save(
+        helper.make_model(graph, opset_imports=opset, ir_version=10),
+        folder / "graph/model.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    (folder / "graph/config.json").write_text('{"vocab_size": 40, "pad_token_id": 0}')
+    write_adapter(folder / "sql", {"q": (32, 32)}, rank=2)
+    base = {"kind": "onnx", "path": "graph"}
+    Project(folder).spec(base=base, adapters=[{"name": "sql", "path": "sql"}])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from loraexport_runtime.adapters.header import digest_adapter
+from loraexport_runtime.adapters.files import digest_adapter
 from loraexport_runtime.contract.files import digest_file
 from support.manifests import edit_manifest
 from support.torch_free import BLOCKED

@@ -1,20 +1,26 @@
 """Tiny random decoders of every family that generates."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from loraexport.bases.decoder import load_decoder_graph
 from loraexport.hf.quiet import quiet_models
+from loraexport.plan.plan import make_plan
+from loraexport.spec.reader import read_spec
 from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
-from loraexport_runtime.generation.generator import TextGenerator
+from loraexport_runtime.generation.engine import GenerationEngine
 from support.builds import Project
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
@@ -49,7 +55,21 @@ class Family:
     sites: tuple[list[str], list[str]] = _SITES
     """target_modules of the first adapter (rank 4) and of the second (rank 8, rsLoRA)."""
     notes: str = ""
+    lengths: tuple[int, ...] = ()
+    """Across which a build proves it: windows, and the length of longrope's first factors."""
 
+
+WINDOW = 8
+"""Of the families that have one; a test's prompts and what follows them are longer."""
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * index for index in range(8)],
+    "long_factor": [2.0 + index for index in range(8)],
+    "original_max_position_embeddings": 12,
+}
+_FUSED = (["qkv_proj", "down_proj"], ["gate_up_proj", "o_proj"])
 
 FAMILIES: dict[str, Family] = {
     "Llama": Family(
@@ -57,22 +77,60 @@ FAMILIES: dict[str, Family] = {
         (["q_proj", "v_proj"], ["k_proj", "o_proj", "gate_proj", "down_proj"]),
     ),
     "Mistral": Family(
-        lambda: tf.MistralConfig(**SIZES, sliding_window=None), notes="without a sliding window"
+        lambda: tf.MistralConfig(**SIZES, sliding_window=WINDOW),
+        notes="a window in every layer",
+        lengths=(WINDOW,),
     ),
     "Qwen2": Family(
         lambda: tf.Qwen2Config(**SIZES),
         (["q_proj", "v_proj"], ["k_proj", "up_proj", "lm_head"]),
         "biases of q, k and v; `lm_head` as a site",
     ),
+    "Qwen2 with windows": Family(
+        lambda: tf.Qwen2Config(
+            **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+        ),
+        notes="a window in the layers from `max_window_layers` on",
+        lengths=(WINDOW,),
+    ),
     "Qwen3": Family(lambda: tf.Qwen3Config(**SIZES, head_dim=16), notes="norms of q and k"),
     "Gemma": Family(lambda: tf.GemmaConfig(**SIZES, head_dim=16), notes="tied embeddings"),
+    "Gemma 2": Family(
+        # Its norms behind every block keep what that adds small beside larger embeddings.
+        lambda: tf.Gemma2Config(
+            **{**SIZES, "initializer_range": 0.05},
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=WINDOW,
+        ),
+        notes="a window in every other layer; softcaps of attention and logits",
+        lengths=(WINDOW,),
+    ),
     "Phi-3": Family(
-        lambda: tf.Phi3Config(**SIZES, original_max_position_embeddings=CONTEXT),
-        (["qkv_proj", "down_proj"], ["gate_up_proj", "o_proj"]),
-        "fused `qkv_proj` and `gate_up_proj`",
+        lambda: tf.Phi3Config(
+            **SIZES, original_max_position_embeddings=CONTEXT, sliding_window=WINDOW
+        ),
+        _FUSED,
+        "fused `qkv_proj` and `gate_up_proj`; a window in every layer",
+        (WINDOW,),
+    ),
+    "Phi-3.5": Family(
+        lambda: tf.Phi3Config(
+            **SIZES, original_max_position_embeddings=12, rope_parameters=dict(LONGROPE)
+        ),
+        _FUSED,
+        "longrope: each row its own factors; a row that outgrows the first ones is read again",
+        (12,),
+    ),
+    "Phi-2": Family(
+        lambda: tf.PhiConfig(
+            **{**SIZES, "hidden_size": 128, "initializer_range": 0.1}, partial_rotary_factor=0.5
+        ),
+        (["q_proj", "v_proj", "fc1"], ["k_proj", "dense", "fc2"]),
+        "attention and MLP side by side: q, k, v and `fc1` of one input; RoPE in half of each head",
     ),
     "SmolLM3": Family(
-        lambda: tf.SmolLM3Config(**SIZES, no_rope_layers=[1, 1]), notes="with RoPE in every layer"
+        lambda: tf.SmolLM3Config(**SIZES, no_rope_layers=[1, 0]), notes="a layer without RoPE"
     ),
     "Granite": Family(
         lambda: tf.GraniteConfig(
@@ -107,8 +165,8 @@ def write_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_decoder(folder: Path, family: Family, **changes: Any) -> Path:
-    """A base, two adapters with random A and B, and a spec; its path."""
+def write_base(folder: Path, family: Family) -> None:
+    """A base with random weights and biases, and a tokenizer."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(family.config()).float()
@@ -117,6 +175,11 @@ def write_decoder(folder: Path, family: Family, **changes: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
+
+
+def write_decoder(folder: Path, family: Family, **changes: Any) -> Path:
+    """A base, two adapters with random A and B, and a spec; its path."""
+    write_base(folder, family)
     for index, name in enumerate(ADAPTERS):
         lora = LoraConfig(
             r=(4, 8)[index],
@@ -127,7 +190,7 @@ def write_decoder(folder: Path, family: Family, **changes: Any) -> Path:
         )
         torch.manual_seed(1 + index)
         with quiet_models():
-            wrapped: Any = get_peft_model(_load_base(folder), lora)
+            wrapped: Any = get_peft_model(load_base(folder), lora)
         for parameter_name, parameter in wrapped.named_parameters():
             if "lora_" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -145,7 +208,18 @@ def write_family(folder: Path, name: str, **changes: Any) -> Path:
     return write_decoder(folder, FAMILIES[name], **changes)
 
 
-def _load_base(folder: Path) -> Any:
+def write_genai(folder: Path) -> None:
+    """A folder as onnxruntime-genai's model builder makes it, two adapters, and a spec of both."""
+    spec = write_decoder(folder, FAMILIES["Llama"])
+    graph = load_decoder_graph(make_plan(read_spec(spec), folder))
+    graph.write_files(folder / "genai")
+    ir.save(graph.model, folder / "genai/model.onnx", external_data="model.onnx.data")
+    adapters = [{"name": name, "path": name} for name in ADAPTERS]
+    Project(folder).spec(base={"kind": "onnx", "path": "genai"}, adapters=adapters)
+
+
+def load_base(folder: Path) -> Any:
+    """The plain model of a project."""
     return tf.AutoModelForCausalLM.from_pretrained(folder / "base").eval()
 
 
@@ -160,19 +234,22 @@ class Peft:
     def __init__(self, folder: Path) -> None:
         with quiet_models():
             model: Any = PeftModel.from_pretrained(
-                _load_base(folder), folder / ADAPTERS[0], ADAPTERS[0]
+                load_base(folder), folder / ADAPTERS[0], ADAPTERS[0]
             )
             model.load_adapter(folder / ADAPTERS[1], ADAPTERS[1])
         self._model = model.eval()
 
-    def generate(self, prompt: Sequence[int], adapter: str | None, steps: int) -> tuple[int, ...]:
-        """The likeliest tokens, without the end-of-text token."""
+    def generate(
+        self, prompt: Sequence[int], adapter: str | None, steps: int, **more: Any
+    ) -> tuple[int, ...]:
+        """The likeliest tokens, without the end-of-text token; `more`: for transformers."""
         ids = torch.tensor([list(prompt)])
         options: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "max_new_tokens": steps,
             "do_sample": False,
+            **more,
         }
         with torch.no_grad(), quiet_models():
             if adapter is None:
@@ -185,8 +262,25 @@ class Peft:
         return tuple(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
 
 
-def open_driven(artifact: Path) -> TextGenerator:
-    """The engine that captures CUDA graphs, on the CPU without them."""
+def write_tenants(folder: Path, **changes: Any) -> Path:
+    """A tiny Llama of two slots that carries two adapters, and four more beside it, `more-0` to
+    `more-3`; the spec's path."""
+    spec = write_family(folder, "Llama", slots=2, max_rank=8, **changes)
+    for index in range(4):
+        source, more = folder / ADAPTERS[index % 2], folder / f"more-{index}"
+        shutil.copytree(source, more)
+        tensors = load_file(more / "adapter_model.safetensors")
+        random = np.random.default_rng(100 + index)
+        drawn = {
+            name: (0.3 * random.standard_normal(value.shape)).astype(value.dtype)
+            for name, value in sorted(tensors.items())
+        }
+        save_file(drawn, more / "adapter_model.safetensors", {"format": "pt"})
+    return spec
+
+
+def open_engine(artifact: Path, **sizes: Any) -> GenerationEngine:
+    """On the CPU; `sizes`: see GenerationEngine."""
     manifest = Manifest.read(artifact)
     assert isinstance(manifest.kind, Decoder)
-    return TextGenerator(artifact, manifest, manifest.kind, CPU, cuda_graphs=True)
+    return GenerationEngine(artifact, manifest, manifest.kind, CPU, **sizes)

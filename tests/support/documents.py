@@ -10,7 +10,15 @@ PAGES = sorted(
     [
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "examples").glob("*.md"),
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "runtime/README.md")),
+        *(
+            ROOT / name
+            for name in (
+                "README.md",
+                "CONTRIBUTING.md",
+                "runtime/README.md",
+                "runtime/serve/README.md",
+            )
+        ),
     ]
 )
 

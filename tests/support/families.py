@@ -1,5 +1,6 @@
 """Tiny random models of every family."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ _VISION: dict[str, Any] = {
     "initializer_range": 0.3,
     "patch_size": 4,
 }
+_AUDIO: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -52,9 +60,12 @@ _ENCODER_SITES = (["query", "value"], ["key", "output.dense"])
 DECODER_SITES = (["q_proj", "v_proj"], ["k_proj", "o_proj", "down_proj"])
 
 FEATURES = "feature-extraction"
+SENTENCES = "sentence-embedding"
 CAUSAL = "causal-lm"
 IMAGE_CLASSES = "image-classification"
 IMAGE_EMBEDDING = "image-embedding"
+TEXT_EMBEDDING = "text-embedding"
+AUDIO_EMBEDDING = "audio-embedding"
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,7 @@ FAMILIES: dict[str, Family] = {
     "BERT": Family(
         lambda: tf.BertConfig(**_SIZES),
         _ENCODER_SITES,
-        (FEATURES, "sentence-embedding", "sequence-classification", "token-classification"),
-        "pooling by mean, first token or maximum",
+        (FEATURES, SENTENCES, "sequence-classification", "token-classification"),
     ),
     "RoBERTa": Family(
         lambda: tf.RobertaConfig(**ROBERTA), _ENCODER_SITES, notes="positions from the padding id"
@@ -121,13 +131,17 @@ FAMILIES: dict[str, Family] = {
     "Mistral": Family(
         lambda: tf.MistralConfig(**DECODER, sliding_window=WINDOW),
         DECODER_SITES,
-        (FEATURES, CAUSAL),
+        (FEATURES, SENTENCES, CAUSAL),
         "past its sliding window",
         WINDOW,
     ),
-    "Qwen2": Family(lambda: tf.Qwen2Config(**DECODER), DECODER_SITES, (FEATURES, CAUSAL)),
+    "Qwen2": Family(
+        lambda: tf.Qwen2Config(**DECODER), DECODER_SITES, (FEATURES, SENTENCES, CAUSAL)
+    ),
     "Qwen3": Family(
-        lambda: tf.Qwen3Config(**DECODER, head_dim=8), DECODER_SITES, (FEATURES, CAUSAL)
+        lambda: tf.Qwen3Config(**DECODER, head_dim=8),
+        DECODER_SITES,
+        (FEATURES, SENTENCES, CAUSAL),
     ),
     "Gemma 3 (text)": Family(
         lambda: tf.Gemma3TextConfig(
@@ -142,6 +156,21 @@ FAMILIES: dict[str, Family] = {
         "past its sliding window",
         WINDOW,
     ),
+    "EmbeddingGemma": Family(
+        lambda: tf.Gemma3TextConfig(
+            **DECODER,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=2 * WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            use_bidirectional_attention=True,
+        ),
+        DECODER_SITES,
+        (FEATURES, SENTENCES),
+        "Gemma 3 that looks ahead, past its window; with a pair of Dense behind its mean, as"
+        " published",
+        WINDOW + 1,
+    ),
     "Phi-3": Family(
         lambda: tf.Phi3Config(**DECODER),
         (["qkv_proj", "down_proj"], ["gate_up_proj", "o_proj"]),
@@ -151,6 +180,20 @@ FAMILIES: dict[str, Family] = {
     "GPT-NeoX": Family(
         lambda: tf.GPTNeoXConfig(**_SIZES, bos_token_id=1, eos_token_id=2),
         (["query_key_value"], ["dense", "dense_4h_to_h"]),
+    ),
+    "OPT": Family(
+        lambda: tf.OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            init_std=0.3,
+        ),
+        (["q_proj"], ["fc2"]),
+        notes="layers that get the tokens of all rows as one list",
     ),
     "ModernBERT": Family(
         lambda: tf.ModernBertConfig(
@@ -175,11 +218,30 @@ FAMILIES: dict[str, Family] = {
         (["query_proj"], ["value_proj", "dense"]),
         notes="eager attention, relative positions",
     ),
+    "DeBERTa-v3": Family(
+        lambda: tf.DebertaV2Config(
+            **_SIZES,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            position_buckets=8,
+            max_relative_positions=-1,
+            position_biased_input=False,
+            norm_rel_ebd="layer_norm",
+            type_vocab_size=0,
+        ),
+        (["query_proj", "value_proj"], ["query_proj", "key_proj", "value_proj", "dense"]),
+        (FEATURES, "sequence-classification", "token-classification"),
+        "as published: positions through the projections of the texts (share_att_key), PEFT's"
+        " default targets; of a sequence classifier adapters bring the pooler that its checkpoint"
+        " lacks",
+    ),
     "T5 (encoder)": Family(
         lambda: tf.T5Config(
             vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
         ),
         (["q", "v"], ["k", "wo"]),
+        tasks=(FEATURES, SENTENCES),
         notes="of a whole T5 checkpoint",
     ),
     "ViT": Family(
@@ -189,37 +251,181 @@ FAMILIES: dict[str, Family] = {
         "`pixel_values` of the config's size",
     ),
     "CLIP (vision)": Family(
-        lambda: tf.CLIPConfig(
-            text_config={**_SIZES, "bos_token_id": 1, "eos_token_id": 2},
-            vision_config={**_VISION, "image_size": 12, "projection_dim": 24, "num_channels": 1},
-            projection_dim=24,
-        ),
+        lambda: _clip(),
         (["q_proj", "fc1", "visual_projection"], ["v_proj", "out_proj", "fc2"]),
         (FEATURES, IMAGE_EMBEDDING),
         "the vision tower, of a whole CLIP checkpoint or its own; embeddings as Hugging Face gives"
         " them, not normalised",
     ),
+    "CLIP (text)": Family(
+        lambda: _clip(),
+        (["q_proj", "fc1", "text_projection"], ["v_proj", "out_proj", "fc2"]),
+        (TEXT_EMBEDDING,),
+        "the text tower of a whole CLIP checkpoint; embeddings are not normalised",
+    ),
+    "SigLIP (vision)": Family(
+        lambda: _siglip(),
+        (["q_proj", "fc1"], ["v_proj", "encoder.layers.0.self_attn.out_proj", "fc2"]),
+        (FEATURES, IMAGE_EMBEDDING),
+        "the vision tower, of a whole SigLIP checkpoint or its own, with its attention pooling;"
+        " embeddings are not normalised",
+    ),
+    "SigLIP (text)": Family(
+        lambda: _siglip(),
+        (["q_proj", "fc1", "head"], ["v_proj", "out_proj", "fc2"]),
+        (TEXT_EMBEDDING,),
+        "the text tower of a whole SigLIP checkpoint, which takes the last column, padding or not:"
+        " pad as it was trained, to its full length",
+    ),
+    "LayoutLM": Family(
+        lambda: tf.LayoutLMConfig(**_SIZES, max_2d_position_embeddings=40),
+        _ENCODER_SITES,
+        (FEATURES, "token-classification"),
+        "`bbox` int64 [batch, sequence, 4]",
+    ),
+    "LayoutLMv3": Family(
+        lambda: tf.LayoutLMv3Config(
+            **_SIZES,
+            max_2d_position_embeddings=40,
+            coordinate_size=6,
+            shape_size=4,
+            input_size=8,
+            patch_size=4,
+            pad_token_id=1,
+        ),
+        (["query", "value", "word_embeddings"], ["key", "output.dense"]),
+        (FEATURES, "token-classification"),
+        "`bbox`, and `pixel_values` of the config's size; hidden states of the tokens, then of the"
+        " picture's patches",
+    ),
+    "wav2vec 2.0": Family(
+        lambda: tf.Wav2Vec2Config(
+            **_AUDIO,
+            conv_dim=(16, 16, 16),
+            conv_kernel=(6, 3, 2),
+            conv_stride=(3, 2, 2),
+            num_feat_extract_layers=3,
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            conv_bias=True,
+        ),
+        (["q_proj", "v_proj", "projection"], ["k_proj", "out_proj", "output_dense"]),
+        (FEATURES,),
+        "`input_values` [batch, samples] and `attention_mask` of samples, padded on the right",
+    ),
+    "Whisper (encoder)": Family(
+        lambda: tf.WhisperConfig(
+            vocab_size=VOCABULARY,
+            num_mel_bins=6,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=1,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_source_positions=9,
+            max_target_positions=16,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            init_std=0.3,
+        ),
+        (["q_proj", "fc1"], ["v_proj", "out_proj", "fc2"]),
+        (FEATURES,),
+        "the encoder of a whole Whisper checkpoint; `input_features` of the config's size",
+    ),
+    "CLAP (audio)": Family(
+        lambda: _clap(),
+        (["query", "audio_projection.linear1"], ["value", "output.dense", "reduction"]),
+        (FEATURES, AUDIO_EMBEDDING),
+        "the audio tower of a whole CLAP checkpoint without fusion; `input_features` of the"
+        " processor's size; embeddings are not normalised",
+    ),
 }
+
+
+def _clip() -> Any:
+    return tf.CLIPConfig(
+        text_config={
+            **_SIZES,
+            "bos_token_id": 1,
+            "eos_token_id": 59,
+            "projection_dim": 24,
+            "pad_token_id": 0,
+        },
+        vision_config={**_VISION, "image_size": 12, "projection_dim": 24, "num_channels": 1},
+        projection_dim=24,
+    )
+
+
+def _siglip() -> Any:
+    return tf.SiglipConfig(
+        text_config={**_SIZES, "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**_VISION, "image_size": 12, "num_channels": 1},
+    )
+
+
+def _clap() -> Any:
+    return tf.ClapConfig(
+        text_config={**_SIZES, "projection_dim": 24},
+        audio_config={
+            "spec_size": 32,
+            "num_mel_bins": 8,
+            "window_size": 2,
+            "patch_size": 4,
+            "patch_stride": [4, 4],
+            "patch_embeds_hidden_size": 16,
+            "depths": [1, 1],
+            "num_attention_heads": [2, 2],
+            "num_hidden_layers": 2,
+            "hidden_size": 32,
+            "projection_dim": 24,
+            "initializer_range": 0.3,
+        },
+        projection_dim=24,
+    )
+
 
 CLASSES: dict[str, Any] = {
     FEATURES: tf.AutoModel,
-    "sentence-embedding": tf.AutoModel,
+    SENTENCES: tf.AutoModel,
     "sequence-classification": tf.AutoModelForSequenceClassification,
     "token-classification": tf.AutoModelForTokenClassification,
     CAUSAL: tf.AutoModelForCausalLM,
     IMAGE_CLASSES: tf.AutoModelForImageClassification,
 }
-_OF_WHOLE = {"t5": tf.T5Model, "clip": tf.CLIPModel}
+_OF_WHOLE = {
+    "t5": tf.T5Model,
+    "clip": tf.CLIPModel,
+    "siglip": tf.SiglipModel,
+    "clap": tf.ClapModel,
+    "whisper": tf.WhisperForConditionalGeneration,
+}
 """Checkpoints of which a task needs a part."""
 PARTS: dict[tuple[str, str], Any] = {
     ("t5", FEATURES): tf.T5EncoderModel,
+    ("t5", SENTENCES): tf.T5EncoderModel,
     ("clip", FEATURES): tf.CLIPVisionModel,
     ("clip", IMAGE_EMBEDDING): tf.CLIPVisionModelWithProjection,
+    ("clip", TEXT_EMBEDDING): tf.CLIPTextModelWithProjection,
+    ("siglip", FEATURES): tf.SiglipVisionModel,
+    ("siglip", IMAGE_EMBEDDING): tf.SiglipVisionModel,
+    ("siglip", TEXT_EMBEDDING): tf.SiglipTextModel,
+    ("clap", AUDIO_EMBEDDING): tf.ClapAudioModelWithProjection,
 }
 
 
 def load_base(task: str, folder: Path) -> Any:
     config = tf.AutoConfig.from_pretrained(folder / "base")
+    # These two have no class that reads their part of a whole checkpoint by its own names.
+    if config.model_type == "whisper":
+        return tf.WhisperModel.from_pretrained(folder / "base").encoder.eval()
+    if (config.model_type, task) == ("clap", FEATURES):
+        return tf.ClapModel.from_pretrained(folder / "base").audio_model.eval()
     chosen = PARTS.get((config.model_type, task)) or CLASSES[task]
     return chosen.from_pretrained(folder / "base").eval()
 
@@ -230,6 +436,9 @@ def write_model(family: Family, task: str, folder: Path) -> None:
     config = family.config()
     make = _OF_WHOLE.get(config.model_type) or CLASSES[task].from_config
     make(config).float().save_pretrained(folder / "base")
+    if config.model_type == "clap":  # which says how many frames a spectrogram has
+        sound = {"sampling_rate": 100, "max_length_s": 10, "hop_length": 8}
+        (folder / "base/preprocessor_config.json").write_text(json.dumps(sound))
     for index, name in enumerate(("first", "second")):
         lora = LoraConfig(
             r=(2, 4)[index],

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from loraexport_runtime.slots.gate import Gate
 from loraexport_runtime.slots.pool import Slots
 from loraexport_runtime.slots.table import HostAdapter
 
@@ -27,4 +28,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def num_waiting(slots: Slots) -> int:
     """Threads that sit in one of its waits."""
-    return len(slots._queue.changed._waiters)  # type: ignore[attr-defined]
+    line = list(slots._queue._waiting)
+    return sum(ticket.start is not None and ticket.signal.locked() for ticket in line)
+
+
+def num_inside(gate: Gate) -> int:
+    """Other threads that are inside of it."""
+    count = 0
+    for entry in list(gate._entries.values()):
+        if entry.acquire(blocking=False):  # type: ignore[attr-defined]
+            entry.release()  # type: ignore[attr-defined]
+        else:
+            count += 1
+    return count

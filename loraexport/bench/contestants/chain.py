@@ -102,5 +102,7 @@ def export_chain(
         arguments = (*arguments, [to_torch(value) for value in stacks.values()])
         shapes, names = (*shapes, [None] * len(stacks)), [*names, *stacks]
     model = export_program(path.stem, module.eval(), arguments, shapes, 23, names, ["y"])
-    make_overridable(model.graph, {name: ir.Tensor(one, name=name) for name, one in stacks.items()})
+    make_overridable(
+        model.graph, {name: ir.Tensor(stack, name=name) for name, stack in stacks.items()}
+    )
     ir.save(model, path, external_data=f"{path.name}.data")

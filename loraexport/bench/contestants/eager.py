@@ -67,11 +67,11 @@ def wrap_with_peft(model: nn.Module, folder: Path, names: Sequence[str]) -> Any:
         from peft import PeftModel
     except ImportError as error:
         raise CannotRun("peft is not installed; install 'loraexport[bench]'") from error
-    first, *others = names
+    first, *remaining = names
     plain: Any = model
     with quiet_models():
         wrapped = PeftModel.from_pretrained(plain, str(folder / first), adapter_name=first)
-        for name in others:
+        for name in remaining:
             wrapped.load_adapter(str(folder / name), adapter_name=name)
     parameter = next(plain.parameters())
     return wrapped.to(device=parameter.device, dtype=parameter.dtype).eval()

@@ -13,15 +13,16 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from loraexport_runtime.contract.genai_config import GENAI_CONFIG, read_genai_config
+from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.providers import normalise_providers
-from loraexport_runtime.generation.captured.engine import DrivenEngine
 
 from ...bases.adapters import pack_adapters
 from ...bases.decoder import find_decoder_sites, load_decoder_base, load_decoder_graph
 from ...bases.genai_folder import adapt_config
-from ...export.graft import graft
+from ...export.graft import base_rows, graft
+from ...export.steps import write_steps
 from ...graphs.files import save_grafted
-from ...hf.model import model_class, no_progress_bar, read_config
+from ...hf.model import model_class, no_progress_bar, read_task_config
 from ...hf.quiet import quiet_models
 from ...plan.decoder import DecoderPlan
 from ...plan.plan import Plan, make_plan
@@ -71,7 +72,6 @@ class _Decoder:
         self.folders = self._export(lab.folder / f"graphs-{rank}-{adapters}")
         self.config: dict[str, Any] = read_genai_config(self.folders["mixed"])["model"]
         self.genai, self.graph = cache(self._genai), cache(self._graph)
-        self.engine = cache(self._engine)
 
     def _export(self, folder: Path) -> dict[str, Path]:
         """onnxruntime-genai's graph as `base`, and with multi-LoRA grafted into it as `mixed`."""
@@ -80,16 +80,19 @@ class _Decoder:
         model = base.model
         folder.mkdir()
         base.write_files(folders["mixed"])
-        self.pad = adapt_config(folders["mixed"])
+        adapt_config(folders["mixed"])
         self._set_threads(folders["mixed"] / GENAI_CONFIG)
         shutil.copytree(folders["mixed"], folders["base"])
         save_grafted(model, folders["base"] / "model.onnx")
         sites = find_decoder_sites(self.plan, model)
-        stacks = pack_adapters(
-            self.plan, load_decoder_base(self.plan), [site.layer for site in sites]
-        )
+        base_weights, scales = load_decoder_base(self.plan)
+        parameters = base_rows(sites, NUMPY_DTYPES[self.lab.bench.dtype])
+        layers = [site.layer for site in sites]
+        stacks = pack_adapters(self.plan, base_weights, layers, parameters, scales)
         graft(model, sites, stacks, self.plan.num_slots, self.lab.bench.dtype)
-        save_grafted(model, folders["mixed"] / "model.onnx")
+        save_grafted(model, folders["mixed"] / "model.onnx", stacks)
+        for written in folders.values():
+            write_steps(written)
         return folders
 
     def _set_threads(self, config: Path) -> None:
@@ -102,10 +105,6 @@ class _Decoder:
     def _genai(self, group: Group) -> GenaiModel:
         return GenaiModel(self.folders[group], self.lab.device)
 
-    def _engine(self, group: Group) -> DrivenEngine:
-        providers = normalise_providers([self.lab.bench.device])
-        return DrivenEngine(self.folders[group], self.pad, providers)
-
     def _graph(self, group: Group, captured: bool) -> BoundGraph:
         return BoundGraph(self.folders[group] / "model.onnx", self.lab.device, captured)
 
@@ -116,7 +115,7 @@ class _Decoder:
     def _load(self) -> Any:
         """transformers' model, in the workload's dtype."""
         directory = self.plan.kind.directory
-        config, dtype = read_config(directory, "causal-lm"), TORCH_DTYPES[self.lab.bench.dtype]
+        config, dtype = read_task_config(directory, "causal-lm"), TORCH_DTYPES[self.lab.bench.dtype]
         with quiet_models(), no_progress_bar():
             model = model_class(config, "causal-lm").from_pretrained(directory, dtype=dtype)
         return model.to(self.lab.device.torch).eval()
@@ -209,7 +208,11 @@ class _Batch:
         return TorchDecoder(graph, config, self._prompts, self._lab.device, dtype)
 
     def _runtime(self, group: Group) -> DecodeRunner:
-        return RuntimeDecoder(self._decoder.engine(group), self._prompts)
+        decoder = self._decoder
+        providers = normalise_providers([self._lab.bench.device])
+        adapters = decoder.adapters if group == "mixed" else 0
+        folder = decoder.folders[group]
+        return RuntimeDecoder(folder, self._prompts, self._lab.device, adapters, providers)
 
     def _genai(self, group: Group) -> DecodeRunner:
         return GenaiDecoder(self._decoder.genai(group), self._prompts, group == "mixed")
@@ -222,5 +225,5 @@ class _Batch:
         """
         groups = list(rows_by_slot(self._prompts.slots.tolist()).values())
         model = self._decoder.genai("mixed")
-        own = [GenaiDecoder(model, self._prompts.of(rows), True) for rows in groups]
-        return GroupedDecoder(own, groups)
+        decoders = [GenaiDecoder(model, self._prompts.of(rows), True) for rows in groups]
+        return GroupedDecoder(decoders, groups)

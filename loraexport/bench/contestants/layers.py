@@ -50,10 +50,10 @@ class _Chains:
         self, workload: LayersWorkload, lab: Lab, adapters: int, rank: int, base: Base | None
     ) -> None:
         self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
-        own = self.plan("segmented")
-        self.base = base or load_layers_base(own)  # it does not depend on the adapters
-        self.own_plan = own
-        self._weights = load_adapters(own, self.base)
+        plan = self.plan("segmented")
+        self.base = base or load_layers_base(plan)  # it does not depend on the adapters
+        self.own_plan = plan
+        self._weights = load_adapters(plan, self.base)
         self.layers = cache(self._layers)
         self.graph = cache(self._graph)
 
@@ -91,8 +91,12 @@ class _Chains:
     def modules(self) -> dict[str, nn.Module]:
         """The eager chains, on the device; the export traces the others on the CPU."""
         layers = copy.deepcopy(self.layers("masked"))
-        made = {"base": BaseChain(layers), "loop": LoopChain(layers), "masked": MixedChain(layers)}
-        return {name: one.to(self.lab.device.torch).eval() for name, one in made.items()}
+        chains = {
+            "base": BaseChain(layers),
+            "loop": LoopChain(layers),
+            "masked": MixedChain(layers),
+        }
+        return {name: chain.to(self.lab.device.torch).eval() for name, chain in chains.items()}
 
     @cached_property
     def device_stacks(self) -> dict[str, Tensor]:
@@ -139,14 +143,14 @@ class _Tokens:
 
     def contest(self) -> Contest:
         chains, workload = self._chains, self._chains.workload
-        found = peers(self)
+        contestants = peers(self)
         for strategy in workload.strategies:
-            found.append(Contestant(strategy, "mixed", partial(self.onnx, strategy, False)))
+            contestants.append(Contestant(strategy, "mixed", partial(self.onnx, strategy, False)))
             if strategy != "segmented":  # its sizes depend on values
                 captured = partial(self.onnx, strategy, True)
-                found.append(Contestant(f"{strategy} captured", "mixed", captured))
+                contestants.append(Contestant(f"{strategy} captured", "mixed", captured))
         chosen = chains.plan("auto", self.tokens).layers[0].layer.strategy
-        ours = [chosen, *(one for one in workload.strategies if one != chosen)]
+        ours = [chosen, *(strategy for strategy in workload.strategies if strategy != chosen)]
         used = len(set(self.slots))
         cell = Cell(
             workload=workload.name,
@@ -162,7 +166,7 @@ class _Tokens:
                 chains.own_plan, self.tokens, used, self._lab.device, workload.chain
             ),
         )
-        return Contest(cell, found, [f"{ours[0]} captured", *ours], workload.leave_out)
+        return Contest(cell, contestants, [f"{ours[0]} captured", *ours], workload.leave_out)
 
     def _work(self, calls: Sequence[Callable[[], Any]], read: Callable[[], Tensor]) -> Work:
         def output() -> np.ndarray:
@@ -236,12 +240,12 @@ class _Tokens:
         for x in self.copies:
             parts, runs = {}, []
             for slot, tokens in order.items():
-                own = x[tokens.to(x.device)]
-                parts[slot] = self._empty(len(own))
+                slot_x = x[tokens.to(x.device)]
+                parts[slot] = self._empty(len(slot_x))
                 bound = {
                     name: stack[(slot - 1) * rank : slot * rank] for name, stack in stacks.items()
                 }
-                runs.append(graph.bind({"x": own, **bound}, {"y": parts[slot]}))
+                runs.append(graph.bind({"x": slot_x, **bound}, {"y": parts[slot]}))
             outputs.append(parts)
             calls.append(partial(run_in_turn, runs))
 

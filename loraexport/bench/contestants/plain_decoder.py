@@ -41,7 +41,7 @@ class TorchDecoder:
         Args:
             config: `model` of genai_config.json.
         """
-        made: dict[str, Any] = {"device": device.torch, "dtype": torch.int64}
+        integers: dict[str, Any] = {"device": device.torch, "dtype": torch.int64}
         rows, length = prompts.rows, prompts.length
         self._length, self._prompts = length + prompts.new_tokens, prompts
         floats: dict[str, Any] = {"device": device.torch, "dtype": TORCH_DTYPES[dtype]}
@@ -57,17 +57,17 @@ class TorchDecoder:
         if "adapter_ids" in graph.inputs:
             fixed["adapter_ids"] = torch.from_numpy(prompts.slots).to(device.torch)
         ids = torch.from_numpy(prompts.ids).to(device.torch)
-        self._ids = torch.zeros(rows, 1, **made)
-        self._mask = torch.zeros(rows, self._length, **made)
-        self._positions = torch.zeros(rows, 1, **made)
+        self._ids = torch.zeros(rows, 1, **integers)
+        self._mask = torch.zeros(rows, self._length, **integers)
+        self._positions = torch.zeros(rows, 1, **integers)
         logits = floats | {"dtype": _LOGITS[graph.outputs["logits"].type]}
         self._logits = torch.empty(rows, length, config["vocab_size"], **logits)
         self._next = torch.empty(rows, 1, config["vocab_size"], **logits)
-        self._found = torch.zeros(rows, prompts.new_tokens, **made)
+        self._chosen = torch.zeros(rows, prompts.new_tokens, **integers)
         read = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         step = {"input_ids": self._ids, "attention_mask": self._mask}
         if "position_ids" in graph.inputs:
-            read["position_ids"] = torch.arange(length, **made).repeat(rows, 1)
+            read["position_ids"] = torch.arange(length, **integers).repeat(rows, 1)
             step["position_ids"] = self._positions
         outputs = {"logits": self._logits, **present}
         number = NOT_CAPTURED if graph.captured else None
@@ -93,10 +93,10 @@ class TorchDecoder:
 
     def _choose(self, logits: Tensor, index: int) -> None:
         self._ids.copy_(logits.argmax(-1))
-        self._found[:, index] = self._ids[:, 0]
+        self._chosen[:, index] = self._ids[:, 0]
 
     def logits(self) -> np.ndarray:
         return self._logits[:, -1].float().cpu().numpy()
 
     def tokens(self, num: int) -> np.ndarray:
-        return self._found[:, :num].cpu().numpy()
+        return self._chosen[:, :num].cpu().numpy()

@@ -35,7 +35,9 @@ def plan_variant(variant: str, make: Callable[..., Plan[ModelPlan]]) -> Plan[Mod
     if variant == "blend":
         return make(blend=True)
     plan = make()
-    return replace(plan, layers=tuple(one for layer in plan.layers for one in _split(plan, layer)))
+    return replace(
+        plan, layers=tuple(part for layer in plan.layers for part in _split(plan, layer))
+    )
 
 
 def _split(plan: Plan[ModelPlan], whole: LayerPlan) -> list[LayerPlan]:

@@ -34,21 +34,21 @@ def to_markdown(results: Results) -> str:
         for unit in dict.fromkeys(cell.unit for cell in cells):
             lines += ["", *_times([cell for cell in cells if cell.unit == unit])]
         lines += _left_out(cells)
-    named = {entry.name for cell in results.cells for entry in cell.entries}
+    names = {entry.name for cell in results.cells for entry in cell.entries}
     lines += ["", "## Contestants", ""]
-    lines += [f"- {name}: {who(name)}" for name in _in_order(results.cells) if name in named]
+    lines += [f"- {name}: {who(name)}" for name in _in_order(results.cells) if name in names]
     return "\n".join(lines) + "\n"
 
 
 def _describe(cells: Sequence[Cell]) -> str:
     first = cells[0]
     spans = []
-    for what, values in (
+    for axis, values in (
         ("adapters", {cell.adapters for cell in cells}),
         ("rank", {cell.rank for cell in cells}),
     ):
         low, high = min(values), max(values)
-        spans.append(f"{what} {low}" + (f" to {high}" if high > low else ""))
+        spans.append(f"{axis} {low}" + (f" to {high}" if high > low else ""))
     return f"kind {first.kind}; {', '.join(spans)}; every contestant gets the same inputs."
 
 
@@ -79,13 +79,13 @@ def _ratios(cells: Sequence[Cell]) -> list[str]:
 
 def _ratio(cell: Cell, name: str | None, over: str | None) -> str:
     """Empty where one of the two did not run, or both are one."""
-    mine, other = cell.seconds(name), cell.seconds(over)
-    return number(mine / other) if mine and other and name != over else ""
+    mine, reference = cell.seconds(name), cell.seconds(over)
+    return number(mine / reference) if mine and reference and name != over else ""
 
 
 def _over_floor(cell: Cell, name: str | None, group: Group) -> str:
-    floor, own = cell.floors[group].seconds, cell.seconds(name)
-    return number(own / floor) if floor and own else ""
+    floor, seconds = cell.floors[group].seconds, cell.seconds(name)
+    return number(seconds / floor) if floor and seconds else ""
 
 
 def _times(cells: Sequence[Cell]) -> list[str]:

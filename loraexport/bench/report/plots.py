@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ...artifact import write_whole
 from ...errors import UsageError
 from ..contest import base_of
 from ..results import Cell, Results
@@ -64,7 +66,9 @@ def write_plots(results: Results, folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}.png")
-        figure.savefig(paths[-1], metadata={"Software": None})
+        image = BytesIO()
+        figure.savefig(image, format="png", metadata={"Software": None})
+        write_whole(paths[-1], image.getvalue())
     return paths
 
 
@@ -77,18 +81,18 @@ def _plot_axis(make: Any, cells: Sequence[Cell], axis: str, title: str) -> Any:
     """Time against one axis, a panel for each combination of the other axes."""
     panels: dict[str, list[Cell]] = {}
     for cell in cells:
-        others = {key: value for key, value in axes(cell).items() if key != axis}
-        panels.setdefault(", ".join(others.values()), []).append(cell)
-    panels = {key: own for key, own in panels.items() if len(own) > 1}
+        fixed = {key: value for key, value in axes(cell).items() if key != axis}
+        panels.setdefault(", ".join(fixed.values()), []).append(cell)
+    panels = {key: panel for key, panel in panels.items() if len(panel) > 1}
     figure = make(figsize=(1.8 + 4.6 * len(panels), 4.8))
     plots = figure.subplots(1, len(panels), squeeze=False)[0]
     names: dict[str, Any] = {}
-    for plot, (label, own) in zip(plots, panels.items(), strict=True):
-        own.sort(key=lambda cell: _position(cell, axis))
-        names |= _draw_lines(plot, own, axis)
+    for plot, (label, panel) in zip(plots, panels.items(), strict=True):
+        panel.sort(key=lambda cell: _position(cell, axis))
+        names |= _draw_lines(plot, panel, axis)
         plot.set_title(label, fontsize=9)
     order = sorted(names, key=lambda name: (not name.startswith("base"), name == "floor"))
-    figure.legend([names[one] for one in order], order, loc="outside right center", **_LEGEND)
+    figure.legend([names[name] for name in order], order, loc="outside right center", **_LEGEND)
     figure.suptitle(f"{cells[0].workload}: {title}", fontsize=11)
     return figure
 
@@ -107,16 +111,20 @@ def _draw_lines(plot: Any, cells: Sequence[Cell], axis: str) -> dict[str, Any]:
                 continue  # two lines of one graph would hide the others
             points.setdefault(entry.name, []).append((_position(cell, axis), entry.timing))
     drawn = {}
-    for name, own in points.items():
-        x = [at for at, _ in own]
-        (drawn[name],) = plot.plot(x, [one.median * factor for _, one in own], **_style(name))
-        low, high = ([getattr(one, q) * factor for _, one in own] for q in ("lower", "upper"))
+    for name, line in points.items():
+        x = [at for at, _ in line]
+        (drawn[name],) = plot.plot(
+            x, [timing.median * factor for _, timing in line], **_style(name)
+        )
+        low, high = (
+            [getattr(timing, q) * factor for _, timing in line] for q in ("lower", "upper")
+        )
         plot.fill_between(x, low, high, color=_style(name)["color"], alpha=0.15, linewidth=0)
-    floors = [(_position(one, axis), one.floors["mixed"].seconds) for one in cells]
-    known = [(at, seconds * factor) for at, seconds in floors if seconds]
-    if known:
+    floors = [(_position(cell, axis), cell.floors["mixed"].seconds) for cell in cells]
+    floor_line = [(at, seconds * factor) for at, seconds in floors if seconds]
+    if floor_line:
         look = {"color": "black", "linestyle": (0, (1, 1)), "linewidth": 1}
-        (drawn["floor"],) = plot.plot(*zip(*known, strict=True), **look)
+        (drawn["floor"],) = plot.plot(*zip(*floor_line, strict=True), **look)
     plot.set_xscale("log", base=2)
     plot.set_yscale("log")
     ticks = sorted({_position(cell, axis) for cell in cells})
@@ -163,9 +171,9 @@ def _plot_overhead(make: Any, cells: Sequence[Cell], title: str) -> Any:
     """Ours over the base alone, a line from 1 for each cell."""
     rows = []
     for cell in cells:
-        own, base = cell.seconds(cell.ours), cell.seconds(base_of(cell.ours or ""))
-        if own and base:
-            rows.append((_row_label(cell, cells), own / base, cell))
+        ours, base = cell.seconds(cell.ours), cell.seconds(base_of(cell.ours or ""))
+        if ours and base:
+            rows.append((_row_label(cell, cells), ours / base, cell))
     figure = make(figsize=(8.5, 1.6 + 0.3 * len(rows)))
     plot = figure.subplots()
     for at, (_, ratio, cell) in enumerate(rows):
@@ -197,16 +205,16 @@ def _plot_peers(make: Any, cells: Sequence[Cell], title: str) -> Any:
     plot = figure.subplots()
     drawn = {}
     for name in PEERS:
-        found = [
+        ratios = [
             (_seconds(cell, name) / _seconds(cell, cell.ours), at)
             for at, cell in enumerate(shown)
             if cell.seconds(name) and name != cell.ours
         ]
-        if found:
+        if ratios:
             style = _style(name)
             plot.plot(
-                [ratio for ratio, _ in found],
-                [at for _, at in found],
+                [ratio for ratio, _ in ratios],
+                [at for _, at in ratios],
                 linestyle="",
                 marker=style["marker"],
                 color=style["color"],
@@ -224,14 +232,14 @@ def _plot_peers(make: Any, cells: Sequence[Cell], title: str) -> Any:
 
 
 def _seconds(cell: Cell, name: str | None) -> float:
-    found = cell.seconds(name)
-    assert found is not None, "only contestants that ran are drawn"
-    return found
+    seconds = cell.seconds(name)
+    assert seconds is not None, "only contestants that ran are drawn"
+    return seconds
 
 
 def _row_label(cell: Cell, cells: Sequence[Cell]) -> str:
-    own = [one for one in cells if one.workload == cell.workload]
-    return f"{cell.workload}: {cell_label(cell, own)}"
+    siblings = [sibling for sibling in cells if sibling.workload == cell.workload]
+    return f"{cell.workload}: {cell_label(cell, siblings)}"
 
 
 def _label_rows(plot: Any, labels: Sequence[str]) -> None:

@@ -67,7 +67,7 @@ def axes(cell: Cell) -> dict[str, str]:
 
 def cell_label(cell: Cell, cells: Sequence[Cell]) -> str:
     """The axes along which the workload's cells differ; its tokens if they are all alike."""
-    every = [axes(one) for one in cells]
-    own = axes(cell)
-    varied = [name for name in own if len({one[name] for one in every}) > 1]
-    return ", ".join(own[name] for name in varied or ["tokens"])
+    every = [axes(sibling) for sibling in cells]
+    cell_axes = axes(cell)
+    varied = [name for name in cell_axes if len({values[name] for values in every}) > 1]
+    return ", ".join(cell_axes[name] for name in varied or ["tokens"])

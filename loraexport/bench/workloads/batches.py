@@ -18,7 +18,7 @@ def draw_slots(distribution: Distribution, rows: int, adapters: int, seed: int) 
     slots = np.arange(1, adapters + 1)
     weights = np.ones(adapters) if distribution == "uniform" else 1 / slots
     generator = np.random.default_rng([seed, rows, adapters])
-    return [int(one) for one in generator.choice(slots, rows, p=weights / weights.sum())]
+    return [int(slot) for slot in generator.choice(slots, rows, p=weights / weights.sum())]
 
 
 def even_bounds(tokens: int, rows: int) -> list[int]:
@@ -29,7 +29,7 @@ def even_bounds(tokens: int, rows: int) -> list[int]:
 def spread_lengths(rows: int, tokens: int, fill: float) -> list[int]:
     """Lengths of rows that go up evenly to `tokens`, with a mean of `fill` times that."""
     shortest = max(1.0, (2 * fill - 1) * tokens)
-    return [int(one) for one in np.linspace(shortest, tokens, rows).round()]
+    return [int(length) for length in np.linspace(shortest, tokens, rows).round()]
 
 
 def rows_by_slot(slots: list[int]) -> dict[int, list[int]]:

@@ -107,8 +107,10 @@ def model_spec(
 
 
 def _spec(name: str, base: Any, adapters: int, rank: int, export: dict[str, Any]) -> Spec:
-    named = [{"name": one, "path": f"rank{rank}/{one}"} for one in adapter_names(adapters)]
-    data = {"version": 1, "name": name, "base": base, "adapters": named, "export": export}
+    entries = [
+        {"name": adapter, "path": f"rank{rank}/{adapter}"} for adapter in adapter_names(adapters)
+    ]
+    data = {"version": 1, "name": name, "base": base, "adapters": entries, "export": export}
     return Spec.model_validate_json(json.dumps(data))
 
 
@@ -168,5 +170,5 @@ def _write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    made: Any = PreTrainedTokenizerFast
-    made(tokenizer_object=tokenizer).save_pretrained(folder)
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    tokenizer_class(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -8,13 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraexport_runtime.contract.manifest import DType, Strategy
+from loraexport_runtime.contract.strict_yaml import Format, Lines, Problem, dotted, read_yaml
 
-from ...errors import Problem, SpecError
+from ...errors import SpecError
 from ...spec.problems import schema_problems
 from ...spec.schema import Name, Size, Task
-from ...spec.strict_yaml import Format, Lines, dotted, read_yaml
 
-WORKLOADS = Format("a file of workloads, as specs/bench/cpu.yaml", "specs/bench/ has examples")
+WORKLOADS = Format(
+    "a file of workloads, as specs/bench/cpu.yaml",
+    "specs/bench/ has examples",
+    SpecError,
+    "a file of workloads",
+)
 
 Distribution = Literal["one", "uniform", "zipf", "distinct"]
 Peer = Literal[
@@ -136,7 +141,7 @@ def read_workloads(path: Path) -> Workloads:
     data, lines, problems = read_yaml(path, WORKLOADS)
     problems += _cross_problems(data, lines)
     try:
-        found = Workloads.model_validate_json(json.dumps(data))
+        workloads = Workloads.model_validate_json(json.dumps(data))
     except ValidationError as error:
         details = [
             {**detail, "loc": _without_kind(detail["loc"])}
@@ -146,7 +151,7 @@ def read_workloads(path: Path) -> Workloads:
         problems += schema_problems(details, lines, _keys_beside, WORKLOADS)
     if problems:
         raise SpecError(str(path), problems)
-    return found
+    return workloads
 
 
 def _cross_problems(data: Any, lines: Lines) -> list[Problem]:
@@ -198,14 +203,14 @@ def _config_problems(
         path = dotted((*place, "model_type"))
         return [Problem(lines[place], path, "required key is missing", hint)]
     try:
-        known = transformers.AutoConfig.for_model(kind).to_dict()
+        defaults = transformers.AutoConfig.for_model(kind).to_dict()
     except ValueError:
         at = (*place, "model_type")
         message = f"transformers {transformers.__version__} knows no model of type {kind!r}"
         return [Problem(lines[at], dotted(at), message, "write it as a config.json does")]
     problems = []
-    for key in sorted(set(config) - set(known)):
-        near = difflib.get_close_matches(key, known, n=1)
+    for key in sorted(set(config) - set(defaults)):
+        near = difflib.get_close_matches(key, defaults, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the config of {kind} has no such key"
         at = (*place, key)
         problems.append(Problem(lines[at], dotted(at), "unknown key", hint))

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loraexport_runtime.checking.decoder import PromptCase
+from loraexport_runtime.checking.model import RowCase
 
 
 def make_prompts(
-    case: PromptCase, vocabulary: int, avoid: Sequence[int], seed: int
+    case: RowCase, vocabulary: int, avoid: Sequence[int], seed: int
 ) -> list[list[int]]:
-    """Random tokens other than those that pad or end a text."""
+    """Random tokens other than those that begin or end a text."""
     generator = np.random.default_rng([seed, *case.lengths])
     allowed = np.setdiff1d(np.arange(vocabulary), avoid)
     return [generator.choice(allowed, length).tolist() for length in case.lengths]

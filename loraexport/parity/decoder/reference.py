@@ -1,19 +1,19 @@
 """What a decoder should give: its logits and greedy tokens, every prompt alone, without padding."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from safetensors.numpy import save
 
-from loraexport_runtime.checking.decoder import DecoderReference, make_cases
+from loraexport_runtime.checking.decoder_cases import STEPS, DecoderReference, make_cases
 from loraexport_runtime.checking.model import BASE, Mix
 from loraexport_runtime.checking.stored import CASES_FILE
 from loraexport_runtime.contract.genai_config import end_tokens
 from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.generation.rope import tokens_until_reread
 
 from .cases import make_prompts
 
@@ -21,51 +21,61 @@ _MOST_COLUMNS = 8192
 _TOP = 16
 
 
+@dataclass(frozen=True)
+class Text:
+    """A prompt, and what it uses."""
+
+    mix: Mix
+    prompt: tuple[int, ...]
+
+
 class ReferenceDecoder(Protocol):
-    """A decoder that runs one prompt at a time, with one adapter or none."""
+    """A decoder that reads each text by itself, with one adapter or none."""
 
     source: str
     """How a report speaks of it."""
 
-    def using(self, mix: Mix) -> AbstractContextManager[None]:
-        """Until the end of the block every prompt runs with what `mix` says."""
+    def greedy(self, texts: Sequence[Text]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The likeliest tokens int64 [STEPS] after each, and what each of them was chosen from,
+        [STEPS, vocabulary]."""
 
-    def greedy(self, prompt: Sequence[int]) -> np.ndarray:
-        """The likeliest tokens int64 [STEPS] after a prompt."""
-
-    def logits(self, prompt: Sequence[int], tokens: np.ndarray) -> np.ndarray:
-        """[STEPS, vocabulary]: what each of `tokens` was chosen from."""
+    def logits(self, texts: Sequence[Text], tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """[STEPS, vocabulary] of each text: what each of its `tokens` would be chosen from."""
 
 
 def make_reference(
     plain: ReferenceDecoder, manifest: Manifest, config: Mapping[str, Any], seed: int
 ) -> DecoderReference:
     """Run a decoder on every prompt of every case; `config`: onnxruntime-genai's."""
-    special = [*end_tokens(config), config["pad_token_id"], config.get("bos_token_id")]
+    special = [*end_tokens(config), config.get("bos_token_id")]
     avoid = [token for token in special if isinstance(token, int)]
-    prompts, tokens, logits, base_logits = {}, {}, {}, {}
-    for case in make_cases(manifest):
-        own = make_prompts(case, config["vocab_size"], avoid, seed)
-        chosen: dict[int, np.ndarray] = {}
-        given: dict[int, np.ndarray] = {}
-        for mix in set(case.rows):
-            with plain.using(mix):
-                for row, prompt in enumerate(own):
-                    if case.rows[row] == mix:
-                        chosen[row] = plain.greedy(prompt)
-                        given[row] = plain.logits(prompt, chosen[row])
-        rows = range(len(own))
-        prompts[case.name] = own
-        tokens[case.name] = np.stack([chosen[row] for row in rows])
-        logits[case.name] = np.stack([given[row] for row in rows])
-        with plain.using(BASE):
-            alone = [plain.logits(own[row], chosen[row]) for row in rows]
-        base_logits[case.name] = np.stack(alone)
-    columns = _choose_columns(logits, seed)
-    kept = [
-        {case: one[..., columns] for case, one in every.items()} for every in (logits, base_logits)
+    cases = make_cases(manifest)
+    prompts = {case.name: make_prompts(case, config["vocab_size"], avoid, seed) for case in cases}
+    texts = [
+        Text(mix, tuple(prompt))
+        for case in cases
+        for mix, prompt in zip(case.rows, prompts[case.name], strict=True)
     ]
-    return DecoderReference(plain.source, columns, prompts, tokens, *kept)
+    chosen = plain.greedy(texts)
+    adapted = [index for index, text in enumerate(texts) if text.mix != BASE]
+    base_texts = [Text(BASE, texts[index].prompt) for index in adapted]
+    base = dict(
+        zip(adapted, plain.logits(base_texts, [chosen[i][0] for i in adapted]), strict=True)
+    )
+    tokens, logits, base_logits = {}, {}, {}
+    start = 0
+    for case in cases:
+        rows = range(start, start + len(case.rows))
+        tokens[case.name] = np.stack([chosen[row][0] for row in rows])
+        logits[case.name] = np.stack([chosen[row][1] for row in rows])
+        base_logits[case.name] = np.stack([base.get(row, chosen[row][1]) for row in rows])
+        start = rows.stop
+    columns = _choose_columns(logits, seed)
+    stored = [
+        {case: values[..., columns] for case, values in every.items()}
+        for every in (logits, base_logits)
+    ]
+    return DecoderReference(plain.source, columns, prompts, tokens, *stored)
 
 
 def _choose_columns(logits: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
@@ -79,13 +89,11 @@ def _choose_columns(logits: Mapping[str, np.ndarray], seed: int) -> np.ndarray:
     return np.union1d(likeliest, chance)
 
 
-def read_logits(model: Any, prompt: Sequence[int], tokens: np.ndarray) -> np.ndarray:
-    """[STEPS, vocabulary]: what each of `tokens` was chosen from, in one pass without a cache."""
-    ids = torch.tensor([[*prompt, *tokens[:-1].tolist()]])
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    found: np.ndarray = logits[0, len(prompt) - 1 :].numpy()
-    return found
+def parts_read(length: int, reread_length: int | None) -> list[tuple[int, int]]:
+    """(tokens chosen, those of them that are new) of each reading that STEPS tokens after a prompt
+    of `length` take: one, or two if the text outgrows `reread_length` meanwhile."""
+    first = min(tokens_until_reread(length, reread_length) or STEPS, STEPS)
+    return [(first, first)] if first == STEPS else [(first, first), (STEPS, STEPS - first)]
 
 
 def save_reference(reference: DecoderReference, folder: Path) -> None:

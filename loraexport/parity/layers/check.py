@@ -17,7 +17,7 @@ from loraexport_runtime.checking.layers import (
     compare_layers,
     open_runner,
 )
-from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Row, label_of
+from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Comparison, label_of
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.manifest import Layer, Manifest
 from loraexport_runtime.device.providers import CPU, normalise_providers
@@ -26,7 +26,7 @@ from ...bases.layers import LayerModules
 from ...graphs.sessions import open_plain_onnx
 from ...spec.schema import Spec
 from ...tensors import to_numpy, to_torch
-from ..implementations import open_torchscript, torch_devices
+from ..implementations import NO_TORCHSCRIPT, NOT_ASKED, open_torchscript, torch_devices
 from ..report import Report, make_report, tolerance_of
 
 
@@ -37,17 +37,19 @@ def check(
     reference: Reference,
     modules: Sequence[LayerModules],
     providers: Sequence[str],
+    torchscript: bool,
 ) -> Report:
     """Run every implementation on every case and compare.
 
     Args:
         modules: the eager modules; empty where the base is not at hand.
         providers: onnxruntime's names; torch's graphs follow to the same devices.
+        torchscript: whether to run what torch.jit loads, which may be any code.
     """
     tolerance = tolerance_of(spec, LAYER_TOLERANCES)
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     skipped: dict[str, str] = {}
-    for name, run in _implementations(folder, manifest, modules, providers, skipped):
+    for name, run in _implementations(folder, manifest, modules, providers, torchscript, skipped):
         rows += compare_layers(name, run, manifest, reference, tolerance)
     has_onnx = any(layer.onnx for layer in manifest.layers)
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx)
@@ -58,6 +60,7 @@ def _implementations(
     manifest: Manifest,
     modules: Sequence[LayerModules],
     providers: Sequence[str],
+    torchscript: bool,
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Run]]:
     by_name = {module.layer.name: module for module in modules}
@@ -70,13 +73,14 @@ def _implementations(
         )
     else:
         skipped["eager"] = "the base is not here"
-    if all(layer.torchscript for layer in manifest.layers):
+    has_torchscript = all(layer.torchscript for layer in manifest.layers)
+    if has_torchscript and torchscript:
         for device in torch_devices([name for name, _ in pairs]):
             yield f"torchscript-{device}", _torchscript_runner(folder, manifest, device)
     else:
-        skipped["torchscript"] = "the spec does not ask for it"
+        skipped["torchscript"] = NO_TORCHSCRIPT if has_torchscript else NOT_ASKED
     if not all(layer.onnx for layer in manifest.layers):
-        skipped["onnx"] = "the spec does not ask for it"
+        skipped["onnx"] = NOT_ASKED
         return
     if not pairs:
         skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"

@@ -5,6 +5,7 @@ Padding is not compared.
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,17 +19,20 @@ from loraexport_runtime.checking.model import (
     compare_model,
     open_runner,
 )
-from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Row, label_of
+from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Comparison, label_of
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import CPU, normalise_providers
+from loraexport_runtime.errors import LoraexportError, shorten
 
 from ...bases.model import ModelModules
+from ...errors import ExportError
 from ...graphs.sessions import open_plain_onnx
+from ...hf.sentences.tail import Tail
 from ...spec.schema import Spec
 from ...tensors import to_numpy, to_torch
-from ..implementations import open_torchscript, torch_devices
+from ..implementations import NO_TORCHSCRIPT, NOT_ASKED, open_torchscript, torch_devices
 from ..report import Report, make_report, tolerance_of
 
 
@@ -38,31 +42,56 @@ def check_model(
     model: Model,
     spec: Spec,
     reference: ModelReference,
-    plain: tuple[ModelModules, Path] | str,
+    plain: tuple[ModelModules, Path, Tail | None] | str,
     providers: Sequence[str],
+    torchscript: bool,
 ) -> Report:
     """Run every implementation on every case and compare.
 
     Args:
-        plain: the eager model and the base's directory, or why there are none.
+        plain: the eager model, the base's directory and what is behind its model, or why there
+            are none.
+        torchscript: whether to run what torch.jit loads, which may be any code.
     """
-    tolerance = tolerance_of(spec, MODEL_TOLERANCES)
+    tolerance = tolerance_of(
+        spec, MODEL_TOLERANCES, None if model.onnx is None else resolve(folder, model.onnx)
+    )
     skipped: dict[str, str] = {}
-    rows: list[Row] = []
-    every = _implementations(folder, manifest, model, plain, providers, skipped)
+    rows: list[Comparison] = []
+    every = _implementations(folder, manifest, model, plain, providers, torchscript, skipped)
     for name, run in every:
         blends = name != "peft"  # PEFT blends by other rules
-        rows += compare_model(name, run, manifest, model, reference, tolerance, blends)
+        with _named(name, model):
+            rows += compare_model(name, run, manifest, model, reference, tolerance, blends)
     has_onnx = model.onnx is not None
     return make_report(reference.source, manifest, tolerance, rows, skipped, has_onnx)
+
+
+@contextmanager
+def _named(implementation: str, model: Model) -> Iterator[None]:
+    """What torch or onnxruntime raises where a graph is run as an ExportError that says which."""
+    try:
+        yield
+    except LoraexportError:
+        raise
+    except Exception as error:  # theirs; onnxruntime's have no class of their own
+        said = shorten((str(error).strip().splitlines() or ["no message"])[0], 500)
+        format = implementation.partition("-")[0]
+        files = {"torchscript": model.torchscript, "onnx": model.onnx}
+        others = [name for name, path in files.items() if path is not None and name != format]
+        advice = ""
+        if format in files and others:
+            advice = f". As {others[0]} it can be made: set export: {{formats: [{others[0]}]}}"
+        raise ExportError(f"{implementation} does not run: {said}{advice}") from error
 
 
 def _implementations(
     folder: Path,
     manifest: Manifest,
     model: Model,
-    plain: tuple[ModelModules, Path] | str,
+    plain: tuple[ModelModules, Path, Tail | None] | str,
     providers: Sequence[str],
+    torchscript: bool,
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, Run]]:
     pairs = normalise_providers(providers) if providers else []
@@ -76,16 +105,16 @@ def _implementations(
         else:
             from .peft_model import PeftReference
 
-            peft = PeftReference(folder, manifest, model, plain[1])
+            peft = PeftReference(folder, manifest, model, *plain[1:])
             yield "peft", lambda inputs, case: {output: peft.run(inputs, case)}
-    if model.torchscript is not None:
+    if model.torchscript is not None and torchscript:
         path = resolve(folder, model.torchscript)
         for device in torch_devices([name for name, _ in pairs]):
             yield f"torchscript-{device}", _torchscript_runner(path, manifest, model, device)
     else:
-        skipped["torchscript"] = "the spec does not ask for it"
+        skipped["torchscript"] = NO_TORCHSCRIPT if model.torchscript else NOT_ASKED
     if model.onnx is None:
-        skipped["onnx"] = "the spec does not ask for it"
+        skipped["onnx"] = NOT_ASKED
         return
     if not pairs:
         skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"

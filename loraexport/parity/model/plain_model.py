@@ -1,5 +1,6 @@
 """The Hugging Face model in float64, with one row's adapters merged into its weights."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 
 from ...hf.model import has_rotary_positions, headless_widths, load_plain_model, take_output
-from ...hf.pooling import SentencePooling
+from ...hf.sentences.pooling import make_tail
+from ...hf.sentences.tail import PROMPT_LENGTHS, Tail
 from ...tensors import to_numpy, to_torch
 from ..oracle import ReferenceAdapter
+from .cases import Contents
 
 
 class PlainModel:
@@ -36,19 +39,22 @@ class PlainModel:
         model: Model,
         adapters: Mapping[int, ReferenceAdapter],
         dtype: torch.dtype = torch.float64,
+        tail: Tail | None = None,
     ) -> None:
         headless = headless_widths(manifest.layers)
         self.model: Any = load_plain_model(directory, model.task, headless).to(dtype)
-        self.pooling = None
-        if model.task == "sentence-embedding":
-            self.pooling = SentencePooling.read(directory)
+        self._tail = None if tail is None else make_tail(tail).to(dtype)
         config: Any = self.model.config
         self.label = f"a model of type {config.model_type!r}"
-        # A model of images has neither.
-        self.vocabulary = getattr(config, "vocab_size", 0)
-        self.pad = getattr(config, "pad_token_id", 0) or 0
+        # A model of images has none of them.
+        self.contents = Contents(
+            getattr(config, "vocab_size", 0),
+            getattr(config, "pad_token_id", 0) or 0,
+            _end(config) if model.task == "text-embedding" else None,
+            getattr(config, "max_2d_position_embeddings", 1) - 1,
+        )
         self._adapters = adapters
-        self._output = model.outputs[0].name
+        self._output, self._task = model.outputs[0].name, model.task
         self._dtype = dtype
         self._labels = any(layer.labels for layer in manifest.layers)
         self._width = model.outputs[0].shape[-1]
@@ -57,19 +63,27 @@ class PlainModel:
     def __call__(self, inputs: Inputs, **arguments: Any) -> np.ndarray:
         """The output for a batch, in the model's dtype; `arguments` go to the model as they are."""
         tensors = {name: to_torch(value) for name, value in inputs.items()}
-        if "pixel_values" in tensors:
-            tensors["pixel_values"] = tensors["pixel_values"].to(self._dtype)
+        tensors = {
+            name: x.to(self._dtype) if x.is_floating_point() else x for name, x in tensors.items()
+        }
         if "input_ids" in tensors and has_rotary_positions(self.model.config):
             batch, sequence = tensors["input_ids"].shape
             tensors["position_ids"] = torch.arange(sequence).expand(batch, -1)
+        prompt_lengths = tensors.pop(PROMPT_LENGTHS, None)
         with torch.no_grad():
-            y = take_output(self.model(**tensors, **arguments, return_dict=True))
-            if self.pooling is not None:
-                y = self.pooling(y, tensors["attention_mask"])
-        if self._labels:
-            lacking = (0, int(self._width) - y.shape[-1])
-            y = nn.functional.pad(y, lacking, value=self._missing_label)
+            y = take_output(self.model(**tensors, **arguments, return_dict=True), self._task)
+            if self._labels:
+                lacking = (0, int(self._width) - y.shape[-1])
+                y = nn.functional.pad(y, lacking, value=self._missing_label)
+            if self._tail is not None:
+                y = self._tail(y, tensors.get("attention_mask"), prompt_lengths)
         return to_numpy(y)
+
+    def of(self, model: Any) -> "PlainModel":
+        """The same around another model of its class."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def run(self, inputs: Inputs, mix: Mix) -> Outputs:
         """See ReferenceModel."""
@@ -77,15 +91,21 @@ class PlainModel:
             return {self._output: self(inputs)}
 
 
+def _end(config: Any) -> int | None:
+    """The id of a text's last token; None where config.json names one that there is not."""
+    end = config.eos_token_id
+    return end if isinstance(end, int) and end < config.vocab_size else None
+
+
 @contextmanager
 def merged_into(model: Any, adapters: Mapping[int, ReferenceAdapter], mix: Mix) -> Iterator[None]:
     """W + sum_i w_i (W_i - W) and its bias in every site of a float64 model, undone at the end."""
-    kept = {}
+    parameters = {}
     for site in {
         site for slot, _ in mix for site in (*adapters[slot].sites, *adapters[slot].heads)
     }:
         module = model.get_submodule(site)
-        kept[site] = (module.weight, getattr(module, "bias", None))
+        parameters[site] = (module.weight, getattr(module, "bias", None))
         weight, bias = _blend(module, site, adapters, mix)
         # Parameters of its own: an embedding may be tied to this one, and stays as it is.
         module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
@@ -94,7 +114,7 @@ def merged_into(model: Any, adapters: Mapping[int, ReferenceAdapter], mix: Mix) 
     try:
         yield
     finally:
-        for site, (own_weight, own_bias) in kept.items():
+        for site, (own_weight, own_bias) in parameters.items():
             module = model.get_submodule(site)
             module.weight = own_weight
             if own_bias is not None or hasattr(module, "bias"):
@@ -111,15 +131,21 @@ def _blend(
     weight = weight.T if turned else weight
     bias = getattr(module, "bias", None)
     own_bias = None if bias is None else bias.detach().numpy()
-    parts = [(adapters[slot].merge(site, weight, own_bias), factor) for slot, factor in mix]
+    parts = []
+    for slot, factor in mix:
+        of_slot = adapters[slot].merge(site, weight, own_bias)
+        if turned and site in adapters[slot].heads:
+            of_slot = of_slot[0].T, of_slot[1]
+        parts.append((of_slot, factor))
     if len(parts) == 1 and parts[0][1] == 1.0:  # exactly; a head may be of another width
         merged, merged_bias = parts[0][0]
     else:
-        merged = weight + sum(factor * (one - weight) for (one, _), factor in parts)
+        merged = weight + sum(factor * (site_weight - weight) for (site_weight, _), factor in parts)
         zero = np.zeros(len(weight))
         start = zero if own_bias is None else own_bias
         merged_bias = start + sum(
-            factor * ((zero if one is None else one) - start) for (_, one), factor in parts
+            factor * ((zero if site_bias is None else site_bias) - start)
+            for (_, site_bias), factor in parts
         )
     merged = merged.T if turned else merged
     return np.ascontiguousarray(merged), None if turned and own_bias is None else merged_bias

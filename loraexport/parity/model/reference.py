@@ -27,7 +27,7 @@ from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Manifest
 
 from ...errors import BaseModelError
-from .cases import make_inputs
+from .cases import Contents, make_inputs
 
 
 class ReferenceModel(Protocol):
@@ -37,8 +37,7 @@ class ReferenceModel(Protocol):
     """How a report speaks of it."""
     label: str
     """How an error speaks of it."""
-    vocabulary: int
-    pad: int
+    contents: Contents
 
     def run(self, inputs: Inputs, mix: Mix) -> Outputs:
         """The outputs for a batch, all of whose rows use `mix`."""
@@ -50,7 +49,7 @@ def make_reference(
     """Run a model once for each adapter or blend of each case."""
     inputs, expected, base_expected = {}, {}, {}
     for case in make_cases(manifest, model):
-        values = make_inputs(case, model.inputs, plain.vocabulary, seed, plain.pad)
+        values = make_inputs(case, model.inputs, plain.contents, seed)
         base = plain.run(values, BASE)
         _require_finite(base, values, case, plain.label, model)
         whole = {name: y.copy() for name, y in base.items()}
@@ -63,15 +62,13 @@ def make_reference(
     return ModelReference(plain.source, inputs, expected, base_expected)
 
 
-def _require_finite(
-    found: Outputs, inputs: Inputs, case: RowCase, label: str, model: Model
-) -> None:
+def _require_finite(base: Outputs, inputs: Inputs, case: RowCase, label: str, model: Model) -> None:
     for entry in model.outputs:
         keep = kept_tokens(inputs, entry)
-        if not np.isfinite(found[entry.name][keep]).all():
-            what = "padded texts" if "attention_mask" in inputs else "images"
+        if not np.isfinite(base[entry.name][keep]).all():
+            data = "padded texts" if "input_ids" in inputs else next(iter(inputs))
             raise BaseModelError(
-                f"{label} gives NaN or Inf for {what}, in {found[entry.name].dtype} and without"
+                f"{label} gives NaN or Inf for {data}, in {base[entry.name].dtype} and without"
                 f" adapters (case {case.name!r}), so there is nothing to compare its graphs with"
             )
 

@@ -19,7 +19,8 @@ from support.peft_adapters import (
     randomise,
 )
 
-from loraexport_runtime.adapters.header import digest_adapter, read_adapter
+from loraexport_runtime.adapters.files import digest_adapter
+from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.adapters.tensors import read_lora_weights
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
 
@@ -81,7 +82,7 @@ def test_convolution_factors(tmp_path: Path) -> None:
         "base_model.model.blocks.0.q.lora_C.weight",
         "base_model.model.blocks.0.q.bias",
         "blocks.0.q.lora_A.weight",
-        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
     ],
 )
 def test_tensor_that_is_no_factor(tmp_path: Path, name: str) -> None:
@@ -141,6 +142,21 @@ def test_bfloat16_adapter_of_peft(tmp_path: Path) -> None:
 def test_directory_without_config(tmp_path: Path) -> None:
     with pytest.raises(AdapterConfigError, match=r"adapter_config\.json: no such file; a PEFT ada"):
         read_adapter(tmp_path)
+
+
+def test_a_folder_of_adapters_names_them(tmp_path: Path) -> None:
+    for name in ("sql", "chat", ".hidden"):
+        write_adapter(tmp_path / "runs" / name, SITES)
+    (tmp_path / "runs/log").mkdir()
+    expected = r"runs: no adapter, but a folder of 3: \.hidden, chat, sql; give one of them, as /"
+    with pytest.raises(AdapterConfigError, match=expected):
+        read_adapter(tmp_path / "runs")
+    with pytest.raises(AdapterConfigError, match=r"log/adapter_config\.json: no such file"):
+        read_adapter(tmp_path / "runs/log")
+    for index in range(9):
+        write_adapter(tmp_path / f"runs/a{index}", SITES)
+    with pytest.raises(AdapterConfigError, match=r"a folder of 12: \.hidden, a0, .*, a6, …; give"):
+        read_adapter(tmp_path / "runs")
 
 
 def test_path_that_is_a_file(tmp_path: Path) -> None:

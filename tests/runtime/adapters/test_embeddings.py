@@ -13,6 +13,7 @@ from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.adapters.sites import check_base_copies
 from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.adapters.tensors import read_lora_weights
+from loraexport_runtime.contract.naming import NO_NAMING, Naming
 from loraexport_runtime.errors import AdapterWeightsError
 
 torch.set_num_threads(1)
@@ -60,21 +61,21 @@ def base_embedding(folder: Path) -> np.ndarray:
 
 
 def test_equal_base_copy_is_accepted(with_copy: Path) -> None:
-    check_base_copies(read_adapter(with_copy), *copy_digests(base_embedding(with_copy)))
+    check_base_copies(read_adapter(with_copy), *copy_digests(base_embedding(with_copy)), NO_NAMING)
 
 
 def test_other_base_copy_is_refused(with_copy: Path) -> None:
     other = base_embedding(with_copy)
     other[3, 3] = np.nextafter(other[3, 3], np.float32(9))
     with pytest.raises(AdapterWeightsError, match=r"differs from the weight of this base.*=False"):
-        check_base_copies(read_adapter(with_copy), *copy_digests(other))
+        check_base_copies(read_adapter(with_copy), *copy_digests(other), NO_NAMING)
 
 
 def test_base_copy_without_a_site_is_refused(with_copy: Path) -> None:
     with pytest.raises(
         AdapterWeightsError, match=r"carries the base weight '.*base_layer\.weight'"
     ):
-        check_base_copies(read_adapter(with_copy), {}, {})
+        check_base_copies(read_adapter(with_copy), {}, {}, NO_NAMING)
 
 
 def test_base_copy_may_be_stored_wider_than_the_base(tmp_path: Path, with_copy: Path) -> None:
@@ -86,22 +87,37 @@ def test_base_copy_may_be_stored_wider_than_the_base(tmp_path: Path, with_copy: 
     config = (with_copy / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config)
     header = read_adapter(tmp_path)
-    check_base_copies(header, *copy_digests(narrow))
+    check_base_copies(header, *copy_digests(narrow), NO_NAMING)
     with pytest.raises(AdapterWeightsError, match="in a smaller dtype"):
-        check_base_copies(header, *copy_digests(base_embedding(with_copy)))
+        check_base_copies(header, *copy_digests(base_embedding(with_copy)), NO_NAMING)
 
 
 def test_base_copy_that_only_rounds_to_the_base_is_refused(with_copy: Path) -> None:
     """The copy was trained on: it is no float16 base, even where float16 hides the difference."""
     rounded = base_embedding(with_copy).astype(np.float16)
     with pytest.raises(AdapterWeightsError, match="differs from the weight of this base"):
-        check_base_copies(read_adapter(with_copy), *copy_digests(rounded))
+        check_base_copies(read_adapter(with_copy), *copy_digests(rounded), NO_NAMING)
 
 
-def test_whole_weights_beside_the_lora_name_the_way_out(tmp_path: Path) -> None:
-    """PEFT writes untargeted embeddings too when told to; whether they were trained is unknown."""
+def test_embeddings_beside_a_lora_that_is_elsewhere(tmp_path: Path) -> None:
+    """PEFT writes them where the vocabulary was resized, or when told to, and reads them again."""
     save_llama(tmp_path / "with", ["q_proj"], save_embedding_layers=True)
-    with pytest.raises(AdapterWeightsError, match=r"lm_head\.weight' is no LoRA.*layers=False"):
-        read_adapter(tmp_path / "with")
+    header = read_adapter(tmp_path / "with")
+    assert list(header.modules) == ["model.layers.0.self_attn.q_proj"]
+    assert sorted(header.base_copies) == ["lm_head", EMBEDDING]
+    tensors = load_file(tmp_path / "with/adapter_model.safetensors")
+    digests = {
+        name: digest_array(tensors[f"base_model.model.{module}.weight"])
+        for name, module in (("embed_tokens", EMBEDDING), ("lm_head", "lm_head"))
+    }
+    naming = Naming("llama", ("model",), ())
+    check_base_copies(header, {}, digests, naming)
+    with pytest.raises(
+        AdapterWeightsError, match=r"lm_head\.weight', which differs from the weight"
+    ):
+        check_base_copies(header, {}, digests | {"lm_head": digests["embed_tokens"]}, naming)
+    del digests["lm_head"]
+    with pytest.raises(AdapterWeightsError, match=r"lm_head\.weight', and of this base no weight"):
+        check_base_copies(header, {}, digests, naming)
     save_llama(tmp_path / "without", ["q_proj"], save_embedding_layers=False)
-    assert list(read_adapter(tmp_path / "without").modules) == ["model.layers.0.self_attn.q_proj"]
+    assert not read_adapter(tmp_path / "without").base_copies

@@ -19,8 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from loraexport.parity.oracle import read_reference_adapter
 from loraexport_runtime.adapters.header import read_adapter
-from loraexport_runtime.adapters.sites import match_sites
+from loraexport_runtime.adapters.sites import check_base_copies, match_sites
 from loraexport_runtime.adapters.tensors import read_lora_weights, read_saved_weights
+from loraexport_runtime.contract.naming import NO_NAMING
 from loraexport_runtime.errors import AdapterWeightsError, WeightsError
 
 torch.set_num_threads(1)
@@ -330,13 +331,16 @@ def test_head_that_is_not_finite(tmp_path: Path) -> None:
 def test_whole_module_that_the_config_does_not_name(tmp_path: Path) -> None:
     with_head(tmp_path, weight=np.ones((3, 8), np.float32))
     change_config(tmp_path, modules_to_save=["classifier"])
-    with pytest.raises(AdapterWeightsError, match=r"head\.weight' is no LoRA factor"):
-        read_adapter(tmp_path)
+    header = read_adapter(tmp_path)
+    assert not header.saved
+    expected = r"head\.weight', and of this base no weight .* if it was, name it in modules_to_save"
+    with pytest.raises(AdapterWeightsError, match=expected):
+        check_base_copies(header, {}, {}, NO_NAMING)
 
 
 def test_head_without_a_place(tmp_path: Path) -> None:
     header = read_adapter(with_head(tmp_path, weight=np.ones((3, 8), np.float32)))
-    assert match_sites(header, ["blocks.0.q", "head"])["head"] == "head"
+    assert match_sites(header, ["blocks.0.q", "head"], NO_NAMING)["head"] == "head"
     expected = r"brings 'head', trained whole .*Choose a task .*add features: \[heads\] to the spec"
     with pytest.raises(AdapterWeightsError, match=expected):
-        match_sites(header, ["blocks.0.q"])
+        match_sites(header, ["blocks.0.q"], NO_NAMING)

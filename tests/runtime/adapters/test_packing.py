@@ -13,11 +13,12 @@ from support.adapters import write_adapter
 from loraexport_runtime.adapters.dora import find_base_weights, output_scale
 from loraexport_runtime.adapters.fit import check_fit
 from loraexport_runtime.adapters.header import read_adapter
-from loraexport_runtime.adapters.packing import assemble, lowest, pack
+from loraexport_runtime.adapters.packing import assemble, check_values, lowest, pack
 from loraexport_runtime.adapters.sites import match_sites
 from loraexport_runtime.adapters.tensor_files import digest_array
 from loraexport_runtime.adapters.tensors import LoraWeights, SavedWeights
 from loraexport_runtime.contract.manifest import Layer, Slice, Stack
+from loraexport_runtime.contract.naming import NO_NAMING
 from loraexport_runtime.errors import AdapterConfigError, AdapterWeightsError, WeightsError
 
 SIZE_IN, MAX_RANK, SLOTS = 5, 3, 2
@@ -184,6 +185,56 @@ def test_parameter_beyond_the_dtype(role: str, extras: dict[str, np.ndarray]) ->
         pack(layer, {"site0": one}, 1.0, np.dtype(np.float16), rows, scales)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "scale", "base_bias", "lora_bias", "g"])
+def test_values_beyond_the_dtype_in_an_adapter_without_slot(part: str, dtype: str) -> None:
+    """Finite as they are stored; every kind of tensor."""
+    large = float(np.finfo(dtype).max) * 4
+    base_bias = np.full(4, large if part == "base_bias" else 1.0)
+    brought = replace(
+        lora(4),
+        a=np.full((2, SIZE_IN), large if part == "lora_A" else 1.0),
+        b=np.full((4, 2), large if part == "lora_B" else 1.0),
+        base_bias=base_bias,
+        lora_bias=np.full(4, large if part == "lora_bias" else 1.0),
+        magnitude=np.ones(4),
+    )
+    scale = large if part == "scale" else 1.0
+    scales = {"site0": np.full(4, large if part == "g" else 1.0)}
+    role = {"scale": "lora_B", "base_bias": "bias", "lora_bias": "bias", "g": "lora_B"}
+    expected = f"adapter 'sql': its {role.get(part, part)} at site 'site0' overflows {dtype}; exp"
+    with pytest.raises(AdapterWeightsError, match=expected):
+        check_values("sql", {"site0": brought}, scale, np.dtype(dtype), scales)
+    check_values("sql", {"site0": brought}, scale, np.dtype(np.float64), scales)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_head_beyond_the_dtype(part: str) -> None:
+    head = SavedWeights(draw(4, SIZE_IN), draw(4))
+    head = replace(head, **{part: np.full_like(getattr(head, part), 1e6)})
+    with pytest.raises(AdapterWeightsError, match=f"its {part} at site 'head' overflows float16"):
+        check_values("sql", {"head": head}, 1.0, np.dtype(np.float16))
+
+
+@pytest.mark.parametrize("factor", ["infinite", "not_a_number"])
+def test_a_product_beyond_float64(factor: str) -> None:
+    """No warning, and not NaN in a stack."""
+    layer = make_layer(*LORA, "bias")
+    b = np.full((4, 2), 1e300 if factor == "infinite" else 0.0)
+    brought = replace(lora(4), b=b, scaling=1e300)
+    scale = 1e300 if factor == "infinite" else float("inf")
+    rows = base_rows(layer, draw(4, SIZE_IN), draw(4))
+    with pytest.raises(AdapterWeightsError, match="lora_B overflows float32"):
+        pack(layer, {"site0": brought}, scale, FLOAT32, rows)
+
+
+def test_dora_beyond_float64() -> None:
+    """The norm would be inf, and g zero: other numbers, in silence."""
+    brought = replace(lora(4), b=np.full((4, 2), 1e200), magnitude=np.ones(4))
+    with pytest.raises(WeightsError, match=r"W \+ scaling B A is not finite.* lower the scale"):
+        output_scale(draw(4, SIZE_IN), brought, 1e90)
+
+
 def test_the_scale_of_the_spec_leaves_a_head_as_it_is() -> None:
     """It multiplies the scaling of LoRA, and a layer trained whole has none."""
     layer = make_layer("weight", "bias")
@@ -233,7 +284,7 @@ def fit(folder: Path, layers: list[Layer], **adapter: Any) -> None:
     write_adapter(folder, {"site0": (SIZE_IN, 4)}, rank=MAX_RANK, **adapter)
     header = read_adapter(folder)
     sites = [part.site for layer in layers for part in layer.slices]
-    check_fit(header, match_sites(header, sites), layers)
+    check_fit(header, match_sites(header, sites, NO_NAMING), layers)
 
 
 def head_layer(width: int = 4, **changes: Any) -> Layer:
@@ -286,9 +337,9 @@ def test_an_adapter_of_another_base_names_the_site_and_its_own_base(tmp_path: Pa
         fit(tmp_path, [make_layer(*LORA, widths=(7,))], config=config)
 
 
-def test_a_whole_embedding_cannot_differ_by_row(tmp_path: Path) -> None:
+def test_a_whole_embedding_that_has_no_place(tmp_path: Path) -> None:
     layers = [make_layer(*LORA), replace(head_layer(), kind="embedding", stacks=())]
-    with pytest.raises(AdapterWeightsError, match="is an embedding that was trained whole; only"):
+    with pytest.raises(AdapterWeightsError, match="is an embedding that was trained whole, for"):
         fit(tmp_path, layers, **head_of(4))
 
 

@@ -77,7 +77,7 @@ def draw(layer: str, num_tokens: int, dtype: str = "float32") -> np.ndarray:
     return generator.standard_normal((num_tokens, 32)).astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_padded_batch_of_a_layer(
     layers: Callable[..., Path], ran: list[str], strategy: str, dtype: str
@@ -185,6 +185,7 @@ def test_a_hot_load_is_seen(layers: Callable[..., Path], tmp_path: Path) -> None
     assert np.abs(after - before).max() > 0.05
 
 
+@pytest.mark.slow
 def test_a_strategy_that_cannot_be_captured(layers: Callable[..., Path]) -> None:
     with pytest.raises(
         lr.ProviderError, match="layer 'qkv' is computed by the strategy 'segmented', whose shapes"
@@ -289,6 +290,7 @@ def test_a_model_that_padding_would_change(
     assert ran == ["run", "run", "run_plain"]
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_the_last_token(tmp_path: Path, ran: list[str]) -> None:
     """Llama's classifier: the last one that is not the padding id, whatever the mask says."""
 

@@ -3,6 +3,7 @@ and what is said on stdout and stderr."""
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from loraexport.parity.layers.check import check
 from loraexport.pipeline.build import build
 from loraexport.spec.reader import read_spec
 from loraexport_runtime import ArtifactError, ProviderError
+from loraexport_runtime import __main__ as command
 from loraexport_runtime.__main__ import main
 from loraexport_runtime.checking import check as checking
 from loraexport_runtime.checking.check import check_artifact
@@ -64,6 +66,20 @@ class TestExitCodes:
         assert done.err.startswith("ProviderError: tpu is not part of this onnxruntime ")
         assert done.err.count("\n") == 1
 
+    def test_ctrl_c_is_130(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def stop(*_: Any) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(command, "check_artifact", stop)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
+        try:
+            assert command.main(["check", "artifact"]) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert capsys.readouterr() == ("", "Stopped: by SIGINT\n")
+
     def test_another_adapter_is_3(self, artifact: Path) -> None:
         """Its own digest is right, so nothing but the cases can tell: B is 1 % too large."""
         scale_adapter(artifact, "chat", 1.01)
@@ -74,7 +90,11 @@ class TestExitCodes:
         assert done.err.startswith(
             "2 of 15 comparisons failed. Worst: onnx-cpu, layer 'qkv', site 'blocks.0."
         )
-        for word in ("adapter 'chat', case '", "(tolerance 2e-05), gain 1.0100. Do not serve"):
+        for word in (
+            "adapter 'chat', case '",
+            " is above 2e-05 (parity.tolerance) and its gain of 1.0100 is off 1 by more than 1e-04"
+            " (parity.gain). Do not serve",
+        ):
             assert word in done.err
         assert done.err.count("\n") == 1
 
@@ -153,7 +173,7 @@ class TestFaults:
         failed = [row for row in data["rows"] if not row["passed"]]
         assert failed
         assert all(row["error"] is None for row in failed)
-        assert "error nan (tolerance 2e-05)" in shown.err
+        assert "error of nan is above 2e-05 (parity.tolerance)" in shown.err
 
 
 class TestParityOfTheBuild:
@@ -184,7 +204,7 @@ class TestParityOfTheBuild:
         manifest = Manifest.read(tenants)
         reference = load_reference(tenants, manifest)
         spec = read_spec(tenants / "spec.yaml")
-        verified = check(tenants, manifest, spec, reference, (), ["cpu"])
+        verified = check(tenants, manifest, spec, reference, (), ["cpu"], False)
         rows = [row for row in verified.rows if row.implementation == "onnx-cpu"]
         assert check_artifact(tenants, ["cpu"]).rows == tuple(rows)
 

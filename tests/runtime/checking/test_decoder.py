@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.decoders import FAMILIES, write_decoder
 from loraexport.pipeline.build import build
 from loraexport_runtime import ProviderError
 from loraexport_runtime.checking.check import check_artifact
+from loraexport_runtime.checking.decoder_cases import make_cases
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.generator import TextGenerator
 
@@ -54,10 +56,28 @@ def test_it_passes_without_torch(built: Path) -> None:
     rows = done.data["rows"]
     assert {(row["implementation"], row["site"], row["adapter"]) for row in rows} == {
         (implementation, site, adapter)
-        for implementation, site in (("onnx-cpu", "logits"), ("onnx-genai-cpu", "tokens"))
+        for implementation, site in (
+            ("onnx-cpu", "logits"),
+            ("onnx-cpu", "rows alone"),
+            ("onnx-engine-cpu", "tokens"),
+        )
         for adapter in ("base", "first", "second")
     }
     assert all(row["passed"] for row in rows)
+
+
+def test_batches_stay_small_with_many_adapters(built: Path) -> None:
+    """Every adapter is alone and in a mixed batch, and no batch has more than 32 rows."""
+    manifest = Manifest.read(built)
+    (first, *_) = manifest.adapters
+    adapters = tuple(replace(first, name=f"a{slot}", slot=slot) for slot in range(1, 101))
+    cases = make_cases(replace(manifest, adapters=adapters))
+    assert max(len(case.rows) for case in cases) == 32
+    mixed = [case for case in cases if case.name.startswith("mixed")]
+    assert [case.name for case in mixed] == ["mixed", "mixed-1", "mixed-2", "mixed-3"]
+    rows = [slot for case in mixed for slot in case.adapter_ids.tolist()]
+    assert rows == [*range(1, 101), 0, 1]
+    assert all(len(case.rows) == len(case.lengths) for case in cases)
 
 
 def test_a_slot_of_the_graph_that_is_off_fails(artifact: Path) -> None:
@@ -94,9 +114,7 @@ def test_tokens_that_no_rounding_explains_fail(
     }
 
 
-def test_without_onnxruntime_genai_it_does_not_pass(
-    built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(ProviderError, match="generation needs onnxruntime-genai: pip install"):
+def test_without_tokenizers_it_does_not_pass(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ProviderError, match="generation needs tokenizers: pip install"):
         check_artifact(built, ["cpu"])

@@ -40,14 +40,20 @@ def test_what_is_broken(tmp_path: Path, data: bytes, expected: str) -> None:
         foreign.read_object(tmp_path / "a.json", WeightsError)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArtifactError, match=r"b\.json: no such file; take another$"):
         foreign.read_json(tmp_path / "b.json", ArtifactError, "take another")
     with pytest.raises(ArtifactError, match="a folder, where a file has to be"):
         foreign.read_json(tmp_path, ArtifactError, "take another")
-    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(foreign.os, "open", None)  # which lets a writer go on, or rewinds a tape
     with pytest.raises(ArtifactError, match="pipe: not a regular file"):
         foreign.read_json(tmp_path / "pipe", ArtifactError)
+
+
+def test_a_regular_file_that_no_read_succeeds_on() -> None:
+    with pytest.raises(ArtifactError, match="/proc/self/mem: Input/output error; copy or"):
+        foreign.read_json(Path("/proc/self/mem"), ArtifactError)
 
 
 def test_a_file_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +89,16 @@ def test_reasons() -> None:
     assert of(errno.EACCES) == "permission denied; let this user read it"
     assert of(errno.EISDIR) == "a folder, where a file has to be"
     assert of(errno.EIO) == os.strerror(errno.EIO)
+
+
+@pytest.mark.parametrize(("opens", "closes"), [("[", "]"), ('{"a": ', "}")])
+def test_how_deep_a_value_may_nest(tmp_path: Path, opens: str, closes: str) -> None:
+    """Far below what Python's own stack bears: to walk or to show a value takes more of it."""
+    file = tmp_path / "a.json"
+    for depth in (foreign.MAX_DEPTH, foreign.MAX_DEPTH + 1):
+        file.write_text(opens * depth + "1" + closes * depth)
+        if depth == foreign.MAX_DEPTH:
+            foreign.read_json(file, ArtifactError)
+            continue
+        with pytest.raises(ArtifactError, match=r"a\.json: not JSON: nested too deeply"):
+            foreign.read_json(file, ArtifactError)

@@ -34,11 +34,14 @@ def test_it_is_a_schema_and_describes_its_fields() -> None:
     Draft202012Validator.check_schema(schema)
     decoder = schema["$defs"]["Decoder"]
     assert decoder["description"].startswith("A decoder with a KV cache, as onnxruntime-genai")
-    assert decoder["properties"]["pad_token_id"] == {
-        "description": "What a shorter prompt is filled up with: a token that no prompt may hold.",
-        "type": "integer",
+    assert decoder["properties"]["folder"] == {
+        "description": "genai_config.json, the graph, and the tokenizer's files.",
+        "type": "string",
     }
-    assert decoder["required"] == ["folder", "onnx", "pad_token_id", "max_length", "vocab_size"]
+    assert decoder["required"] == [
+        *("folder", "onnx", "blend", "max_length", "vocab_size"),
+        *("lengths", "reread_length", "steps"),
+    ]
 
 
 def test_a_manifest_that_a_build_wrote(tenants: Path) -> None:

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from safetensors.numpy import save_file
 from support.adapters import write_adapter
 
 import loraexport_runtime as lr
-from loraexport_runtime.adapters import tensor_files
 from loraexport_runtime.adapters.config import read_lora_config
 from loraexport_runtime.adapters.dora import find_base_weights
-from loraexport_runtime.adapters.header import digest_adapter, read_adapter
+from loraexport_runtime.adapters.files import digest_adapter
+from loraexport_runtime.adapters.header import read_adapter
 from loraexport_runtime.adapters.tensor_files import read_header, read_tensors
 from loraexport_runtime.contract.foreign import reason
 from loraexport_runtime.contract.genai_config import read_genai_config
@@ -136,9 +135,9 @@ def test_a_file_of_an_artifact(tenants: Path, folder: Path, file: str) -> None:
         each.chmod(0o755)
     Manifest.read(artifact).check_files(artifact)
     close(artifact / file)
-    with pytest.raises(lr.ArtifactError, match="Permission denied") as caught, without_rights():
+    text = rf"^{artifact / file}: permission denied; let this user read it$"
+    with pytest.raises(lr.ArtifactError, match=text), without_rights():
         lr.load(artifact)
-    assert "missing" not in str(caught.value)
 
 
 def test_what_is_missing_is_missing(tmp_path: Path) -> None:
@@ -153,18 +152,3 @@ def test_what_is_missing_is_missing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Is a directory") as caught:
         tmp_path.read_bytes()
     assert reason(caught.value) == "a folder, where a file has to be"
-
-
-def test_a_file_that_came_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was not there when safetensors looked."""
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise FileNotFoundError("No such file or directory")
-
-    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "x.safetensors")
-    monkeypatch.setattr(tensor_files, "safe_open", refuse)
-    with pytest.raises(
-        lr.WeightsError,
-        match=r"not a whole safetensors file \(No such file",
-    ):
-        read_header(tmp_path / "x.safetensors")

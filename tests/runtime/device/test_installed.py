@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 IMPORT = "import loraexport_runtime"
 
 
-def run(program: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-W", "error", "-c", program]
+def run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-W", "error", "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -61,11 +61,55 @@ def test_one_of_them(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def test_both(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, installed.DISTRIBUTIONS)
     text = (
-        "onnxruntime and onnxruntime-gpu are both installed, into the same folder, .* pip uninstall"
-        " onnxruntime onnxruntime-gpu, then install the one that you want"
+        "onnxruntime and onnxruntime-gpu are both installed, into the same folder, .*: pip"
+        r" uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu \(or"
     )
     with pytest.warns(RuntimeWarning, match=text):
         installed.check_installed()
+
+
+@pytest.mark.parametrize("version", ["1.22.0", "1.24.4", "1.30.1", "0.9"])
+def test_too_old(version: str) -> None:
+    """Ahead of anything that it lacks: here it is an empty module."""
+    done = run(
+        "import sys, types, importlib.machinery as m; old = types.ModuleType('onnxruntime');"
+        f" old.__version__ = {version!r}; old.__spec__ = m.ModuleSpec('onnxruntime', None);"
+        f" sys.modules['onnxruntime'] = old; {IMPORT}"
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        f"ImportError: loraexport-runtime needs onnxruntime 1.31 or later, and this one is"
+        f" {version}: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install"
+        " onnxruntime-gpu (or onnxruntime, for the CPU alone)"
+    )
+
+
+@pytest.mark.parametrize("version", ["1.31.0", "1.32.0.dev20261101", "2.0.0+cu13", "of our own"])
+def test_new_enough(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        installed.check_installed()
+
+
+def test_one_of_two_was_uninstalled(tmp_path: Path) -> None:
+    """What remains is a folder without its modules, which Python takes for a namespace."""
+    (tmp_path / "onnxruntime/capi").mkdir(parents=True)
+    done = run(
+        "import sys; sys.path[:] = [sys.argv[1], *(p for p in sys.path if 'site-packages' not in"
+        f" p)]; {IMPORT}",
+        str(tmp_path),
+    )
+    assert done.returncode == 1
+    assert "ImportError: the module onnxruntime is there, but not whole" in done.stderr
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install" in done.stderr
+
+
+def test_the_least_version_is_what_pip_is_asked_for() -> None:
+    text = (ROOT / "runtime/pyproject.toml").read_text()
+    least = ".".join(map(str, installed.LEAST_VERSION))
+    for name in installed.DISTRIBUTIONS:
+        assert f'"{name}>={least};' in text
 
 
 def test_the_warning_names_who_imports() -> None:

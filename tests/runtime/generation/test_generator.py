@@ -1,29 +1,33 @@
 """A generator: what a call takes and refuses, and what it opens."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 from support.decoders import (
+    EOS,
     PAD,
     VOCABULARY,
     make_prompts,
-    open_driven,
     write_family,
 )
 from support.home import Home
-from support.manifests import edit_manifest
+from support.manifests import edit_manifest, list_again
 from support.torch_free import BLOCKED
 
 import loraexport_runtime as lr
 from loraexport.errors import exit_code
-from loraexport_runtime.generation.generator import Completion, TextGenerator
+from loraexport_runtime.generation.answers import Completion
+from loraexport_runtime.generation.generator import TextGenerator
 from loraexport_runtime.generation.load import load_generator
+from loraexport_runtime.generation.text.chat import ChatTemplates
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,9 +38,9 @@ def artifact(home: Home) -> Path:
     return home.artifact(write_family, "Llama")
 
 
-@pytest.fixture(scope="module", params=["genai", "driven"])
-def generator(artifact: Path, request: pytest.FixtureRequest) -> TextGenerator:
-    return load_generator(artifact) if request.param == "genai" else open_driven(artifact)
+@pytest.fixture(scope="module")
+def generator(artifact: Path) -> TextGenerator:
+    return load_generator(artifact)
 
 
 def test_one_prompt_and_no_adapter(generator: TextGenerator) -> None:
@@ -47,6 +51,21 @@ def test_one_prompt_and_no_adapter(generator: TextGenerator) -> None:
     mixed = generator.generate(prompt * 2, adapters=["second", None], max_new_tokens=6)
     assert mixed[1] == alone[0]
     assert mixed[0].tokens != mixed[1].tokens
+
+
+def test_more_rows_than_an_engine_takes_at_once(generator: TextGenerator) -> None:
+    """onnxruntime-genai takes 32."""
+    prompts = make_prompts(*(3 + index % 4 for index in range(35)))
+    adapters = [("first", None, "second")[index % 3] for index in range(35)]
+    every = generator.generate(prompts, adapters=adapters, max_new_tokens=4)
+    for row in (0, 31, 32, 34):
+        alone = generator.generate([prompts[row]], adapters=[adapters[row]], max_new_tokens=4)
+        assert alone[0] == every[row]
+    sampled = generator.generate(
+        prompts, adapters=adapters, max_new_tokens=4, temperature=1, seed=3
+    )
+    again = generator.generate(prompts, adapters=adapters, max_new_tokens=4, temperature=1, seed=3)
+    assert sampled == again
 
 
 def test_max_new_tokens(generator: TextGenerator) -> None:
@@ -61,12 +80,9 @@ def test_streaming_gives_the_same_tokens(generator: TextGenerator) -> None:
     prompts, adapters = make_prompts(3, 9, 5), ["first", None, "second"]
     texts = [""] * 3
     tokens: list[tuple[int, ...]] = [()] * 3
-    order = []
     for piece in generator.stream(prompts, adapters, max_new_tokens=6):
         texts[piece.row] += piece.text
-        tokens[piece.row] += (piece.token,)
-        order.append(piece.row)
-    assert order[:6] == [0, 1, 2, 0, 1, 2]
+        tokens[piece.row] += () if piece.token is None else (piece.token,)
     found = generator.generate(prompts, adapters=adapters, max_new_tokens=6)
     assert [(one.text, one.tokens) for one in found] == list(zip(texts, tokens, strict=True))
 
@@ -100,6 +116,19 @@ def test_a_stop_string_is_cut(generator: TextGenerator) -> None:
     assert cut[1] == whole[1]
 
 
+def test_every_token_may_stand_in_a_prompt(generator: TextGenerator) -> None:
+    """None stands for padding: not the tokenizer's own, not the highest, not the one that ends."""
+    prompts = [[PAD, 5, PAD], [VOCABULARY - 1], [7, EOS, 9, PAD, VOCABULARY - 1, PAD], [PAD]]
+    names = ["first", None, "second", "first"]
+    together = generator.greedy(prompts, names, 6)
+    for row, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+        assert np.array_equal(generator.greedy([prompt], [name], 6)[0], together[row])
+    text = generator.generate(["<pad>hello<pad>"], chat=False, max_new_tokens=2)
+    assert text == generator.generate(
+        [generator.tokenizer.encode("<pad>hello<pad>")], max_new_tokens=2
+    )
+
+
 def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
     tokenizer: Any = tf.AutoTokenizer.from_pretrained(artifact.parents[1] / "base")
 
@@ -121,7 +150,7 @@ def test_the_chat_template(generator: TextGenerator, artifact: Path) -> None:
 def test_a_chat_without_a_template(
     generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generator._prompts, "_has_template", False)
+    monkeypatch.setattr(generator.tokenizer, "templates", ChatTemplates({}, {}))
     chat = [{"role": "user", "content": "hello"}]
     with pytest.raises(lr.InputError, match=r"prompts\[1\] is a chat, but .* no chat template"):
         generator.generate(["hello", chat], max_new_tokens=1)
@@ -134,7 +163,7 @@ def test_a_chat_without_a_template(
             [[5]],
             {"adapters": ["third"]},
             lr.UnknownAdapterError,
-            "adapter 'third' is not in this artifact; it has first, second",
+            r"adapter 'third' is not loaded; 2 are, 2 of them in slots: see list_adapters\(\)",
             id="unknown-adapter",
         ),
         pytest.param(
@@ -155,7 +184,7 @@ def test_a_chat_without_a_template(
             [[5]],
             {"adapters": [{"first": 1.0}]},
             lr.InputError,
-            r"adapters\[0\] is a blend; a decoder takes one name per row",
+            "adapter is a blend, which this graph has no input for",
             id="blend",
         ),
         pytest.param([], {}, lr.InputError, "no prompt; give one at least", id="no-prompt"),
@@ -171,24 +200,31 @@ def test_a_chat_without_a_template(
             [""], {"chat": False}, lr.InputError, r"prompts\[0\] has no tokens", id="empty-text"
         ),
         pytest.param(
-            [[5, PAD, 6]],
-            {},
+            ["hello"],
+            {"template_arguments": {"tools": []}},
             lr.InputError,
-            r"prompts\[0\]: tokens range from 0 to 6; expected 0 to 319 without 0, which stands",
-            id="padding",
+            r"template_arguments is \{'tools': \[\]\}; expected variables of the chat template by",
+            id="template-arguments",
+        ),
+        pytest.param(
+            ["hello"],
+            {"tools": ["x"]},
+            lr.InputError,
+            r"tools is \['x'\]; expected a list of objects",
+            id="tools",
         ),
         pytest.param(
             [[5, VOCABULARY]],
             {},
             lr.InputError,
-            r"prompts\[0\]: tokens range from 5 to 320; expected 0 to 319",
+            r"prompts\[0\]: token 1 is 320; expected 0 to 319",
             id="vocabulary",
         ),
         pytest.param(
             [[5], [5] * 120],
             {"max_new_tokens": 9},
             lr.InputError,
-            "a prompt of 120 tokens and 9 new ones are more than the model's 128; shorten",
+            "a prompt of 120 tokens and 9 new ones are more than the 128 that this generator",
             id="too-long",
         ),
         pytest.param(
@@ -209,14 +245,35 @@ def test_a_chat_without_a_template(
             [[5]],
             {"top_k": -1},
             lr.InputError,
-            "top_k is -1 and top_p 1.0; expected a top_k of 0",
+            "top_k is -1; expected a whole number from 0 on",
             id="top-k",
+        ),
+        pytest.param(
+            [[5]],
+            {"temperature": float("nan")},
+            lr.InputError,
+            "temperature is nan; expected a number, 0 or more",
+            id="temperature-nan",
+        ),
+        pytest.param(
+            [[5]],
+            {"temperature": float("inf")},
+            lr.InputError,
+            "temperature is inf; expected a number, 0 or more",
+            id="temperature-inf",
+        ),
+        pytest.param(
+            [[5]],
+            {"top_p": float("nan")},
+            lr.InputError,
+            "top_p is nan; expected a number, 0 to 1",
+            id="top-p-nan",
         ),
         pytest.param(
             [[5]],
             {"top_p": 0.0},
             lr.InputError,
-            "top_k is 50 and top_p 0.0; expected .* a top_p above 0, up to 1",
+            "top_p is 0.0; expected a number above 0, up to 1",
             id="top-p",
         ),
         pytest.param(
@@ -231,6 +288,7 @@ def test_a_chat_without_a_template(
 def test_a_batch_that_cannot_be_run(
     generator: TextGenerator, prompts: Any, options: dict[str, Any], error: type, message: str
 ) -> None:
+    options = {"max_new_tokens": 4} | options
     with pytest.raises(error, match=message) as caught:
         generator.generate(prompts, **options)
     assert isinstance(caught.value, lr.BatchError)
@@ -247,17 +305,14 @@ def test_the_longest_prompt(generator: TextGenerator) -> None:
 
 
 def test_a_provider_that_cannot_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime_genai
-
-    monkeypatch.setattr(onnxruntime_genai, "is_cuda_available", lambda: False)
-    with pytest.raises(lr.ProviderError, match="CUDA was asked for, but this onnxruntime-genai"):
-        load_generator(artifact, ["cuda"])
     with pytest.raises(lr.ProviderError, match="npu is not part of this onnxruntime"):
         load_generator(artifact, ["npu"])
     with pytest.raises(lr.ProviderError, match="CUDA graphs were asked for on CPUExecutionProvid"):
         load_generator(artifact, cuda_graphs=True)
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
-    with pytest.raises(lr.ProviderError, match=r"pip install 'loraexport-runtime\[genai\]'"):
+    load_generator(artifact, rows=1, length=16).close()  # it needs none
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(lr.ProviderError, match=r"pip install 'loraexport-runtime\[generation\]'"):
         load_generator(artifact)
 
 
@@ -329,3 +384,27 @@ def test_a_service_without_torch(artifact: Path, generator: TextGenerator) -> No
     prompts, adapters = ["hello", "the world", "a"], ["first", None, "second"]
     found = generator.generate(prompts, adapters=adapters, max_new_tokens=5)
     assert done.stdout.strip() == str([one.tokens for one in found])
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "error", "text"),
+    [
+        ("decoder", "num_key_value_heads", 3, lr.ArtifactError, "and head_size are 3 and 16, and"),
+        ("decoder", "head_size", 8, lr.StepError, "failed in the step .* GroupQueryAttention"),
+        ("decoder", "num_hidden_layers", 3, lr.ArtifactError, "is 3, and the graph has 2 of"),
+        ("inputs", "input_ids", "words", lr.ArtifactError, "'words', and the graph has no"),
+    ],
+)
+def test_a_config_of_another_graph(
+    artifact: Path, tmp_path: Path, part: str, key: str, value: Any, error: type, text: str
+) -> None:
+    """Listed in the manifest, as a build would."""
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    file = copy / "generator/genai_config.json"
+    config = json.loads(file.read_text())
+    decoder = config["model"]["decoder"]
+    (decoder if part == "decoder" else decoder[part])[key] = value
+    file.write_text(json.dumps(config))
+    list_again(copy, "generator")
+    with pytest.raises(error, match=text), load_generator(copy) as generator:
+        generator.greedy([[5, 6]], [None], 2)

@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.decoders import write_family
 from support.home import Home
 
 import loraexport_runtime as lr
+from loraexport.export.steps import add_tail
 from loraexport_runtime.contract.genai_config import read_genai_config
+from loraexport_runtime.contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES, ONNX_TYPES
 from loraexport_runtime.device.ort_session import open_session
-from loraexport_runtime.generation.captured.decoder_graph import DecoderGraph
-from loraexport_runtime.generation.captured.next_inputs import (
-    LENGTHS,
-    PLACES,
-    ROWS,
-    next_inputs,
-    write_tail,
-)
-from loraexport_runtime.generation.captured.step import Prompts, Step
+from loraexport_runtime.generation.steps.cache import Cache
+from loraexport_runtime.generation.steps.decoder_graph import DecoderGraph
+from loraexport_runtime.generation.steps.next_inputs import next_inputs
+from loraexport_runtime.generation.steps.step import RowInputs, Step, read_prompts
+from loraexport_runtime.slots.lease import BASE_USE
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
 VOCABULARY, LENGTH = 13, 24
@@ -74,13 +74,21 @@ def _write_model(
     return path
 
 
+def _with_tail(path: Path, taken: Collection[str]) -> Path:
+    """A file beside it, as the exporter writes it."""
+    model = ir.load(path)
+    add_tail(model.graph, taken)
+    ir.save(model, path.with_name("step.onnx"))
+    return path.with_name("step.onnx")
+
+
 def _open(path: Path, dtype: str, masks: Sequence[str]) -> DecoderGraph:
     taken = ("input_ids", *masks)
     return DecoderGraph(
-        session=open_session(path, CPU, {}, 1, write_tail(taken)),
+        session=open_session(_with_tail(path, taken), CPU, {}, 1),
         device=("cpu", 0),
         capture=False,
-        inputs=frozenset({*taken, ROWS, LENGTHS, PLACES}),
+        inputs=frozenset({*taken, ROWS, LENGTHS, GOES_ON, PLACES}),
         next=next_inputs(taken),
         present={},
         cache_dtype="float32",
@@ -91,36 +99,55 @@ def _open(path: Path, dtype: str, masks: Sequence[str]) -> DecoderGraph:
     )
 
 
+def _step(graph: DecoderGraph, rows: int, dtype: str) -> tuple[RowInputs, Step, ort.OrtValue]:
+    """A step, its inputs, and the memory of its logits."""
+    inputs, cache = RowInputs(graph, rows, LENGTH), Cache(graph, rows, LENGTH)
+    logits = graph.allocate([rows, 1, VOCABULARY], dtype)
+    return inputs, Step(graph, cache, inputs, rows, logits.data_ptr()), logits
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("masks", [MASKS, MASKS[:1], ()])
 def test_a_step_leaves_the_inputs_of_the_next(
     tmp_path: Path, dtype: str, masks: tuple[str, ...]
 ) -> None:
-    """Rows of different lengths, to the last place; every input is read before it is written."""
+    """Rows of different lengths, to the last place; every input is read before it is written. One
+    row does not go on."""
     tables = _tables(len(masks))
     graph = _open(_write_model(tmp_path / "model.onnx", dtype, tables, masks), dtype, masks)
-    lengths = np.array([3, 1, 7, 4])
+    lengths, goes_on = np.array([3, 1, 7, 4]), np.array([1, 1, 1, 0])
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (4, 7))
-    step = Step(graph, {}, 4, LENGTH)
-    logits = graph.allocate([4, 7, VOCABULARY], dtype)
-    step.read(Prompts(ids, lengths, np.zeros(4, np.int64), 4), logits.data_ptr())
-    tokens = ids[np.arange(4), lengths - 1]
-    for index in range(LENGTH - 7 + 1):
-        if index > 0:
-            step.run()
+    inputs, step, _logits = _step(graph, 4, dtype)
+    memory, cache = graph.allocate([4, 7, VOCABULARY], dtype), Cache(graph, 4, LENGTH)
+    prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    wholes = [len(prompt) for prompt in prompts]
+    read = read_prompts(graph, cache, 0, prompts, [BASE_USE] * 4, 0, wholes, memory.data_ptr())
+
+    def next_tokens(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         sums = tables["of_token"][tokens]
         if "position_ids" in masks:
-            sums = sums + tables["of_position"][lengths + index - 1]
+            sums = sums + tables["of_position"][lengths - 1]
         if "attention_mask" in masks:
-            sums = sums + tables["of_count"][lengths + index]
-        tokens = sums.astype(NUMPY_DTYPES[dtype]).astype(np.float32).argmax(axis=1)
-        assert step.tokens().tolist() == tokens.tolist(), index
-        own = {name: value.numpy() for name, value in step._inputs.items()}
-        assert own[LENGTHS].tolist() == (lengths[:, None] + index + 1).tolist()
+            sums = sums + tables["of_count"][lengths]
+        likeliest: np.ndarray = sums.astype(NUMPY_DTYPES[dtype]).astype(np.float32).argmax(axis=1)
+        return likeliest
+
+    tokens = next_tokens(ids[np.arange(4), lengths - 1], lengths)
+    assert read.tolist() == tokens.tolist()
+    lengths += 1
+    for row in range(4):
+        inputs.put(row, int(tokens[row]), int(lengths[row]), BASE_USE, goes_on=bool(goes_on[row]))
+    for index in range(LENGTH - 7):
+        step.run()
+        tokens = next_tokens(tokens, lengths)
+        lengths += goes_on
+        assert inputs.tokens(4).tolist() == tokens.tolist(), index
+        own = {name: value.numpy() for name, value in inputs.values.items()}
+        assert own[LENGTHS].tolist() == lengths[:, None].tolist()
         if "position_ids" in masks:
-            assert own["position_ids"].tolist() == (lengths[:, None] + index).tolist()
+            assert own["position_ids"].tolist() == (lengths[:, None] - 1).tolist()
         if "attention_mask" in masks:
-            mask = np.arange(LENGTH) < lengths[:, None] + index + 1
+            mask = np.arange(LENGTH) < lengths[:, None]
             assert own["attention_mask"].tolist() == mask.astype(int).tolist()
 
 
@@ -129,27 +156,27 @@ def test_the_lower_of_two_tokens_that_are_equally_likely(tmp_path: Path) -> None
     tables["of_token"][:] = 0.0
     tables["of_token"][:, [9, 4, 12]] = 1.0
     graph = _open(_write_model(tmp_path / "model.onnx", "float16", tables, ()), "float16", ())
-    step = Step(graph, {}, 2, LENGTH)
+    inputs, step, _logits = _step(graph, 2, "float16")
     step.run()
-    assert step.tokens().tolist() == [4, 4]
+    assert inputs.tokens(2).tolist() == [4, 4]
 
 
 def test_other_tokens_may_be_put_in_place_of_those_chosen(tmp_path: Path) -> None:
     tables = _tables(0)
     graph = _open(_write_model(tmp_path / "model.onnx", "float32", tables, ()), "float32", ())
-    step = Step(graph, {}, 2, LENGTH)
-    chosen = step.tokens()
-    step.put(np.array([11, 5]))
-    assert step.tokens().tolist() == [11, 5]
-    assert chosen.tolist() == [0, 0]  # a copy
+    inputs, step, _logits = _step(graph, 3, "float32")
+    chosen = inputs.tokens(3)
+    inputs.put_tokens(np.array([11, 5]))
+    assert inputs.tokens(3).tolist() == [11, 5, 0]
+    assert chosen.tolist() == [0, 0, 0]  # a copy
     step.run()
-    assert step.tokens().tolist() == tables["of_token"][[11, 5]].argmax(axis=1).tolist()
+    assert inputs.tokens(3).tolist() == tables["of_token"][[11, 5, 0]].argmax(axis=1).tolist()
 
 
 @pytest.mark.parametrize("masks", [MASKS, MASKS[:1], ()])
 def test_a_model_with_the_tail_is_onnx(tmp_path: Path, masks: tuple[str, ...]) -> None:
     path = _write_model(tmp_path / "model.onnx", "float16", _tables(0), masks)
-    merged = onnx.load_from_string(path.read_bytes() + write_tail(masks))
+    merged = onnx.load(_with_tail(path, masks))
     onnx.checker.check_model(merged)
     # It infers the types and shapes that the outputs say they have.
     onnx.shape_inference.infer_shapes(merged, check_type=True, strict_mode=True)
@@ -160,19 +187,24 @@ def test_a_decoder_with_the_tail(home: Home) -> None:
     """One of onnxruntime-genai's builder: with operators that are not ONNX's own."""
     folder = home.artifact(write_family, "Llama") / "generator"
     taken = read_genai_config(folder)["model"]["decoder"]["inputs"].values()
-    path = folder / "model.onnx"
-    merged = onnx.load_from_string(path.read_bytes() + write_tail(taken))
-    _check(merged, onnx.load(path, load_external_data=False), taken)
+    merged, alone = (
+        onnx.load(folder / name, load_external_data=False) for name in ("step.onnx", "model.onnx")
+    )
+    _check(merged, alone, taken)
+    for one, other in zip(merged.graph.initializer, alone.graph.initializer, strict=True):
+        assert one == other, "the weights are of the same file"
 
 
 def _check(merged: onnx.ModelProto, alone: onnx.ModelProto, taken: Collection[str]) -> None:
     added = merged.graph.node[len(alone.graph.node) :]
-    assert list(merged.graph.node[: len(alone.graph.node)]) == list(alone.graph.node)
+    assert list(map(_brief, merged.graph.node[: len(alone.graph.node)])) == list(
+        map(_brief, alone.graph.node)
+    )
     assert list(merged.opset_import) == list(alone.opset_import)
     assert merged.graph.name == alone.graph.name
     known = {one.name for one in (*alone.graph.input, *alone.graph.initializer)}
     known |= {name for node in alone.graph.node for name in node.output}
-    new = [name for node in added for name in node.output] + [ROWS, LENGTHS, PLACES]
+    new = [name for node in added for name in node.output] + [ROWS, LENGTHS, GOES_ON, PLACES]
     assert len({*known, *new}) == len(known) + len(new)
     outputs = next_inputs(taken)
     given = [*(one.name for one in alone.graph.output), *outputs.values()]
@@ -180,6 +212,10 @@ def _check(merged: onnx.ModelProto, alone: onnx.ModelProto, taken: Collection[st
     tokens = outputs.pop("input_ids")
     for name in outputs.values():
         assert tokens in _ancestors(added, name), f"{name} may be written before the tokens"
+
+
+def _brief(node: onnx.NodeProto) -> tuple[Any, ...]:
+    return node.name, node.op_type, list(node.input), list(node.output), len(node.attribute)
 
 
 def _ancestors(nodes: Sequence[onnx.NodeProto], name: str) -> set[str]:
@@ -192,4 +228,4 @@ def _ancestors(nodes: Sequence[onnx.NodeProto], name: str) -> set[str]:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(lr.ProviderError, match=r"none\.onnx: onnxruntime .* cannot open this grap"):
-        open_session(tmp_path / "none.onnx", CPU, {}, None, write_tail(("input_ids",)))
+        open_session(tmp_path / "none.onnx", CPU, {}, None)

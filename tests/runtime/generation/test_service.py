@@ -1,5 +1,6 @@
-"""A generator in a service: its providers, its end, what it logs; on either engine."""
+"""A generator in a service: its providers, its end, what it logs."""
 
+import asyncio
 import gc
 import logging
 import threading
@@ -11,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.decoders import FAMILIES, open_driven, write_decoder
-from support.waiting import DEADLINE, wait_until
+from support.decoders import FAMILIES, write_decoder
+from support.processes import refused_in_a_child
+from support.waiting import DEADLINE, num_inside, wait_until
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
-from loraexport_runtime.device.providers import normalise_providers
-from loraexport_runtime.generation import genai
-from loraexport_runtime.generation.captured.step import Step
+from loraexport_runtime.generation.steps.runner import require_cache
+from loraexport_runtime.generation.steps.step import Step
 
 Open = Callable[[], lr.TextGenerator]
 PROMPTS, NAMES = [[5, 6, 7], [9, 8, 7, 6, 5]], ["first", None]
@@ -30,11 +31,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(write_decoder(folder, FAMILIES["Llama"]), folder / "out")[0]
 
 
-@pytest.fixture(params=["genai", "driven"])
-def open_generator(artifact: Path, request: pytest.FixtureRequest) -> Open:
-    if request.param == "genai":
-        return lambda: lr.load_generator(artifact)
-    return lambda: open_driven(artifact)
+@pytest.fixture
+def open_generator(artifact: Path) -> Open:
+    return lambda: lr.load_generator(artifact)
 
 
 # Providers
@@ -54,105 +53,11 @@ def test_what_providers_must_be(artifact: Path, providers: Any) -> None:
         lr.load_generator(artifact, providers)
 
 
-class FakeConfig:
-    """Notes what onnxruntime-genai is told."""
-
-    told: list[Any]
-
-    def __init__(self, folder: str) -> None:
-        FakeConfig.told = []
-
-    def clear_providers(self) -> None:
-        self.told.append("clear")
-
-    def append_provider(self, name: str) -> None:
-        self.told.append(name)
-
-    def set_provider_option(self, *option: str) -> None:
-        self.told.append(option)
-
-
-class FakeGenai:
-    Config = FakeConfig
-    __version__ = "0"
-
-    @staticmethod
-    def is_cuda_available() -> bool:
-        return True
-
-    @staticmethod
-    def Model(config: FakeConfig) -> str:  # noqa: N802  its name there
-        return "model"
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """As if there were CUDA; the devices that were asked for."""
-    asked: list[tuple[str, int]] = []
-    every = ["CUDAExecutionProvider", "CPUExecutionProvider", "TensorrtExecutionProvider"]
-    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: every)
-    monkeypatch.setattr(genai, "require_device", asked.append)
-    return asked
-
-
-def test_options_of_cuda_reach_genai(cuda: list[tuple[str, int]], tmp_path: Path) -> None:
-    options = {"gpu_mem_limit": 10**9, "device_id": 0, "cudnn_conv_use_max_workspace": "1"}
-    providers = normalise_providers([("cuda", options), "cpu"])
-    assert genai._open(FakeGenai, tmp_path, providers) == "model"
-    assert FakeConfig.told == [
-        "clear",
-        "cuda",
-        ("cuda", "gpu_mem_limit", "1000000000"),
-        ("cuda", "cudnn_conv_use_max_workspace", "1"),
-        ("cuda", "use_tf32", "0"),
-    ]
-    assert cuda == [("cuda", 0)]
-    assert genai._open(FakeGenai, tmp_path, normalise_providers(["cpu"])) == "model"
-    assert (FakeConfig.told, cuda) == (["clear"], [("cuda", 0)])
-
-
-@pytest.mark.parametrize(
-    ("providers", "text"),
-    [
-        (
-            [("cuda", {"device_id": 1})],
-            "cannot take device_id = 1 of CUDAExecutionProvider; leave it out, and choose the"
-            " device by the environment variable CUDA_VISIBLE_DEVICES, or pass cuda_graphs=True,",
-        ),
-        (
-            [("cuda", {"user_compute_stream": "7"})],
-            "cannot take user_compute_stream = '7' of CUDAExecutionProvider; leave it out$",
-        ),
-        (
-            [("cpu", {"arena_extend_strategy": "x"})],
-            "cannot take arena_extend_strategy = 'x' of CPUExecutionProvider; leave it out$",
-        ),
-        (
-            ["cuda", ("cpu", {"use_arena": 0})],
-            "cannot take use_arena = 0 of CPUExecutionProvider; leave it out$",
-        ),
-        (["cpu", "cuda"], r"cannot be opened on CPUExec.*, CUDAExec.*; pass providers=\['cpu'\]"),
-        (["TensorrtExecutionProvider"], r"cannot be opened on TensorrtExecutionProvider; pass pr"),
-    ],
-)
-def test_what_cannot_be_passed_on(
-    cuda: list[tuple[str, int]], tmp_path: Path, providers: Any, text: str
-) -> None:
-    with pytest.raises(lr.ProviderError, match=f"^onnxruntime-genai {text}"):
-        genai._open(FakeGenai, tmp_path, normalise_providers(providers))
-
-
-def test_genai_that_cannot_open_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(
-        lr.ProviderError, match=r"genai .* cannot open it on CPUExecutionProvider: "
-    ):
-        genai.GenaiEngine(tmp_path, 0, normalise_providers(["cpu"]))
-
-
 # The end
 
 
 def test_a_use_after_close(open_generator: Open) -> None:
+    before = threading.enumerate()  # generators of other tests may be open still
     generator = open_generator()
     generator.greedy(PROMPTS, NAMES, 2)
     generator.close()
@@ -161,14 +66,15 @@ def test_a_use_after_close(open_generator: Open) -> None:
         lambda: generator.generate(PROMPTS, adapters=NAMES),
         lambda: generator.stream(PROMPTS, NAMES),
         lambda: generator.greedy(PROMPTS, NAMES, 2),
-        lambda: generator.warm_up(1, 8),
+        lambda: generator.warm_up(1),
         generator.__enter__,
     ]
     text = f"^the generator of {generator.folder} is closed; open the artifact again$"
     for call in calls:
         with pytest.raises(lr.ClosedError, match=text):
             call()
-    assert not [t for t in threading.enumerate() if t.name.startswith("loraexport-decode")]
+    threads = [thread for thread in threading.enumerate() if thread not in before]
+    assert not [thread for thread in threads if thread.name.startswith("loraexport-generate")]
 
 
 def test_an_open_stream_ends(open_generator: Open) -> None:
@@ -184,10 +90,10 @@ def test_an_open_stream_ends(open_generator: Open) -> None:
 
 def test_close_waits_for_a_batch(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """generate and greedy end as they would have; a stream ends after the step that runs."""
-    with open_driven(artifact) as whole:
+    with lr.load_generator(artifact) as whole:
         wanted = whole.generate(PROMPTS, adapters=NAMES, max_new_tokens=6)
         likeliest = whole.greedy(PROMPTS, NAMES, 6)
-    generator = open_driven(artifact)
+    generator = lr.load_generator(artifact)
     running, go = threading.Event(), threading.Event()
     run = Step.run
 
@@ -202,7 +108,7 @@ def test_close_waits_for_a_batch(artifact: Path, monkeypatch: pytest.MonkeyPatch
         first = pool.submit(generator.generate, PROMPTS, **options)
         second = pool.submit(generator.greedy, PROMPTS, NAMES, 6)
         assert running.wait(DEADLINE)
-        wait_until(lambda: generator._gate._inside == 2)
+        wait_until(lambda: num_inside(generator._gate) == 2)
         closing = pool.submit(generator.close)
         wait_until(lambda: generator._gate.is_closed)
         with pytest.raises(lr.ClosedError):
@@ -218,27 +124,73 @@ def test_close_gives_memory_up(open_generator: Open) -> None:
     """Of a stream that is still open too, and at once."""
     generator = open_generator()
     stream = generator.stream(PROMPTS, NAMES, max_new_tokens=20)
-    engine: Any = generator._engine
-    caches, kept = [], []
-    for _ in range(2):  # the first one's cache goes to the stream
-        generator.greedy(PROMPTS, NAMES, 3)
-        caches += getattr(engine, "_idle", ())
-        next(stream)
-    if hasattr(engine, "_graph"):
-        assert len(set(map(id, caches))) == 2
-        kept += [weakref.ref(engine._graph.session), weakref.ref(engine._top._session)]
-        kept += [weakref.ref(value) for cache in caches for value in cache._memory.values()]
-        assert len(kept) > 4
-    del caches
+    generator.greedy(PROMPTS, NAMES, 3)
+    next(stream)
+    runner: Any = generator.engine._worker._runner
+    kept = [weakref.ref(memory) for memory in runner.cache._memory.values()]
+    assert len(kept) == 4
     gc.collect()
     gc.disable()
     try:
         generator.close()
+        assert [ref() for ref in kept] == [None] * 4
+    finally:
+        gc.enable()
+    del stream
+
+
+def test_a_generator_that_is_dropped_is_freed_at_once(open_generator: Open) -> None:
+    generator = open_generator()
+    generator.greedy(PROMPTS, NAMES, 3)
+    assert len(list(generator.stream(PROMPTS, NAMES, max_new_tokens=3)))
+    runner: Any = generator.engine._worker._runner
+    host = generator.host
+    buffers = [buffer.value for buffer in host._stacks.values()]
+    objects = (generator, generator.engine, runner, runner._graph.session, host, host.slots)
+    kept: list[Any] = [weakref.ref(each) for each in (*objects, *buffers)]
+    del runner, host, buffers, objects
+    gc.disable()
+    try:
+        del generator
         assert [ref() for ref in kept] == [None] * len(kept)
     finally:
         gc.enable()
-    assert getattr(engine, "_model", None) is None
-    del stream
+
+
+def test_no_call_hangs_in_the_child_of_a_fork(open_generator: Open) -> None:
+    """Handles too that were open in the parent: no token comes to them here."""
+    with open_generator() as generator:
+        engine, steps = generator.engine, generator.engine.length - 8
+        handle = engine.submit(lr.GenerationRequest(tokens=PROMPTS[0], max_tokens=steps))
+        stream = generator.stream(PROMPTS, NAMES, max_new_tokens=steps)
+        next(stream)
+
+        async def read() -> None:
+            async for _ in handle:
+                pass
+
+        def close() -> None:
+            generator.close()
+            engine._end()  # what happens to one that is dropped
+
+        calls: dict[str, Callable[[], object]] = {
+            "generate": lambda: generator.generate(PROMPTS, NAMES),
+            "greedy": lambda: generator.greedy(PROMPTS, NAMES, 2),
+            "stream": lambda: next(stream),
+            "warm_up": lambda: generator.warm_up(1),
+            "adapters": lambda: generator.adapters,
+            "with": generator.__enter__,
+            "submit": lambda: engine.submit(lr.GenerationRequest(tokens=PROMPTS[0])),
+            "stats": engine.stats,
+            "result": handle.result,
+            "tokens": lambda: list(handle),
+            "async tokens": lambda: asyncio.run(read()),
+            "listen": lambda: handle.listen(list),
+            "fresh": lambda: handle.fresh(0),
+            "cancel": handle.cancel,
+        }
+        locks = (generator.host.slots._lock, handle._changed, engine._worker._news._cond)
+        assert refused_in_a_child(calls, close, *locks) == [*calls, "closed"]
 
 
 def test_close_while_threads_generate(open_generator: Open) -> None:
@@ -274,13 +226,17 @@ def test_close_while_threads_generate(open_generator: Open) -> None:
 
 def test_what_is_logged(artifact: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="loraexport_runtime")
-    lr.load_generator(artifact).close()
-    generator = open_driven(artifact)
-    generator.warm_up(3, 30)
-    generator.warm_up(4, 30)
+    with lr.load_generator(artifact) as generator:
+        generator.warm_up(3)
+        generator.greedy(PROMPTS, NAMES, 2)
     texts = [record.getMessage() for record in caplog.records]
     assert texts[0].startswith(f"opened {artifact} (decoder, 2 slots) on CPUExecutionProvider in")
-    assert texts[1:] == [
-        f"closed {artifact}",
-        "prepared the decode step of 4 rows of up to 128 tokens",
-    ]
+    assert texts[1:] == [f"closed {artifact}"]
+
+
+def test_a_cache_in_float32_is_not_on_cuda(tmp_path: Path) -> None:
+    """There its attention has no kernel, and computes on copies."""
+    for device, dtype in ((("cpu", 0), "float32"), (("cuda", 0), "float16")):
+        require_cache(tmp_path, device, dtype)
+    with pytest.raises(lr.ProviderError, match=r"is the CPU's, .*dtype: float16"):
+        require_cache(tmp_path, ("cuda", 0), "float32")

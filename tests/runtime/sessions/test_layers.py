@@ -19,7 +19,7 @@ import loraexport_runtime as lr
 from loraexport.pipeline.build import build
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.ort_session import require_device
-from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers
+from loraexport_runtime.device.providers import CPU, CUDA, normalise_providers, session_device
 
 STRATEGIES = ("segmented", "masked", "augmented", "chunked")
 SITES = {"qkv": ("blocks.0.q", "blocks.0.k", "blocks.0.v"), "up": ("blocks.0.up",)}
@@ -272,7 +272,9 @@ class TestDeviceTensors:
             session["up"].run(x, segments=[("sql", 4)])
 
     def test_ids_out_of_range_in_a_tensor(self, session: lr.LayersSession) -> None:
-        with pytest.raises(lr.InputError, match="ids range from 0 to 40; expected 0 to 39"):
+        with pytest.raises(
+            lr.InputError, match="ids range from 0 to 40, the first wrong one at token 1;"
+        ):
             session["words"].run(torch.tensor([0, 40]), segments=[(None, 2)])
 
     def test_another_device_is_refused(self, session: lr.LayersSession) -> None:
@@ -481,7 +483,7 @@ class TestHotAdapters:
         assert session.adapters == {"sql": 1, "fresh": 2}
         session.pin("fresh")
         text = (
-            "no slot can be freed for 'new': all 2 are kept for the pinned 'fresh', 'sql'; unpin or"
+            "no slot can be freed for 'new': all 2 are kept for pinned adapters; unpin or"
             " unload one of those, or build with more slots"
         )
         with pytest.raises(lr.SlotsExceededError, match=text):
@@ -490,7 +492,7 @@ class TestHotAdapters:
         assert set(session.list_adapters()) == {"sql", "chat", "spare", "fresh"}
 
     def test_a_name_that_nothing_carries(self, session: lr.LayersSession) -> None:
-        text = r"carries no adapter 'new' \(it has sql, chat, spare\); give the path of a PEFT"
+        text = r"carries no adapter 'new' among its 3; give the path of a PEFT"
         with pytest.raises(lr.AdapterError, match=text):
             session.load_adapter("new")
 
@@ -501,7 +503,7 @@ class TestHotAdapters:
 
     def test_unload_what_is_not_loaded(self, session: lr.LayersSession) -> None:
         session.unload_adapter("spare")
-        text = r"adapter 'spare' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)$"
+        text = r"adapter 'spare' is not loaded; 2 are, 2 of them in slots: see list_adapters\(\)$"
         with pytest.raises(lr.UnknownAdapterError, match=text):
             session.unload_adapter("spare")
 
@@ -705,7 +707,7 @@ class TestBadBatches:
     def test_slot_that_holds_no_adapter(self, session: lr.LayersSession) -> None:
         session.unload_adapter("chat")
         text = (
-            r"slot 2 holds no adapter; loaded are 'sql' \(slot 1\), 'spare' \(no slot\). Load one,"
+            r"slot 2 holds no adapter: see list_adapters\(\); 1 of 2 do. Load one,"
             " or name adapters"
         )
         with pytest.raises(lr.SegmentsError, match=text):
@@ -715,7 +717,7 @@ class TestBadBatches:
     def test_adapter_that_is_not_loaded(self, session: lr.LayersSession, name: str) -> None:
         session.unload_adapter("spare")
         text = (
-            rf"adapter '{name}' is not loaded; loaded are 'sql' \(slot 1\), 'chat' \(slot 2\)."
+            rf"adapter '{name}' is not loaded; [23] are, 2 of them in slots: see list_adapters\(\)."
             rf" Load it with load_adapter\('{name}'\)"
         )
         with pytest.raises(lr.UnknownAdapterError, match=text):
@@ -724,7 +726,7 @@ class TestBadBatches:
     def test_no_adapter_is_loaded(self, session: lr.LayersSession) -> None:
         for name in ("sql", "chat", "spare"):
             session.unload_adapter(name)
-        with pytest.raises(lr.UnknownAdapterError, match=r"loaded are none\. Load it with"):
+        with pytest.raises(lr.UnknownAdapterError, match=r"0 are, 0 of them in .*\. Load it"):
             session["up"].run(draw("up", 2), segments=[("sql", 2)])
         assert session["up"].run(draw("up", 2), segments=[(None, 2)]).shape == (2, 48)
 
@@ -761,8 +763,14 @@ class TestBadBatches:
     @pytest.mark.parametrize(
         ("ids", "text"),
         [
-            (ints(0, 40), "layer 'words': ids range from 0 to 40; expected 0 to 39, the rows of"),
-            (ints(-1, 3), "ids range from -1 to 3; expected 0 to 39"),
+            (
+                ints(0, 40),
+                "layer 'words': ids range from 0 to 40, the first wrong one at token 1; ex",
+            ),
+            (
+                ints(-1, 3),
+                "ids range from -1 to 3, the first wrong one at token 0; expected 0 to 39",
+            ),
             (np.zeros(2, np.int32), "ids is int32; this artifact takes int64"),
             (np.zeros((2, 1), np.int64), "ids has shape [2, 1]; expected [num_tokens]"),
             ([1, 2], "ids is of type list; expected a numpy array or a DLPack tensor"),
@@ -819,6 +827,16 @@ class TestProviders:
             lr.ProviderError, match=r"expected a name, or a tuple \(name, options\)"
         ):
             lr.load(tenants, [entry])
+
+    @pytest.mark.parametrize("device", ["first", None, [0]])
+    def test_a_device_that_is_no_number(self, device: Any) -> None:
+        with pytest.raises(lr.ProviderError, match=r"device_id is .*; expected a number"):
+            session_device((CUDA, {"device_id": device}))
+
+    @pytest.mark.parametrize("threads", [-1, 1.5, "2", True])
+    def test_no_number_of_threads(self, tenants: Path, threads: Any) -> None:
+        with pytest.raises(lr.InputError, match=r"threads is .*; expected 1 or more, or None"):
+            lr.load(tenants, threads=threads)
 
     def test_short_name_and_options(self, tenants: Path) -> None:
         x = draw("up", 3)

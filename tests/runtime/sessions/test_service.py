@@ -16,11 +16,12 @@ import pytest
 from support.adapters import write_adapter
 from support.builds import write_model_project
 from support.manifests import edit_manifest
-from support.waiting import DEADLINE, wait_until
+from support.processes import refused_in_a_child
+from support.waiting import DEADLINE, num_inside, wait_until
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
-from loraexport_runtime.adapters.header import digest_adapter
+from loraexport_runtime.adapters.files import digest_adapter
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.sessions.load import make_session
 
@@ -89,6 +90,18 @@ def test_a_use_after_close(tenants: Path, tmp_path: Path) -> None:
     assert issubclass(lr.ClosedError, lr.LoraexportError)
 
 
+def test_no_call_hangs_in_the_child_of_a_fork(tenants: Path, tmp_path: Path) -> None:
+    """A thread of the parent holds the slots' lock, which nobody opens in the child."""
+    session = lr.load_layers(tenants, threads=1)
+    calls: dict[str, Callable[[], object]] = {
+        **calls_of_layers(session, tmp_path),
+        "stats": session.stats,
+    }
+    said = refused_in_a_child(calls, session.close, session._host.slots._lock)
+    assert said == [*calls, "closed"]
+    session.close()
+
+
 def test_with_closes_a_model(model: Path) -> None:
     with lr.load_model(model, threads=1) as session:
         session.run(texts(), ["sql", None])
@@ -127,6 +140,37 @@ def test_close_gives_memory_and_threads_up(tenants: Path, model: Path, kind: str
     assert not worker.is_alive()
 
 
+@pytest.mark.parametrize("has_buckets", [False, True])
+@pytest.mark.parametrize("kind", ["layers", "model"])
+def test_a_session_that_is_dropped_is_freed_at_once(
+    tenants: Path, model: Path, kind: str, has_buckets: bool
+) -> None:
+    """Without `close`, and without a look of Python for circles."""
+    artifact = tenants if kind == "layers" else model
+    session: Any = open_with_buckets(artifact) if has_buckets else lr.load(artifact, threads=1)
+    if has_buckets:
+        session.warm_up([4] if kind == "layers" else [(2, 4)])
+    if kind == "layers":
+        session["up"].run(X, segments=[("spare", 4)])
+    else:
+        session.run(texts(), ["sql", None])
+    session.load_adapter("sql")
+    session.pin("sql")
+    with pytest.raises(lr.UnknownAdapterError):
+        session.pin("nobody")
+    graphs = [layer._session for layer in session.values()] if kind == "layers" else []
+    buffers = [buffer.value for buffer in session._host._stacks.values()]
+    objects = (session, session._host, session._host.slots, *graphs, *buffers)
+    kept = [weakref.ref(each) for each in objects]
+    del graphs, buffers, objects
+    gc.disable()
+    try:
+        del session
+        assert [ref() for ref in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("num_waiting", [0, 2])
 def test_close_waits_for_runs(
     tenants: Path, monkeypatch: pytest.MonkeyPatch, num_waiting: int
@@ -151,7 +195,7 @@ def test_close_waits_for_runs(
         first = pool.submit(session["up"].run, X, [("sql", 4)])
         assert running.wait(DEADLINE)
         others = [pool.submit(session["up"].run, X, [("spare", 4)]) for _ in range(num_waiting)]
-        wait_until(lambda: session._gate._inside == 1 + num_waiting)
+        wait_until(lambda: num_inside(session._gate) == 1 + num_waiting)
         closing = [pool.submit(session.close) for _ in range(2)]
         wait_until(lambda: session._gate.is_closed)
         with pytest.raises(lr.ClosedError):

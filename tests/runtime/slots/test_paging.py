@@ -16,9 +16,11 @@ from support.adapters import write_adapter
 from support.waiting import DEADLINE, num_waiting, wait_until, weights
 
 import loraexport_runtime as lr
-from loraexport_runtime.adapters.header import digest_adapter
+from loraexport_runtime.adapters.files import digest_adapter
+from loraexport_runtime.slots import host
 from loraexport_runtime.slots.buffers import StackBuffer
-from loraexport_runtime.slots.pool import AdapterInfo, Blocks, Slots
+from loraexport_runtime.slots.info import AdapterInfo
+from loraexport_runtime.slots.pool import Blocks, Slots
 from loraexport_runtime.slots.table import HostAdapter
 
 SITES = {"blocks.0.q": (32, 32), "blocks.0.v": (32, 16), "blocks.0.up": (32, 48)}
@@ -161,7 +163,7 @@ class TestPins:
         memory.slots.pin("c")
         assert memory.run("acd") == [1, 3, 4], "those that are pinned need no other slot"
         text = (
-            "not enough slots for 'd', 'b': 2 of 3 slots are kept for the pinned 'a', 'c'; unpin"
+            "not enough slots for 'd', 'b': 2 of 3 slots are kept for pinned adapters; unpin"
             " or unload one of those, split the batch, or build with more slots"
         )
         with pytest.raises(lr.SlotsExceededError, match=text), memory.slots.lease("adb"):
@@ -172,10 +174,10 @@ class TestPins:
     def test_pin_with_every_slot_pinned(self) -> None:
         memory = Memory(1, 2)
         memory.slots.pin("a")
-        text = r"not enough slots for 'b': 1 of 1 slots are kept for the pinned 'a'; unpin or"
+        text = r"not enough slots for 'b': 1 of 1 slots are kept for pinned adapters; unpin or"
         with pytest.raises(lr.SlotsExceededError, match=text):
             memory.slots.pin("b")
-        text = "no slot can be freed for 'new': all 1 are kept for the pinned 'a'; unpin or unload"
+        text = "no slot can be freed for 'new': all 1 are kept for pinned adapters; unpin or unload"
         with pytest.raises(lr.SlotsExceededError, match=text):
             memory.slots.fill("new", weights(9))
         assert set(memory.slots.listing()) == {"a", "b"}
@@ -193,7 +195,7 @@ class TestPins:
             second = pool.submit(memory.run, "efg")
             wait_until(lambda: num_waiting(memory.slots) == 2)
             assert pool.submit(memory.slots.pin, "c").result(DEADLINE) == 3
-            with pytest.raises(lr.SlotsExceededError, match="3 slots are kept for the pinned 'c'"):
+            with pytest.raises(lr.SlotsExceededError, match="3 slots are kept for pinned adapters"):
                 second.result(DEADLINE)
         assert first.result(DEADLINE) == [4]
 
@@ -347,7 +349,7 @@ class TestWaiting:
             waiting = pool.submit(memory.run, "b")
             wait_until(lambda: num_waiting(memory.slots) == 1)
             memory.slots.remove("b")
-            text = r"adapter 'b' is not loaded; loaded are 'a' \(slot 1\)"
+            text = r"adapter 'b' is not loaded; 1 are, 1 of them in slots"
             with pytest.raises(lr.UnknownAdapterError, match=text):
                 waiting.result(DEADLINE)
 
@@ -368,6 +370,14 @@ class TestSession:
         other.load_adapter("spare", tenants / "adapters/spare")
         assert other["up"].run(x, segments=[("spare", 3), ("chat", 2)]).tobytes() == y.tobytes()
         assert session.list_adapters()["spare"].ranks == other.list_adapters()["spare"].ranks
+
+    def test_a_carried_adapter_is_hashed_once(
+        self, tenants: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of what was read for its rows; apart only to say why it cannot be used."""
+        session = lr.load_layers(tenants, threads=1)
+        monkeypatch.setattr(host, "digest_adapter", lambda path: pytest.fail("hashed again"))
+        session.pin("spare")
 
     def test_pin_and_list(self, tenants: Path) -> None:
         session = lr.load(tenants, threads=1)
@@ -500,7 +510,7 @@ def test_hammer(
     assert [wrong for wrong, _ in results] == [0] * 8
     for first, second, why in set().union(*(refused for _, refused in results)):
         assert "chat" not in (first, second)
-        assert why.startswith(" 1 of 2 slots are kept for the pinned 'chat'; unpin or unload")
+        assert why.startswith(" 1 of 2 slots are kept for pinned adapters; unpin or unload")
     assert num_writes[0] > 200
     assert set(session.list_adapters()) == {*names}
     assert len(session.adapters) <= 2

@@ -15,6 +15,7 @@ from support.adapters import write_adapter
 from support.waiting import DEADLINE, num_waiting, wait_until, weights
 
 import loraexport_runtime as lr
+from loraexport_runtime.slots import fair_queue
 from loraexport_runtime.slots.buffers import StackBuffer
 from loraexport_runtime.slots.pool import Blocks, Slots
 
@@ -138,6 +139,7 @@ class TestReplaceInPlace:
     ) -> None:
         events: list[str] = []
         slots = make(2, {"a": 1, "b": 2}, Writes(lambda slot: events.append(f"write {slot}")))
+        slots.pin("b")
 
         def run(name: str) -> None:
             with slots.lease([name, None]):
@@ -162,6 +164,22 @@ class TestReplaceInPlace:
         assert events[2:4] == ["end of the old run", "write 1"]
         assert sorted(events[4:]) == ["run a", "run slot 1"]
         assert slots.loaded == {"a": 1, "b": 2}
+
+    def test_takes_an_idle_slot_while_runs_are_in_its_own(self) -> None:
+        """They end with the old weights, and who comes later has the new ones."""
+        memory = {1: 1.0, 2: 2.0}
+
+        def write(slot: int, blocks: Blocks) -> None:
+            memory[slot] = float(blocks["stack"][0])
+
+        slots = make(2, {"a": 1, "b": 2}, write)
+        with slots.lease(["a"]) as old:
+            assert slots.fill("a", NEW, timeout=0) == 2
+            assert (old["a"], memory) == (1, {1: 1.0, 2: -1.0})
+            with slots.lease(["a"]) as new:
+                assert new["a"] == 2
+            assert slots.loaded == {"a": 2}
+        assert slots.fill("a", NEW) == 1  # nobody is in that any more, and nobody's it is
 
     def test_nobody_gets_in_during_the_write(self, pool: ThreadPoolExecutor) -> None:
         entered: list[Future[None]] = []
@@ -221,11 +239,19 @@ class TestReplaceInPlace:
     def test_an_interrupted_wait_lets_the_name_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         slots = make(1, {"a": 1})
 
-        def interrupt(timeout: float | None) -> None:
-            raise KeyboardInterrupt
+        class Interrupted:
+            def __init__(self) -> None:
+                self.signal, self.start = self, None
+
+            def acquire(self, blocking: bool = True, timeout: float = -1.0) -> None:
+                if blocking:
+                    raise KeyboardInterrupt
+
+            def locked(self) -> bool:
+                return False
 
         with slots.lease(["a"]), monkeypatch.context() as patched:
-            patched.setattr(slots._queue.changed, "wait", interrupt)
+            patched.setattr(fair_queue, "_Ticket", Interrupted)
             with pytest.raises(KeyboardInterrupt):
                 slots.fill("a", NEW)
             with slots.lease(["a"]) as held:
@@ -240,7 +266,10 @@ class TestLease:
             slots.remove("a")
             assert held == {None: 0, "a": 1}
             assert slots.loaded == {}
-        text = r"adapter 'a' is not loaded; loaded are none. Load it with load_adapter\('a'\)"
+        text = (
+            r"adapter 'a' is not loaded; 0 are, 0 of them in slots: see list_adapters\(\). Load"
+            r" it with load_adapter\('a'\)"
+        )
         with pytest.raises(lr.UnknownAdapterError, match=text), slots.lease(["a"]):
             pass
 
@@ -280,13 +309,13 @@ class TestLease:
 
     def test_number_without_adapter(self) -> None:
         slots = make(2, {"a": 1})
-        text = r"slot 2 holds no adapter; loaded are 'a' \(slot 1\). Load one, or name adapters"
+        text = r"slot 2 holds no adapter: see list_adapters\(\); 1 of 2 do. Load one, or name"
         with pytest.raises(lr.SegmentsError, match=text), slots.lease_slots([0, 2]):
             pass
 
     def test_what_is_not_there(self) -> None:
         slots = make(2, {"a": 1})
-        text = r"adapter 'b' is not loaded; loaded are 'a' \(slot 1\)"
+        text = r"adapter 'b' is not loaded; 1 are, 1 of them in slots: see list_adapters\(\)"
         with pytest.raises(lr.UnknownAdapterError, match=text):
             slots.remove("b")
         with pytest.raises(lr.UnknownAdapterError, match=text):
@@ -294,10 +323,27 @@ class TestLease:
         with pytest.raises(lr.UnknownAdapterError, match=text):
             slots.pin("b")
 
-    def test_a_long_list_of_names_is_cut(self) -> None:
-        slots = make(20, {f"a{number}": number for number in range(1, 21)})
-        with pytest.raises(lr.UnknownAdapterError, match=r"'a16' \(slot 16\), … \(20 in all\)$"):
-            slots.remove("b")
+    def test_no_error_names_the_adapters_of_others(self) -> None:
+        """Not of those that are loaded, and not of those that are pinned."""
+        slots = make(2, {"secret-1": 1, "secret-2": 2})
+        errors = []
+        for call in (
+            lambda: slots.lease(["b"]).__enter__(),
+            lambda: slots.lease_slots([3]).__enter__(),
+            lambda: slots.remove("b"),
+            lambda: slots.pin("b"),
+        ):
+            with pytest.raises(lr.BatchError) as caught:
+                call()
+            errors.append(str(caught.value))
+        for name in ("secret-1", "secret-2"):
+            slots.pin(name)
+        with pytest.raises(lr.SlotsExceededError) as full:
+            slots.fill("b", NEW)
+        assert not [text for text in [*errors, str(full.value)] if "secret" in text]
+        assert "2 slots are kept for pinned adapters" in str(full.value) or "all 2" in str(
+            full.value
+        )
 
 
 def test_hammer(

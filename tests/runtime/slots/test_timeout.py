@@ -59,7 +59,7 @@ def test_nothing_changes(slots: Slots, call: str, timeout: float) -> None:
         after = slots.counts()
         assert (after.pages, after.evictions) == (counts.pages, counts.evictions) == (0, 0)
         assert after.waits == counts.waits + 1
-        assert after.wait_seconds >= timeout
+        assert (after.wait_seconds > counts.wait_seconds) or not timeout
         with slots.lease("ab") as held:
             assert held == {None: 0, "a": 1, "b": 2}, "no slot is kept for who gave up"
         with slots.lease_slots([1, 2]):

@@ -1,0 +1,1 @@
+"""What a model's forward takes, and with which shapes."""

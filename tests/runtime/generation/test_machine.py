@@ -1,0 +1,201 @@
+"""Whatever else is submitted, cancelled, loaded, replaced, unloaded and pinned: a request gives
+what it gives alone, token for token."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.decoders import make_prompts, open_engine, write_tenants
+from support.home import Home
+from support.waiting import DEADLINE
+
+import loraexport_runtime as lr
+from loraexport_runtime.generation.engine import GenerationEngine
+from loraexport_runtime.generation.handle import GenerationHandle
+from loraexport_runtime.generation.request import GenerationRequest
+
+NAMES = ("first", "second", "third")
+CONTENTS = ("first", "second", "more-0", "more-1", "more-2", "more-3")
+LONG = 30
+# Some begin alike, so that rows are continued; 33 and 64 end a chunk of 32 by one token or none.
+WHOLE = make_prompts(70)[0]
+PROMPTS = [WHOLE[:size] for size in (1, 2, 20, 33, 64, 70)] + make_prompts(5, 17, 41)
+
+
+@dataclass(eq=False)
+class Sent:
+    """A request on its way, and what its adapter's name has meant since."""
+
+    prompt: int
+    max_tokens: int
+    name: str | None
+    handle: GenerationHandle
+    contents: set[str | None]
+    may_be_unknown: bool = False
+    is_cancelled: bool = False
+
+
+@dataclass
+class Alone:
+    """What each prompt gives with nothing else in the engine; an engine that is open all along."""
+
+    engine: GenerationEngine
+    folder: Path
+    seen: dict[tuple[int, str | None], list[int]] = field(default_factory=dict)
+
+    def tokens(self, prompt: int, content: str | None) -> list[int]:
+        if (prompt, content) not in self.seen:
+            name = None if content is None else "alone"
+            if content is not None:
+                self.engine.load_adapter("alone", self.folder / content)
+            # Asked what it thinks of its prompt, it reads all of it.
+            request = GenerationRequest(
+                tokens=PROMPTS[prompt], adapter=name, max_tokens=LONG, prompt_logprobs=0
+            )
+            found = self.engine.submit(request).result(DEADLINE).answers[0]
+            self.seen[prompt, content] = [one.token for one in found.tokens]
+        return self.seen[prompt, content]
+
+
+def make_machine(artifact: Path, alone: Alone) -> type[RuleBasedStateMachine]:
+    folder = artifact.parents[1]
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.engine = open_engine(artifact, rows=3, quota=32)
+            self.contents: dict[str, str] = {"first": "first", "second": "second"}
+            self.pinned: set[str] = set()
+            self.sent: list[Sent] = []
+
+        @rule(
+            prompt=st.sampled_from(range(len(PROMPTS))),
+            name=st.sampled_from((None, *NAMES)),
+            max_tokens=st.sampled_from((1, 3, LONG)),
+        )
+        def submit(self, prompt: int, name: str | None, max_tokens: int) -> None:
+            request = GenerationRequest(tokens=PROMPTS[prompt], adapter=name, max_tokens=max_tokens)
+            if name is not None and name not in self.contents:
+                with pytest.raises(lr.UnknownAdapterError):
+                    self.engine.submit(request)
+                return
+            try:
+                handle = self.engine.submit(request)
+            except lr.SlotsExceededError:
+                assert name not in self.pinned
+                assert len(self.pinned) == 2
+                return
+            content = None if name is None else self.contents[name]
+            self.sent.append(Sent(prompt, max_tokens, name, handle, {content}))
+
+        @rule(name=st.sampled_from(NAMES), content=st.sampled_from(CONTENTS))
+        def load(self, name: str, content: str) -> None:
+            for sent in self.sent:  # it may be admitted before or after
+                if sent.name == name:
+                    sent.contents.add(content)
+            try:
+                self.engine.load_adapter(name, folder / content, timeout=DEADLINE)
+            except lr.SlotsExceededError:
+                assert len(self.pinned) == 2
+                return
+            self.contents[name] = content
+
+        @precondition(lambda self: self.contents)
+        @rule(data=st.data())
+        def unload(self, data: st.DataObject) -> None:
+            name = data.draw(st.sampled_from(sorted(self.contents)))
+            self.engine.unload_adapter(name)
+            del self.contents[name]
+            self.pinned.discard(name)
+            for sent in self.sent:
+                sent.may_be_unknown |= sent.name == name
+
+        @precondition(lambda self: self.contents)
+        @rule(data=st.data())
+        def pin(self, data: st.DataObject) -> None:
+            name = data.draw(st.sampled_from(sorted(self.contents)))
+            try:
+                self.engine.pin(name, timeout=DEADLINE)
+            except lr.SlotsExceededError:
+                assert len(self.pinned - {name}) == 2
+                return
+            self.pinned.add(name)
+
+        @precondition(lambda self: self.pinned)
+        @rule(data=st.data())
+        def unpin(self, data: st.DataObject) -> None:
+            name = data.draw(st.sampled_from(sorted(self.pinned)))
+            self.engine.unpin(name)
+            self.pinned.remove(name)
+
+        @precondition(lambda self: self.sent)
+        @rule(data=st.data())
+        def cancel(self, data: st.DataObject) -> None:
+            sent = data.draw(st.sampled_from(self.sent))
+            sent.handle.cancel()
+            sent.is_cancelled = True
+
+        @precondition(lambda self: self.sent)
+        @rule(data=st.data())
+        def finish(self, data: st.DataObject) -> None:
+            sent = self.sent.pop(data.draw(st.sampled_from(range(len(self.sent)))))
+            self.check(sent)
+
+        @invariant()
+        def counts_are_sound(self) -> None:
+            stats = self.engine.stats()
+            assert stats.running <= 3
+            assert stats.slots_held <= 2
+            assert set(self.engine.list_adapters()) == set(self.contents)
+
+        def check(self, sent: Sent) -> None:
+            try:
+                answer = sent.handle.result(DEADLINE).answers[0]
+            except lr.UnknownAdapterError:
+                assert sent.may_be_unknown
+                return
+            except lr.SlotsExceededError:  # pinned while it waited
+                return
+            found = [one.token for one in answer.tokens]
+            wanted = [alone.tokens(sent.prompt, content) for content in sent.contents]
+            if answer.finish_reason == "cancelled":
+                assert sent.is_cancelled
+                assert any(found == tokens[: len(found)] for tokens in wanted)
+            else:
+                assert found in [tokens[: sent.max_tokens] for tokens in wanted]
+
+        def teardown(self) -> None:
+            for sent in self.sent:
+                self.check(sent)
+            slots = self.engine.host.slots
+            assert slots._table._claims == set()
+            self.engine.close()
+
+    return Machine
+
+
+@cache
+def _alone(artifact: Path) -> Alone:
+    return Alone(open_engine(artifact, rows=2, quota=32), artifact.parents[1])
+
+
+@pytest.mark.slow
+def test_a_request_gives_what_it_gives_alone(home: Home) -> None:
+    artifact = home.artifact(write_tenants)
+    alone = _alone(artifact)
+    tokens = {tuple(alone.tokens(4, content)) for content in (None, *CONTENTS)}
+    assert len(tokens) == 1 + len(CONTENTS), "the contents differ"
+    machine = make_machine(artifact, alone).TestCase
+    machine.settings = settings(
+        max_examples=12,
+        stateful_step_count=30,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    machine("runTest").runTest()
+    alone.engine.close()
