@@ -307,7 +307,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     def make(family: str, dtype: str) -> Path:
         if (family, dtype) not in made:
             folder = tmp_path_factory.mktemp("decoder")
-            parity = {"tolerance": {"float16": 0.05, "bfloat16": 0.3}[dtype]}
+            parity = {"tolerance": {"float16": 0.05, "bfloat16": 0.4}[dtype]}
             changes: dict[str, Any] = {"export": {"dtype": dtype}, "parity": parity}
             spec = write_decoder(folder, FAMILIES[family], **changes)
             made[family, dtype] = build(spec, folder / "out")[0]
@@ -434,12 +434,12 @@ def test_a_captured_generator_hosts_adapters(decoder: Decoder) -> None:
 
 
 def test_a_prefix_is_copied_on_the_device(decoder: Decoder) -> None:
-    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True, rows=4)
+    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True, rows=8)
     prompts = _batch([40, 41, 42, 43])[0]
     requests = [GenerationRequest(tokens=prompt, max_tokens=6) for prompt in prompts]
     first = [generator.engine.submit(request).result(60) for request in requests]
     again = [handle.result(60) for handle in generator.engine.submit_all(requests)]
-    assert sum(one.reused_tokens > 0 for one in again) >= 3
+    assert all(one.reused_tokens >= 32 for one in again)
     assert [one.answers for one in again] == [one.answers for one in first]
 
 
