@@ -20,6 +20,7 @@ from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
 from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.generation.engine import GenerationEngine
 from support.builds import Project
 
@@ -279,8 +280,10 @@ def write_tenants(folder: Path, **changes: Any) -> Path:
     return spec
 
 
-def open_engine(artifact: Path, **sizes: Any) -> GenerationEngine:
-    """On the CPU; `sizes`: see GenerationEngine."""
+def open_engine(artifact: Path, provider: str = "cpu", **options: Any) -> GenerationEngine:
+    """`options`: see GenerationEngine."""
     manifest = Manifest.read(artifact)
     assert isinstance(manifest.kind, Decoder)
-    return GenerationEngine(artifact, manifest, manifest.kind, CPU, **sizes)
+    return GenerationEngine(
+        artifact, manifest, manifest.kind, normalise_providers([provider]), **options
+    )
