@@ -382,7 +382,8 @@ workloads:
         "18: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
         "20: workloads[2].shapes[0].tokens: required key is missing (add it)",
         "20: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
-        "21: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other' (choose one)",
+        "21: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other'"
+        " (choose one)",
         f"25: workloads[4].config.model_type: {known} (write it as a config.json does)",
         "27: workloads[4].rows: empty (give at least one)",
         "30: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",

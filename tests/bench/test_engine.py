@@ -61,7 +61,7 @@ def draw(turn: int) -> list[Ask]:
 
 
 def test_lengths_are_log_uniform() -> None:
-    """Each doubling of the length has the same share; the mean of [a, b] is (b - a) / log(b / a)."""
+    """Each doubling has the same share; the mean from a to b is (b - a) / log(b / a)."""
     numbers = np.array(log_uniform(np.random.default_rng(0), (32, 512), 20_000))
     assert (numbers.min(), numbers.max()) == (32, 512)
     shares = np.histogram(numbers, [32, 64, 128, 256, 513])[0] / 20_000

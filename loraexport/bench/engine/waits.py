@@ -56,14 +56,12 @@ def measure_arrival(
     room = min(int(graphs.config["context_length"]), arrival.long_prompt_tokens + 256)
     with warm_engine(graphs, workload.rows, room, workload.quota) as (engine, runner):
         client = _Client(graphs, engine)
-        runner.runs = Runs()
-        waits, late = _arrivals(client, runner, arrival)
+        waits, runs, late = _arrivals(client, runner, arrival)
     if len(waits) < arrival.times // 2:
         raise UsageError(
             f"workload {workload.name!r}: {late} of {arrival.times} short prompts came when the"
             " long one had been read; make long_prompt_tokens larger"
         )
-    runs = runner.runs
     chunk = median(seconds for tokens, seconds in runs.reads if tokens == workload.quota)
     own = median(seconds for tokens, seconds in runs.reads if tokens == arrival.prompt_tokens)
     most = max(rows for rows, _ in runs.steps)
@@ -85,19 +83,23 @@ def measure_arrival(
     )
 
 
-def _arrivals(client: _Client, runner: TimedRunner, arrival: Arrival) -> tuple[list[float], int]:
-    """Seconds of each that came while the long prompt was read, and how many came too late."""
-    decoding: list[GenerationHandle] = []
+def _arrivals(
+    client: _Client, runner: TimedRunner, arrival: Arrival
+) -> tuple[list[float], Runs, int]:
+    """Seconds of each that came while the long prompt was read, what ran meanwhile, and how many
+    came too late."""
     waits: list[float] = []
+    runs = Runs()
     late, reading = 0, 0.0
     for turn in range(-2, arrival.times):  # the first two are not counted
-        decoding = [handle for handle in decoding if not handle.is_done]
-        while len(decoding) < arrival.decoding:
-            tokens = runner.length - arrival.prompt_tokens
-            decoding.append(client.submit(arrival.prompt_tokens, tokens))
-            first_token(decoding[-1])
-        if turn == 0:
-            runner.runs = Runs()
+        # Begun anew each time: a step costs more, the more its rows hold.
+        new_tokens = runner.length - arrival.prompt_tokens
+        decoding = [
+            client.submit(arrival.prompt_tokens, new_tokens) for _ in range(arrival.decoding)
+        ]
+        for handle in decoding:
+            first_token(handle)
+        runner.runs = Runs()
         long = client.submit(arrival.long_prompt_tokens, 2)
         begin = _began(long)
         if turn >= -1:
@@ -110,12 +112,14 @@ def _arrivals(client: _Client, runner: TimedRunner, arrival: Arrival) -> tuple[l
             reading = read - begin
         elif turn >= 0 and came + took < read:
             waits.append(took)
+            runs.steps += runner.runs.steps
+            runs.reads += runner.runs.reads
         late += turn >= 0 and came + took >= read
-        for handle in (long, short):
+        for handle in decoding:
+            handle.cancel()
+        for handle in (long, short, *decoding):
             handle.result(_PATIENCE_S)
-    for handle in decoding:
-        handle.cancel()
-    return waits, late
+    return waits, runs, late
 
 
 def _began(handle: GenerationHandle) -> float:
