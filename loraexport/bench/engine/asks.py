@@ -25,7 +25,7 @@ class Ask:
 
     def request(self) -> GenerationRequest:
         return GenerationRequest(
-            tokens=self.tokens,
+            tokens=self.tokens.tolist(),
             adapter=str(self.slot) if self.slot else None,
             max_tokens=self.new_tokens,
             ignore_eos=True,

@@ -16,7 +16,7 @@ from ..contestants.decoder_graphs import DecoderGraphs
 from ..results import EngineCase, Figure
 from ..workloads.schema import EngineWorkload, Traffic
 from .asks import FIRST_TOKEN, Ask, draw_traffic
-from .timed import Runs, make_runner, warm_engine
+from .timed import Runs, TimedRunner, make_runner, warm_engine
 
 ENGINE, STATIC, GENAI = "engine", "engine static", "GenAI static"
 _COMPARED = 2
@@ -55,41 +55,26 @@ def measure_traffic(
         vocabulary, seed = int(graphs.config["vocab_size"]), lab.bench.seed
         return draw_traffic(workload, traffic, graphs.adapters, vocabulary, seed, turn)
 
-    left_out: dict[str, str] = {}
+    asks = draw(0)
     with warm_engine(graphs, workload.rows, length, workload.quota) as (engine, runner):
         ways = {
             ENGINE: _Way(lambda asks: answer_all(engine, asks)),
             STATIC: _Way(lambda asks: _in_batches(asks, workload.rows, engine)),
             GENAI: _Way(lambda asks: _with_genai(asks, workload.rows, graphs)),
         }
-        for name in workload.leave_out:
-            ways.pop(name, None)
-        warm = draw(lab.bench.rounds)[: 2 * workload.rows]
-        for name in [*ways]:
-            try:
-                ways[name].answer(warm)
-            except Exception as error:  # another library's refusal is what the table shows
-                left_out[name] = reason_of(error)
-                del ways[name]
-        names = [*ways]
+        ways = {name: way for name, way in ways.items() if name not in workload.leave_out}
+        left_out = _warm_up(ways, draw(lab.bench.rounds)[: 2 * workload.rows])
         for turn in range(lab.bench.rounds):
-            asks, first = draw(turn), turn % len(names)
-            outputs: dict[str, np.ndarray] = {}
-            for name in names[first:] + names[:first]:
-                way, runner.runs = ways[name], Runs()
-                begin = time.perf_counter()
-                tokens = way.answer(asks)
-                way.seconds.append(time.perf_counter() - begin)
-                way.runs.append(runner.runs)
-                outputs[name] = np.stack([new[:_COMPARED] for new in tokens])
+            outputs = _round(ways, draw(turn), turn, runner)
             where = f"workload {workload.name!r}, {traffic.requests} requests"
             check_agreement(where, outputs, dict.fromkeys(outputs, "mixed"), lab.bench.dtype)
-    figures = list(_rates(ways, sum(ask.new_tokens for ask in asks)))
-    if ENGINE in ways:
-        seconds = ways[ENGINE].seconds
-        middle = int(np.argsort(seconds)[len(seconds) // 2])
-        alone = _Alone(graphs, workload.rows, length, asks)
-        figures += _shares(alone, ways[ENGINE].runs[middle], seconds[middle])
+    seconds = ways[ENGINE].seconds
+    middle = int(np.argsort(seconds)[len(seconds) // 2])
+    alone = _Alone(graphs, workload.rows, length, asks)
+    figures = [
+        *_rates(ways, sum(ask.new_tokens for ask in asks)),
+        *_shares(alone, ways[ENGINE].runs[middle], seconds[middle]),
+    ]
     return EngineCase(
         workload=workload.name,
         case="traffic",
@@ -99,6 +84,35 @@ def measure_traffic(
         figures=tuple(figures),
         left_out=left_out,
     )
+
+
+def _warm_up(ways: dict[str, _Way], asks: Sequence[Ask]) -> dict[str, str]:
+    """Answer some requests in each way; who cannot is taken out, and this is why."""
+    left_out = {}
+    for name, way in list(ways.items()):
+        try:
+            way.answer(asks)
+        except Exception as error:  # another library's refusal is what the table shows
+            if name != GENAI:
+                raise
+            left_out[name] = reason_of(error)
+            del ways[name]
+    return left_out
+
+
+def _round(
+    ways: dict[str, _Way], asks: Sequence[Ask], turn: int, runner: TimedRunner
+) -> dict[str, np.ndarray]:
+    """Time each way, the order turned by one; the first new tokens, int64 [requests, 2]."""
+    names, first, outputs = list(ways), turn % len(ways), {}
+    for name in names[first:] + names[:first]:
+        way, runner.runs = ways[name], Runs()
+        begin = time.perf_counter()
+        tokens = way.answer(asks)
+        way.seconds.append(time.perf_counter() - begin)
+        way.runs.append(runner.runs)
+        outputs[name] = np.stack([new[:_COMPARED] for new in tokens])
+    return outputs
 
 
 def answer_all(engine: RequestEngine, asks: Sequence[Ask]) -> list[np.ndarray]:
@@ -189,7 +203,7 @@ def _rates(ways: dict[str, _Way], tokens: int) -> Iterator[Figure]:
     for name, seconds in middle.items():
         yield Figure(name=name, unit="tokens/s", value=tokens / seconds)
     for name in (STATIC, GENAI):
-        if name in middle and ENGINE in middle:
+        if name in middle:
             ratio = middle[name] / middle[ENGINE]
             yield Figure(name=f"{ENGINE} / {name}, tokens/s", unit="ratio", value=ratio)
 
