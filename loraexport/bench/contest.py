@@ -104,7 +104,7 @@ def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
             device.synchronize()
             works[contestant.name], outputs[contestant.name] = work, work.output()
         except Exception as error:  # another library's refusal is what the table shows
-            left_out[contestant.name] = _reason(error)
+            left_out[contestant.name] = reason_of(error)
             device.recover()
     differences = check_agreement(_title(contest.cell), outputs, groups, bench.dtype)
     timings = time_works(works, bench.rounds, bench.round_ms / 1000, device) if works else {}
@@ -157,7 +157,7 @@ def largest_difference(y: np.ndarray, reference: np.ndarray) -> float:
     return float(np.abs(exact - expected).max() / np.abs(expected).max())
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """One line, without the scratch folder's name."""
     text = (str(error).strip().splitlines() or ["no message"])[0]
     text = re.sub(rf"\S*{SCRATCH}[^/]*/", "", text)[:200]

@@ -1,4 +1,5 @@
-"""What bench.json holds: the environment, and a cell for every shape of every workload."""
+"""What bench.json holds: the environment, a cell for every shape of every workload, and cases of
+the engine."""
 
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,27 @@ class Cell(_Model):
         return next((entry.timing.median for entry in self.entries if entry.name == name), None)
 
 
+class Figure(_Model):
+    """One figure of a case of the engine."""
+
+    name: str
+    unit: Literal["ratio", "count", "ms", "s", "tokens/s"]
+    value: float
+
+
+class EngineCase(_Model):
+    """What requests that join and leave the running batch came to."""
+
+    workload: str
+    case: Literal["traffic", "arrival", "chat"]
+    adapters: int
+    rank: int
+    rows: int
+    figures: tuple[Figure, ...]
+    left_out: dict[str, str] = {}
+    """Contestant -> why it did not run."""
+
+
 class Results(_Model):
     """A whole run."""
 
@@ -84,6 +106,7 @@ class Results(_Model):
     environment: dict[str, str]
     workloads: Workloads
     cells: tuple[Cell, ...]
+    engines: tuple[EngineCase, ...] = ()
     disagreements: tuple[str, ...] = ()
     """Cells that were not timed, because contestants gave different numbers."""
 

@@ -1,7 +1,8 @@
-"""run(): a file of workloads -> results, cell by cell; and the files that show them."""
+"""run(): a file of workloads -> results, part by part; and the files that show them."""
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from ..artifact import cannot_write, write_whole
@@ -11,11 +12,18 @@ from .device import Device
 from .report.markdown import to_markdown
 from .report.plots import write_plots
 from .report.words import axes
-from .results import Results
+from .results import Cell, EngineCase, Results
 from .workloads.projects import Lab
-from .workloads.schema import Workload, Workloads
+from .workloads.schema import (
+    GenerationWorkload,
+    LayersWorkload,
+    ModelWorkload,
+    Workload,
+    Workloads,
+)
 
 Progress = Callable[[str], None]
+Measure = Callable[[], Cell | EngineCase]
 
 
 def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) -> Results:
@@ -35,23 +43,23 @@ def run(bench: Workloads, out: Path, progress: Progress = lambda stage: None) ->
     for workload in bench.workloads:
         progress(f"{workload.name}: make the base, the adapters and the graphs")
         with tempfile.TemporaryDirectory(prefix=SCRATCH) as folder, device.active():
-            for contest in _contests(workload, Lab(Path(folder), device, bench)):
-                progress(f"{workload.name}: {', '.join(axes(contest.cell).values())}")
-                results = _with(results, contest, bench, device)
+            for words, measure in _parts(workload, Lab(Path(folder), device, bench)):
+                progress(f"{workload.name}: {words}")
+                results = _with(results, measure)
                 _write_json(results, out)
         device.free()
     return results
 
 
-def _with(results: Results, contest: Contest, bench: Workloads, device: Device) -> Results:
-    """The results and one cell more, or one disagreement."""
+def _with(results: Results, measure: Measure) -> Results:
+    """The results and one cell or case more, or one disagreement."""
     try:
-        cell = run_contest(contest, bench, device)
+        found = measure()
     except ParityError as error:
-        update: dict[str, object] = {"disagreements": (*results.disagreements, str(error))}
-    else:
-        update = {"cells": (*results.cells, cell)}
-    return results.model_copy(update=update)
+        return results.model_copy(update={"disagreements": (*results.disagreements, str(error))})
+    if isinstance(found, Cell):
+        return results.model_copy(update={"cells": (*results.cells, found)})
+    return results.model_copy(update={"engines": (*results.engines, found)})
 
 
 def write_report(results: Results, out: Path) -> UsageError | None:
@@ -81,7 +89,21 @@ def _write_json(results: Results, out: Path) -> None:
     write_whole(out / "bench.json", f"{text}\n".encode())
 
 
-def _contests(workload: Workload, lab: Lab) -> Iterator[Contest]:
+def _parts(workload: Workload, lab: Lab) -> Iterator[tuple[str, Measure]]:
+    """What is measured, in words, and how; each is made when its turn has come."""
+    if workload.kind == "engine":
+        from .engine.cases import engine_cases
+
+        yield from engine_cases(workload, lab)
+        return
+    for contest in _contests(workload, lab):
+        words = ", ".join(axes(contest.cell).values())
+        yield words, partial(run_contest, contest, lab.bench, lab.device)
+
+
+def _contests(
+    workload: LayersWorkload | ModelWorkload | GenerationWorkload, lab: Lab
+) -> Iterator[Contest]:
     if workload.kind == "layers":
         from .contestants.layers import layer_contests
 

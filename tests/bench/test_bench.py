@@ -368,7 +368,7 @@ workloads:
     import transformers
 
     known = f"transformers {transformers.__version__} knows no model of type 'lama'"
-    kinds = "kind: layers, kind: model, kind: generation"
+    kinds = "kind: layers, kind: model, kind: generation, kind: engine"
     assert problems(tmp_path, text) == [
         "3: device: expected 'cpu' or 'cuda', got 'gpu' (choose one)",
         "4: rounds: should be greater than or equal to 3, got 2",
@@ -382,7 +382,8 @@ workloads:
         "18: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
         "20: workloads[2].shapes[0].tokens: required key is missing (add it)",
         "20: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
-        "21: workloads[3].kind: expected 'layers', 'model', 'generation', got 'other' (choose one)",
+        "21: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other'"
+        " (choose one)",
         f"25: workloads[4].config.model_type: {known} (write it as a config.json does)",
         "27: workloads[4].rows: empty (give at least one)",
         "30: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",
@@ -398,7 +399,7 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path, run: Run) -> None:
     assert problems(tmp_path, "") == ["1: the file is empty (specs/bench/ has examples)"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "h200", "padding"])
+@pytest.mark.parametrize("name", ["cpu", "engine", "engine-cpu", "h200", "padding", "variants"])
 def test_the_files_of_the_repository_can_be_read(name: str) -> None:
     assert read_workloads(ROOT / f"specs/bench/{name}.yaml").name == name
 

@@ -111,7 +111,7 @@ class _Stress:
         self.done = threading.Event()
 
     def run(self, rows: int, warm_up: int) -> Result:
-        whole = Result(memory={"start": _memory()})
+        whole = Result(memory={"start": resident_bytes()})
         threads = [
             threading.Thread(target=self._work, args=(index,), daemon=True)
             for index in range(len(self.tenants))
@@ -126,10 +126,10 @@ class _Stress:
             moved = now if count > whole.rows else moved
             whole.rows = count
             if count >= warm_up:
-                whole.memory.setdefault("warm", _memory())
+                whole.memory.setdefault("warm", resident_bytes())
             if self.done.is_set() or now - moved > self.patience_s:
                 break
-        whole.memory["end"] = _memory()
+        whole.memory["end"] = resident_bytes()
         self.done.set()
         deadline = time.monotonic() + 2 * self.patience_s
         for tenant, thread in zip(self.tenants, threads, strict=True):
@@ -213,7 +213,7 @@ class _Stress:
             start += length
 
 
-def _memory() -> int:
+def resident_bytes() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 

@@ -1,14 +1,11 @@
-"""Ways to decode greedily: onnxruntime-genai, the runtime's own engine, eager torch; plain_decoder
-has plain onnxruntime.
+"""Ways to decode greedily: onnxruntime-genai and eager torch; runtime_decoder has the runtime's own
+engine, plain_decoder plain onnxruntime.
 
 Each reads the prompts (`prefill`), and then makes one token per row and step (`decode`). The
 prompts are the same each time: the weights that a step reads push them out of any cache.
 """
 
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,14 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-
-from loraexport_runtime.generation.engine import RequestEngine
-from loraexport_runtime.generation.handle import GeneratedToken, GenerationHandle
-from loraexport_runtime.generation.request import GenerationRequest
-from loraexport_runtime.generation.steps.files import StepFiles
-from loraexport_runtime.generation.steps.runner import Runner
-from loraexport_runtime.slots.pool import Blocks, Slots
-from loraexport_runtime.slots.table import HostAdapter
 
 from ..device import Device
 from ..work import CannotRun
@@ -164,100 +153,6 @@ class GroupedDecoder:
 
     def tokens(self, num: int) -> np.ndarray:
         return np.concatenate([decoder.tokens(num) for decoder in self._decoders])[self._order]
-
-
-_ALL = 1 << 14
-"""Permits for whatever steps are left."""
-
-
-class PacedRunner(Runner):
-    """The runtime's runner, which makes no step before it may."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.joins_prompts = True  # so that all rows begin to decode at the same time
-        self.permits = threading.Semaphore(0)
-
-    def step(self, rows: int) -> None:
-        self.permits.acquire()
-        super().step(rows)
-
-
-class RuntimeDecoder:
-    """The runtime's engine as services use it, its steps CUDA graphs where there is CUDA."""
-
-    most_steps = None
-    prepare = None
-
-    def __init__(
-        self, folder: Path, prompts: PromptBatch, device: Device, adapters: int, providers: Any
-    ) -> None:
-        """`adapters`: those in the graph's own slots, from 1 on."""
-        self._prompts = prompts
-        length = prompts.length + prompts.new_tokens + 2
-        capture = device.kind == "cuda"
-        self._runner = PacedRunner(
-            folder, providers, capture, {}, prompts.rows, length, steps=StepFiles.of(folder)
-        )
-        content = [HostAdapter({}, {}, f"slot {slot}", 1.0, None) for slot in range(1 + adapters)]
-        names = {str(slot): content[slot] for slot in range(1, 1 + adapters)}
-        loaded = {name: int(name) for name in names}
-        slots = Slots(max(1, adapters), loaded, names, _read_nothing, _write_nothing)
-        quota = prompts.rows * prompts.length
-        self._engine = RequestEngine(folder, self._runner, slots, frozenset(), quota=max(2, quota))
-        # Called ahead of the engine's own end, which waits for a thread that may stand at a step.
-        weakref.finalize(self._engine, self._runner.permits.release, _ALL)
-        self._has_adapters = adapters > 0
-        self._streams: list[Iterator[GeneratedToken]] = []
-        self._handles: list[GenerationHandle] = []
-        self._chosen: list[list[int]] = []
-
-    def prefill(self) -> None:
-        raise NotImplementedError("it chooses a token too")
-
-    def start_decode(self) -> None:
-        self._stop()
-        prompts = self._prompts
-        requests = [
-            GenerationRequest(
-                tokens=ids,
-                adapter=str(slot) if slot and self._has_adapters else None,
-                max_tokens=prompts.new_tokens + 1,
-            )
-            for ids, slot in zip(prompts.ids.tolist(), prompts.slots.tolist(), strict=True)
-        ]
-        self._handles = self._engine.submit_all(requests)
-        self._streams = [iter(handle) for handle in self._handles]
-        self._chosen = [[next(stream).token] for stream in self._streams]
-
-    def decode(self, steps: int) -> None:
-        self._runner.permits.release(steps)
-        for stream, chosen in zip(self._streams, self._chosen, strict=True):
-            chosen += [next(stream).token for _ in range(steps)]
-
-    def logits(self) -> np.ndarray:
-        raise NotImplementedError("they stay on the device")
-
-    def tokens(self, num: int) -> np.ndarray:
-        return np.array([chosen[:num] for chosen in self._chosen])
-
-    def _stop(self) -> None:
-        """End what was asked for before; the thread may stand before a step."""
-        for handle in self._handles:
-            handle.cancel()
-        while not all(handle.is_done for handle in self._handles):
-            self._runner.permits.release()
-            time.sleep(0.001)
-        while self._runner.permits.acquire(blocking=False):
-            pass
-
-
-def _read_nothing(name: str) -> Blocks:
-    raise AssertionError("every adapter is in the graph")
-
-
-def _write_nothing(slot: int, blocks: Blocks) -> None:
-    raise AssertionError("every adapter is in the graph")
 
 
 class EagerDecoder:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from ..contest import Group, base_of
-from ..results import Cell, Entry, Results
-from .words import PEERS, cell_label, number, scale, who
+from ..results import Cell, EngineCase, Entry, Results
+from .words import ENGINES, PEERS, cell_label, figure_value, number, scale, who
 
 _CUDA = (
     "Times are between two events on the device's stream; bench.json has the wall times too. The"
@@ -34,9 +34,14 @@ def to_markdown(results: Results) -> str:
         for unit in dict.fromkeys(cell.unit for cell in cells):
             lines += ["", *_times([cell for cell in cells if cell.unit == unit])]
         lines += _left_out(cells)
+    for case in results.engines:
+        lines += ["", *_engine_case(case)]
     names = {entry.name for cell in results.cells for entry in cell.entries}
+    ran = [name for name in _in_order(results.cells) if name in names]
+    figures = {figure.name for case in results.engines for figure in case.figures}
+    ran += [name for name in ENGINES if name in figures]
     lines += ["", "## Contestants", ""]
-    lines += [f"- {name}: {who(name)}" for name in _in_order(results.cells) if name in names]
+    lines += [f"- {name}: {who(name)}" for name in ran]
     return "\n".join(lines) + "\n"
 
 
@@ -123,7 +128,21 @@ def _in_order(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(entry.name for entry in ordered))
 
 
-def _left_out(cells: Sequence[Cell]) -> list[str]:
+def _engine_case(case: EngineCase) -> list[str]:
+    """A row for each figure."""
+    rows = [[figure.name, figure_value(figure)] for figure in case.figures]
+    adapters = f"{case.adapters} adapters of rank {case.rank}"
+    return [
+        f"## {case.workload}, {case.case}",
+        "",
+        f"kind engine; {adapters}, {case.rows} rows; a round is all requests.",
+        "",
+        *_table(["", "median"], rows),
+        *_left_out([case]),
+    ]
+
+
+def _left_out(cells: Sequence[Cell | EngineCase]) -> list[str]:
     """Who did not run, and why, each once."""
     reasons: dict[str, list[str]] = {}
     for cell in cells:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..results import Cell
+from ..results import Cell, Figure
 
 WHO = {
     "base": "the base alone, ONNX",
@@ -27,7 +27,13 @@ WHO = {
     "base runtime": "the base's graph in the runtime's own engine, steps as CUDA graphs",
     "mixed runtime": "this project's graph in the runtime's own engine, steps as CUDA graphs",
     "mixed GenAI": "this project's graph in onnxruntime-genai",
+    "engine": "this project's graph in the runtime's engine, whose requests join and leave",
+    "engine static": "the same engine with as many requests as it has rows, in order of arrival,"
+    " and the next ones when the longest has ended",
+    "GenAI static": "this project's graph in onnxruntime-genai, the same batches, padded",
 }
+ENGINES = ("engine", "engine static", "GenAI static")
+"""Contestants of kind engine."""
 PEERS = ("segmented torch", "masked torch", "PEFT", "one at a time", "mixed GenAI")
 """What ours is compared with beside the base."""
 
@@ -47,6 +53,15 @@ def scale(unit: str) -> tuple[float, str]:
 def number(value: float) -> str:
     """Three digits, never in powers of ten."""
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def figure_value(figure: Figure) -> str:
+    """Counts whole, all else with three digits."""
+    if figure.unit == "count" or figure.value >= 1000:
+        value = f"{figure.value:,.0f}"
+    else:
+        value = number(figure.value)
+    return value if figure.unit in ("count", "ratio") else f"{value} {figure.unit}"
 
 
 def axes(cell: Cell) -> dict[str, str]:

@@ -20,7 +20,7 @@ from ...hf.quiet import quiet_models
 from ...spec.schema import Spec
 from ...tensors import TORCH_DTYPES
 from ..device import Device
-from .schema import GenerationWorkload, LayersWorkload, ModelWorkload, Workloads
+from .schema import EngineWorkload, GenerationWorkload, LayersWorkload, ModelWorkload, Workloads
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _write_adapter(
 
 
 def model_spec(
-    workload: ModelWorkload | GenerationWorkload,
+    workload: ModelWorkload | GenerationWorkload | EngineWorkload,
     lab: Lab,
     adapters: int,
     rank: int,
@@ -115,7 +115,10 @@ def _spec(name: str, base: Any, adapters: int, rank: int, export: dict[str, Any]
 
 
 def _write_model(
-    workload: ModelWorkload | GenerationWorkload, lab: Lab, adapters: int, rank: int
+    workload: ModelWorkload | GenerationWorkload | EngineWorkload,
+    lab: Lab,
+    adapters: int,
+    rank: int,
 ) -> None:
     import transformers
 
@@ -153,7 +156,7 @@ def _write_model(
                 lora_alpha=rank,
                 target_modules="all-linear",
                 init_lora_weights=False,
-                task_type="CAUSAL_LM" if workload.kind == "generation" else None,
+                task_type=None if workload.kind == "model" else "CAUSAL_LM",
             )
             wrapped = peft.get_peft_model(model, lora)
             wrapped.save_pretrained(str(folder), save_embedding_layers=False)

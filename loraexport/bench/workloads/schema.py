@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraexport_runtime.contract.manifest import DType, Strategy
-from loraexport_runtime.contract.strict_yaml import Format, Lines, Problem, dotted, read_yaml
+from loraexport_runtime.contract.strict_yaml import Format, read_yaml
 
 from ...errors import SpecError
 from ...spec.problems import schema_problems
 from ...spec.schema import Name, Size, Task
+from .rules import cross_problems
 
 WORKLOADS = Format(
     "a file of workloads, as specs/bench/cpu.yaml",
@@ -31,6 +32,7 @@ Peer = Literal[
     "one at a time",
     "base GenAI",
     "mixed GenAI",
+    "GenAI static",
 ]
 Variant = Literal["apart", "features", "blend"]
 Sizes = Annotated[tuple[Size, ...], Field(min_length=1)]
@@ -106,13 +108,54 @@ class GenerationWorkload(_Workload):
     new_tokens: Annotated[int, Field(ge=2)] = 64
 
 
+class Traffic(_Model):
+    """Requests that come at once, their lengths drawn log-uniform from two bounds."""
+
+    requests: Size
+    prompt_tokens: tuple[Size, Size]
+    new_tokens: tuple[Annotated[int, Field(ge=2)], Size]
+
+
+class Arrival(_Model):
+    """Short prompts that come while rows decode and a long prompt is read."""
+
+    decoding: Size = Field(30, description="rows that decode")
+    long_prompt_tokens: Size = 4000
+    prompt_tokens: Size = 32
+    times: Annotated[int, Field(ge=3)] = Field(40, description="prompts that come")
+
+
+class Chat(_Model):
+    """A chat's first turn, and its second one, which begins with the first and its answer."""
+
+    prompt_tokens: Size = 8000
+    new_tokens: Size = Field(64, description="of the answer, and as many of the second turn")
+    times: Annotated[int, Field(ge=1)] = Field(5, description="chats")
+
+
+class EngineWorkload(_Workload):
+    """A decoder in the runtime's engine: requests that join and leave the running batch."""
+
+    kind: Literal["engine"]
+    config: dict[str, Any] = Field(description="as of a model")
+    rows: Size = Field(32, description="answers at the same time")
+    quota: Annotated[int, Field(ge=2)] = Field(
+        512, description="tokens of a prompt between two groups of steps"
+    )
+    traffic: Traffic | None = None
+    arrival: Arrival | None = None
+    chat: Chat | None = None
+
+
 Workload = Annotated[
-    LayersWorkload | ModelWorkload | GenerationWorkload, Field(discriminator="kind")
+    LayersWorkload | ModelWorkload | GenerationWorkload | EngineWorkload,
+    Field(discriminator="kind"),
 ]
 _KINDS: dict[str, type[_Workload]] = {
     "layers": LayersWorkload,
     "model": ModelWorkload,
     "generation": GenerationWorkload,
+    "engine": EngineWorkload,
 }
 
 
@@ -139,82 +182,19 @@ def read_workloads(path: Path) -> Workloads:
         SpecError: with every problem of the file, each with line, path, and a hint.
     """
     data, lines, problems = read_yaml(path, WORKLOADS)
-    problems += _cross_problems(data, lines)
+    problems += cross_problems(data, lines, list(_KINDS))
     try:
         workloads = Workloads.model_validate_json(json.dumps(data))
     except ValidationError as error:
         details = [
             {**detail, "loc": _without_kind(detail["loc"])}
             for detail in error.errors()
-            if detail["type"] != "union_tag_not_found"  # _cross_problems names the kinds
+            if detail["type"] != "union_tag_not_found"  # cross_problems names the kinds
         ]
         problems += schema_problems(details, lines, _keys_beside, WORKLOADS)
     if problems:
         raise SpecError(str(path), problems)
     return workloads
-
-
-def _cross_problems(data: Any, lines: Lines) -> list[Problem]:
-    """What no single key shows: names twice, a chain that does not fit, values no config has."""
-    problems: list[Problem] = []
-    items = data.get("workloads") if isinstance(data, dict) else None
-    first: dict[str, int] = {}
-    for index, item in enumerate(items if isinstance(items, list) else []):
-        if not isinstance(item, dict):
-            continue
-        place = ("workloads", index)
-        name = item.get("name")
-        if isinstance(name, str) and name in first:
-            line, path = lines[(*place, "name")], dotted((*place, "name"))
-            message = f"two are named {name!r}, the first on line {first[name]}"
-            problems.append(Problem(line, path, message, "give each its own name"))
-        if isinstance(name, str):
-            first.setdefault(name, lines[(*place, "name")])
-        if "kind" not in item:
-            path = dotted((*place, "kind"))
-            hint = f"add one of {', '.join(f'kind: {kind}' for kind in _KINDS)}"
-            problems.append(Problem(lines[place], path, "required key is missing", hint))
-        chain = item.get("chain")
-        if (
-            isinstance(chain, int)
-            and chain > 1
-            and item.get("in_features") != item.get("out_features")
-        ):
-            message = f"{chain} layers of which each takes what the one before it gives"
-            hint = "make in_features and out_features equal, or leave chain out"
-            at = (*place, "chain")
-            problems.append(Problem(lines[at], dotted(at), message, hint))
-        if isinstance(item.get("config"), dict):
-            problems += _config_problems(item["config"], (*place, "config"), lines)
-    return problems
-
-
-def _config_problems(
-    config: dict[str, Any], place: tuple[str | int, ...], lines: Lines
-) -> list[Problem]:
-    """transformers takes any key of a config without a word; here a typo is an error."""
-    import difflib
-
-    import transformers
-
-    kind = config.get("model_type")
-    if kind is None:
-        hint = "add it, as model_type: bert"
-        path = dotted((*place, "model_type"))
-        return [Problem(lines[place], path, "required key is missing", hint)]
-    try:
-        defaults = transformers.AutoConfig.for_model(kind).to_dict()
-    except ValueError:
-        at = (*place, "model_type")
-        message = f"transformers {transformers.__version__} knows no model of type {kind!r}"
-        return [Problem(lines[at], dotted(at), message, "write it as a config.json does")]
-    problems = []
-    for key in sorted(set(config) - set(defaults)):
-        near = difflib.get_close_matches(key, defaults, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the config of {kind} has no such key"
-        at = (*place, key)
-        problems.append(Problem(lines[at], dotted(at), "unknown key", hint))
-    return problems
 
 
 def _without_kind(location: Sequence[str | int]) -> tuple[str | int, ...]:
@@ -231,6 +211,9 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         (): [Workloads],
         ("workloads",): list(_KINDS.values()),
         ("workloads", "shapes"): [Shape],
+        ("workloads", "traffic"): [Traffic],
+        ("workloads", "arrival"): [Arrival],
+        ("workloads", "chat"): [Chat],
     }
     parent = tuple(part for part in location[:-1] if isinstance(part, str))
     return [key for model in parents.get(parent, ()) for key in model.model_fields]
