@@ -54,6 +54,8 @@ class ArtifactSession(HostsAdapters, ABC):
         self._providers = providers
         if self._replays is not None and self._replays.capture:
             self._providers = devices.with_cuda_graphs(providers)
+        elif manifest.dtype != "float32":  # for which cuDNN has no attention
+            self._providers = devices.with_varied_shapes(providers)
 
     def export_adapters(self, folder: str | Path) -> dict[str, int]:
         """Write the slots for onnxruntime's own LoraAdapter API. Returns adapter name -> slot.

@@ -14,6 +14,7 @@ from loraexport_runtime.contract.manifest import Stack
 from loraexport_runtime.device.dlpack import rows_view
 from loraexport_runtime.device.dtypes import ONNX_TYPES
 from loraexport_runtime.device.memory import host_value
+from loraexport_runtime.device.providers import CPU, CUDA, with_varied_shapes
 from loraexport_runtime.slots.buffers import StackBuffer
 
 STACK = Stack("layer.lora_B", "lora_B", (6, 3), rows_per_slot=2, row_offset=2, column_offset=0)
@@ -62,3 +63,12 @@ def test_a_session_sees_the_write_after_the_view_is_gone(tmp_path: Path) -> None
     del part
     gc.collect()
     assert session.run(None, feeds)[0].tolist() == [[16, 16, 16]]
+
+
+def test_attention_of_varied_shapes() -> None:
+    """All of onnxruntime's kernels but cuDNN's, unless the provider's options say which."""
+    found = with_varied_shapes([(CUDA, {"device_id": 1}), (CUDA, {"sdpa_kernel": "0"}), (CPU, {})])
+    cudnn = 8
+    assert found[0][1].keys() == {"device_id", "sdpa_kernel"}
+    assert int(found[0][1]["sdpa_kernel"]) & cudnn == 0
+    assert found[1:] == [(CUDA, {"sdpa_kernel": "0"}), (CPU, {})]

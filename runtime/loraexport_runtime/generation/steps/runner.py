@@ -113,6 +113,7 @@ class Runner:
             )
         decoder = config["model"]["decoder"]
         device = devices.session_device(providers[0])
+        providers = devices.with_varied_shapes(providers)  # those of prompts
         pairs = devices.with_cuda_graphs(providers) if capture else providers
         if capture and steps is None:
             raise ProviderError(
