@@ -38,11 +38,15 @@ def missing_library() -> str | None:
     return None
 
 
+def open_cudart() -> ctypes.CDLL:
+    """CUDA's runtime; call it once no library is missing."""
+    return ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+
+
 def missing_device(index: int) -> str | None:
     """Why a device cannot be used; call it once no library is missing."""
     count = ctypes.c_int(0)
-    cudart = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
-    status = cudart.cudaGetDeviceCount(ctypes.byref(count))
+    status = open_cudart().cudaGetDeviceCount(ctypes.byref(count))
     if status != 0:
         return f"CUDA finds no device (error {status} of cudaGetDeviceCount)"
     if index >= count.value:
@@ -52,7 +56,7 @@ def missing_device(index: int) -> str | None:
 
 def free_memory(index: int) -> int:
     """Bytes that a device has free now; call it once the device is known to be there."""
-    cudart = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+    cudart = open_cudart()
     free, total, before = ctypes.c_size_t(0), ctypes.c_size_t(0), ctypes.c_int(0)
     cudart.cudaGetDevice(ctypes.byref(before))
     cudart.cudaSetDevice(index)

@@ -6,6 +6,14 @@ import onnxruntime as ort
 
 from .dtypes import DLPACK_TYPES
 
+# Prototypes of their own: those of `ctypes.pythonapi` are everybody's.
+_LIBC = ctypes.CDLL(None)
+_malloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("malloc", _LIBC))
+_FREE = ctypes.cast(_LIBC.free, ctypes.c_void_p).value
+_make_capsule = ctypes.PYFUNCTYPE(
+    ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+)(("PyCapsule_New", ctypes.pythonapi))
+
 
 class _DLTensor(ctypes.Structure):
     _fields_ = (
@@ -39,15 +47,13 @@ def rows_view(value: ort.OrtValue, rows: slice, width: int, dtype: str) -> ort.O
     The DLPack struct is malloc's and its deleter is free, so its life ends with the last OrtValue
     that uses it, whatever Python has collected before.
     """
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
-    address = libc.malloc(ctypes.sizeof(_DLManagedTensor))
+    address = _malloc(ctypes.sizeof(_DLManagedTensor))
     code, bits = DLPACK_TYPES[dtype]
     device_type, device_id = map(int, value.__dlpack_device__())
     managed = _DLManagedTensor.from_address(address)
     managed.shape[:] = rows.stop - rows.start, width
     managed.manager_context = None
-    managed.deleter = ctypes.cast(libc.free, ctypes.c_void_p).value
+    managed.deleter = _FREE
     managed.tensor = _DLTensor(
         data=value.data_ptr() + rows.start * width * bits // 8,
         device_type=device_type,
@@ -58,7 +64,4 @@ def rows_view(value: ort.OrtValue, rows: slice, width: int, dtype: str) -> ort.O
         lanes=1,
         shape=address + _DLManagedTensor.shape.offset,
     )
-    make_capsule = ctypes.pythonapi.PyCapsule_New
-    make_capsule.restype = ctypes.py_object
-    make_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    return ort.OrtValue.from_dlpack(make_capsule(address, b"dltensor", None))
+    return ort.OrtValue.from_dlpack(_make_capsule(address, b"dltensor", None))

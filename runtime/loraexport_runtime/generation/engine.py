@@ -185,7 +185,7 @@ class RequestEngine:
             raise InputError("grammar: this engine knows no texts; leave it out")
         self._slots.read(request.adapter)
         prompt = np.array(request.tokens, dtype=np.int64)
-        wake, check = self._worker.wake, self._gate.check_process
+        wake, check = self._worker.on_cancel, self._gate.check_process
         handle = GenerationHandle(request.n, len(prompt), wake, check)
         end = None if request.timeout is None else time.monotonic() + request.timeout
         return Job(request, prompt, handle, end, request.n)

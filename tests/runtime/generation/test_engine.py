@@ -23,6 +23,7 @@ from loraexport_runtime.generation.handle import GenerationHandle
 from loraexport_runtime.generation.loop import worker as working
 from loraexport_runtime.generation.request import GenerationRequest
 from loraexport_runtime.generation.steps import runner as running
+from loraexport_runtime.generation.steps.prompts import PromptGraph
 from loraexport_runtime.generation.steps.step import Step
 
 NAMES = (None, "first", "second")
@@ -151,6 +152,28 @@ class _Waiter:
 
     def set(self) -> None:
         assert self._gate.wait(DEADLINE)
+
+
+def test_prompts_of_fixed_sizes(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured on CUDA: prompts filled up, read into a row of their own, and copied."""
+    prompts = make_prompts(1, 5, 32, 33, 70, 5)
+    names = [None, "first", "second", "first", None, "second"]
+    with open_engine(artifact, rows=4) as engine:
+        wanted = [
+            send(engine, prompt, adapter=name, logprobs=2)
+            for prompt, name in zip(prompts, names, strict=True)
+        ]
+        texts = [handle.result(DEADLINE).answers[0].tokens for handle in wanted]
+    with open_engine(artifact, rows=4) as engine:
+        graphs = engine._worker._runner.prompts
+        monkeypatch.setattr(PromptGraph, "release", lambda graph: None)  # CUDA's
+        graphs.sizes = (32, 64)
+        for (prompt, name), text in zip(zip(prompts, names, strict=True), texts, strict=True):
+            found = send(engine, prompt, adapter=name, logprobs=2).result(DEADLINE).answers[0]
+            assert [one.token for one in found.tokens] == [one.token for one in text]
+            likeliest = [[one.likeliest for one in part] for part in (found.tokens, text)]
+            assert np.allclose(*likeliest, rtol=1e-4, atol=1e-5)
+        assert set(graphs._made) == {32, 64}, "70 tokens are read as they are"
 
 
 def test_logprobs(engine: GenerationEngine, graph: ort.InferenceSession) -> None:
@@ -629,7 +652,8 @@ def test_runs_that_capture_advance_no_row(
         sent = [first, *(send(captured, prompt, max_tokens=20) for prompt in prompts[1:])]
         assert [tokens_of(handle) for handle in sent] == wanted
         captured.warm_up()
-        assert len(sessions[0].captured) == 3
+        sizes = captured._worker._runner.prompts.sizes
+        assert len(sessions[0].captured) == 3 + len(sizes) == 6
         assert sorted(made) == [1, 2, 4]
     assert sessions[0].captured == set()
 

@@ -23,7 +23,8 @@ from loraexport_runtime.device.ort_session import open_session
 from loraexport_runtime.generation.steps.cache import Cache
 from loraexport_runtime.generation.steps.decoder_graph import DecoderGraph
 from loraexport_runtime.generation.steps.next_inputs import next_inputs
-from loraexport_runtime.generation.steps.step import RowInputs, Step, read_prompts
+from loraexport_runtime.generation.steps.prompts import read_prompts
+from loraexport_runtime.generation.steps.step import RowInputs, Step
 from loraexport_runtime.slots.lease import BASE_USE
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]

@@ -1,5 +1,8 @@
 """Which answers come out of the queue, and how each of them ends."""
 
+import threading
+import time
+
 from ...errors import RequestTimeoutError
 from ...slots.admission import AdmissionQueue
 from ...slots.pool import Slots
@@ -9,6 +12,8 @@ from .jobs import Answer
 
 Why = tuple[FinishReason | None, BaseException | None]
 """The reason for which an answer ended, or else the error."""
+_LOOK = 0.02
+"""Seconds between two looks at all that wait."""
 
 
 class Admission:
@@ -20,14 +25,24 @@ class Admission:
         self._queue = queue
         self._slots = slots
         self._counts = counts
+        self.cancels = threading.Event()
+        """Set where somebody was cancelled."""
+        self._look = 0.0
 
     def next_end(self) -> float | None:
         """When the time of the first that wait is over, by `time.monotonic`."""
         ends = self._queue.values(lambda answer: answer.job.end)
         return min((end for end in ends if end is not None), default=None)
 
-    def drop(self, now: float) -> None:
-        """Take out who was cancelled, and whose time is over."""
+    def drop(self, now: float, at_once: bool) -> None:
+        """Take out who was cancelled, and whose time is over.
+
+        Many may wait, and each is looked at: after a cancellation, and else now and then.
+        """
+        if not (at_once or now >= self._look or self.cancels.is_set()):
+            return
+        self.cancels.clear()
+        self._look = now + _LOOK
         for answer in self._queue.remove(lambda answer: is_over(answer, now)):
             self.close(answer, *why_over(answer))
 
@@ -39,9 +54,12 @@ class Admission:
     def take(self) -> Answer | None:
         """The next one, its adapter's slot leased; whoever cannot have one ever is refused."""
         while (answer := self._queue.take(self._try)) is not None:
-            if answer.refusal is None:
+            if answer.refusal is not None:
+                self.close(answer, None, answer.refusal)
+            elif is_over(answer, time.monotonic()):
+                self.close(answer, *why_over(answer))
+            else:
                 return answer
-            self.close(answer, None, answer.refusal)
         return None
 
     def close(

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ...errors import ClosedError, StepError
 from ...slots.admission import AdmissionQueue
@@ -26,6 +27,11 @@ from .rows import Row, Rows
 _LOG = logging.getLogger(__name__)
 STEPS = 4
 """Steps of a round."""
+
+
+def _set(*events: threading.Event) -> None:
+    for event in events:
+        event.set()
 
 
 class Worker:
@@ -59,6 +65,8 @@ class Worker:
         self._warm: list[tuple[int, threading.Event]] = []
         slots.listen(self._news.set)
         self.wake: Callable[[], None] = self._news.set
+        self.on_cancel: Callable[[], None] = partial(_set, self._admission.cancels, self._news)
+        """It holds nothing of the worker: a handle may outlive it."""
 
     # What other threads call
 
@@ -114,6 +122,8 @@ class Worker:
             try:
                 for num in sorted({self._runner.step_rows(1 + at) for at in range(rows)}):
                     self._places.prepare(num)
+                for size in self._runner.prompts.sizes:
+                    self._runner.prompts.make(size)
             finally:
                 done.set()
         self._drop()
@@ -128,7 +138,7 @@ class Worker:
     def _drop(self) -> None:
         """Who was cancelled, and whose time is over."""
         now = time.monotonic()
-        self._admission.drop(now)
+        self._admission.drop(now, at_once=not self._rows.used)
         for row in self._rows.used:
             if row.user is not None and is_over(row.user, now):
                 self._leave(row, *why_over(row.user))

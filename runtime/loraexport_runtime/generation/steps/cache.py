@@ -4,14 +4,10 @@ A row lies in one piece, [heads, length, size], so that the graph reads and writ
 so many rows, where they are: a run has the same addresses every time, as a CUDA graph wants it.
 """
 
-from typing import Any
-
 import numpy as np
-import onnxruntime as ort
 
-from ...device.dlpack import rows_view
+from ...device.cuda_memory import CudaMemory
 from ...device.dtypes import NUMPY_DTYPES
-from ...device.memory import host_value
 from .decoder_graph import DecoderGraph
 
 
@@ -33,13 +29,24 @@ class Cache:
     def clear(self, row: int, start: int, stop: int) -> None:
         """Zeros from one position of a row to another: a kernel multiplies by 0 what an earlier
         text left behind a row's end, which is no number for what was none."""
-        for memory in self._memory.values() if stop > start else ():
+        if stop <= start:
+            return
+        for memory in self._memory.values():
             memory.clear(row, start, stop)
+        memory.wait()
 
-    def copy(self, source: int, target: int, stop: int) -> None:
-        """The first positions of a row to another row, of which the rest stays or is copied too."""
-        for memory in self._memory.values() if source != target else ():
-            memory.copy(source, target, stop)
+    def copy(self, source: int, target: int, stop: int, other: "Cache | None" = None) -> None:
+        """The first positions of a row to another row, of which the rest stays.
+
+        Args:
+            other: the cache that has the source, on the same device; None: this one.
+        """
+        if (other is None and source == target) or stop == 0:
+            return
+        sources = (other or self)._memory
+        for name, memory in self._memory.items():
+            memory.copy(source, target, stop, sources[name])
+        memory.wait()
 
     def release(self) -> None:
         """Give the memory up."""
@@ -59,43 +66,43 @@ class _HostMemory:
     def clear(self, row: int, start: int, stop: int) -> None:
         self._array[row, :, start:stop] = 0
 
-    def copy(self, source: int, target: int, stop: int) -> None:
-        self._array[target, :, :stop] = self._array[source, :, :stop]
+    def copy(self, source: int, target: int, stop: int, other: "_Memory") -> None:
+        assert isinstance(other, _HostMemory), "of the same device"
+        self._array[target, :, :stop] = other._array[source, :, :stop]
+
+    def wait(self) -> None:
+        """What was begun is done already."""
 
 
 class _DeviceMemory:
     """The same on a device."""
 
     def __init__(self, graph: DecoderGraph, rows: int, length: int) -> None:
-        self._dtype, self._heads, self._length = graph.cache_dtype, graph.heads, length
-        self._width = graph.head_size
-        self._size = rows * graph.heads * length
-        self._value = graph.allocate([self._size, self._width], self._dtype)
-        row = np.zeros((graph.heads * length, self._width), NUMPY_DTYPES[self._dtype])
-        self._zeros: Any = graph.allocate(list(row.shape), self._dtype)
-        self._zeros.update_inplace(host_value(row, self._dtype))
-        for index in range(rows):
-            self.clear(index, 0, length)
+        self._heads = graph.heads
+        self._line = graph.head_size * NUMPY_DTYPES[graph.cache_dtype].itemsize
+        self._pitch = length * self._line
+        """Bytes from a head to the next one."""
+        self._value = graph.allocate(
+            [rows * graph.heads * length, graph.head_size], graph.cache_dtype
+        )
+        self._cuda = CudaMemory(graph.device[1])
+        self._cuda.zero(self.address(0), self._pitch, self._pitch, rows * graph.heads)
+        self.wait()
 
     def address(self, row: int) -> int:
-        lines = row * self._heads * self._length
-        itemsize = NUMPY_DTYPES[self._dtype].itemsize
-        return int(self._value.data_ptr() + lines * self._width * itemsize)
+        return int(self._value.data_ptr()) + row * self._heads * self._pitch
 
     def clear(self, row: int, start: int, stop: int) -> None:
-        first = row * self._heads * self._length
-        if start == 0:  # in one piece
-            self._view(self._value, first, self._heads * self._length).update_inplace(self._zeros)
-            return
-        zeros = self._view(self._zeros, 0, stop - start)
-        for head in range(self._heads):
-            at = first + head * self._length + start
-            self._view(self._value, at, stop - start).update_inplace(zeros)
+        place = self.address(row) + start * self._line
+        self._cuda.zero(place, self._pitch, (stop - start) * self._line, self._heads)
 
-    def copy(self, source: int, target: int, stop: int) -> None:
-        lines = self._heads * self._length  # all of it in one piece, whatever `stop` is
-        into = self._view(self._value, target * lines, lines)
-        into.update_inplace(self._view(self._value, source * lines, lines))
+    def copy(self, source: int, target: int, stop: int, other: "_Memory") -> None:
+        assert isinstance(other, _DeviceMemory), "of the same device"
+        places = (other.address(source), other._pitch), (self.address(target), self._pitch)
+        self._cuda.copy(*places, stop * self._line, self._heads)
 
-    def _view(self, value: ort.OrtValue, first: int, num: int) -> ort.OrtValue:
-        return rows_view(value, slice(first, first + num), self._width, self._dtype)
+    def wait(self) -> None:
+        self._cuda.wait()
+
+
+_Memory = _HostMemory | _DeviceMemory

@@ -23,8 +23,9 @@ from .cache import Cache
 from .decoder_graph import DecoderGraph, read_decoder_graph
 from .files import StepFiles
 from .host_logits import HostLogits
+from .prompts import PromptGraphs, read_prompts
 from .sizes import choose_sizes
-from .step import RowInputs, Step, read_prompts
+from .step import RowInputs, Step
 from .top_tokens import RowLogits, TopTokens
 
 _LOG = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ class Runner:
         self._logits = graph.allocate([self.rows, 1, graph.vocabulary], graph.logits_dtype)
         self._prompt_logits: ort.OrtValue | None = None
         self._steps: dict[int, Step] = {}
+        self.prompts = PromptGraphs(graph, self.length, self._guard)
         self._bound: dict[tuple[tuple[int, ...], int], Any] = {}
 
     def step_rows(self, num: int) -> int:
@@ -223,10 +225,16 @@ class Runner:
             wholes: of how many tokens the texts are that these are parts of.
         """
         width = max(map(len, prompts))
+        lengths = tuple(map(len, prompts))
+        captured = self.prompts.find(prompts, past)
+        if captured is not None:
+            chosen = np.array([captured.run(prompts[0], uses[0], wholes[0])])
+            self.cache.copy(0, row, width, captured.cache)
+            of = captured.tokens, self._wide, captured.logits, self.vocabulary
+            return PromptRead(chosen, lengths, *of)
         memory = self._prompt_memory(len(prompts) * width)
         address = int(memory.data_ptr())
         chosen = read_prompts(self._graph, self.cache, row, prompts, uses, past, wholes, address)
-        lengths = tuple(map(len, prompts))
         read = PromptRead(chosen, lengths, width, self._wide, memory, self.vocabulary)
         if self._graph.next:
             return read
@@ -238,6 +246,7 @@ class Runner:
         for step in self._steps.values():
             step.release()
         self._steps.clear()
+        self.prompts.release()
         self._bound.clear()
         self.cache.release()
         self._prompt_logits = None

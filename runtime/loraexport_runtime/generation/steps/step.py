@@ -1,9 +1,4 @@
-"""Runs of a decoder's graph over the rows of a cache: one more token for the first rows, captured
-or not, and the prompts of a row, or of some that lie side by side.
-
-onnxruntime's attention takes, with a past, one token of each row or several of one row, and without
-a past the prompts of several rows. So a run is one of these.
-"""
+"""One more token for the first rows of a cache, captured or not."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +9,8 @@ import onnxruntime as ort
 from ...contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
 from ...device.dlpack import rows_view
 from ...device.dtypes import ONNX_TYPES
-from ...device.memory import host_value
 from ...device.providers import graph_options
 from ...slots.lease import BASE_USE, RowUse
-from ..rope import READ_LENGTHS
 from .cache import Cache
 from .decoder_graph import ADAPTER_WEIGHTS, DecoderGraph
 
@@ -34,7 +27,7 @@ class RowInputs:
         ones = np.ones((rows, 1), dtype=np.int64)
         first = {
             "input_ids": 0 * ones,
-            "attention_mask": _mask(ones, length),
+            "attention_mask": mask(ones, length),
             "position_ids": 0 * ones,
             "adapter_ids": 0 * ones,
             ROWS: np.arange(rows)[:, None],
@@ -49,6 +42,7 @@ class RowInputs:
         self.values = {
             name: graph.upload(array) for name, array in first.items() if name in graph.inputs
         }
+        self._views: dict[tuple[str, int, int], ort.OrtValue] = {}
 
     def put(self, row: int, token: int, length: int, use: RowUse, goes_on: bool) -> None:
         """All of one row.
@@ -61,7 +55,7 @@ class RowInputs:
         self._rows[row] = (length, use, goes_on)
         values = {
             "input_ids": token,
-            "attention_mask": _mask(np.array([[length]]), self._length),
+            "attention_mask": mask(np.array([[length]]), self._length),
             "position_ids": length - 1,
             "adapter_ids": use.slot,
             LENGTHS: length,
@@ -69,12 +63,10 @@ class RowInputs:
         }
         for name in values.keys() & self.values.keys():
             array = np.array(values[name], dtype=np.int64).reshape(1, -1)
-            self._view(name, slice(row, row + 1), array.shape[1]).update_inplace(array)
+            self._view(name, row, row + 1).update_inplace(array)
         if self._blend_slots is not None:
             weights = blend_weights([use], self._blend_slots)
-            self._view(ADAPTER_WEIGHTS, slice(row, row + 1), weights.shape[1]).update_inplace(
-                weights
-            )
+            self._view(ADAPTER_WEIGHTS, row, row + 1).update_inplace(weights)
 
     def advance(self, tokens: np.ndarray) -> None:
         """Leave what the next step takes in the first rows, after a graph that does not.
@@ -88,15 +80,21 @@ class RowInputs:
 
     def put_tokens(self, tokens: np.ndarray) -> None:
         """What the next step reads in the first rows, int64 [m]."""
-        self._view("input_ids", slice(0, len(tokens)), 1).update_inplace(tokens[:, None])
+        self._view("input_ids", 0, len(tokens)).update_inplace(tokens[:, None])
 
     def tokens(self, num: int) -> np.ndarray:
         """int64 [num]: the likeliest after a step, of the first rows."""
         tokens: np.ndarray = self.values["input_ids"].numpy()
         return tokens[:num, 0].copy()
 
-    def _view(self, name: str, rows: slice, width: int) -> ort.OrtValue:
-        return rows_view(self.values[name], rows, width, _dtype(name))
+    def _view(self, name: str, start: int, stop: int) -> ort.OrtValue:
+        """Some rows of a value, kept: to make a view takes longer than to fill it."""
+        key = name, start, stop
+        if key not in self._views:
+            value = self.values[name]
+            width = value.shape()[1]
+            self._views[key] = rows_view(value, slice(start, stop), width, dtype_of(name))
+        return self._views[key]
 
 
 class Step:
@@ -118,7 +116,7 @@ class Step:
         for name, value in inputs.values.items():
             width = 0 if name == "adapter_ids" or name == ROWS else value.shape()[1]
             shape = [1 if name == PLACES else rows, *([width] if width else [])]
-            place = (*graph.device, ONNX_TYPES[_dtype(name)], shape, value.data_ptr())
+            place = (*graph.device, ONNX_TYPES[dtype_of(name)], shape, value.data_ptr())
             binding.bind_input(name, *place)
             if name in graph.next:
                 binding.bind_output(graph.next[name], *place)
@@ -134,63 +132,6 @@ class Step:
         """Let go of the graph that was captured."""
         if self._graph_id is not None:
             self._graph.session.release_captured_graph(self._graph_id)
-
-
-def read_prompts(
-    graph: DecoderGraph,
-    cache: Cache,
-    row: int,
-    prompts: Sequence[np.ndarray],
-    uses: Sequence[RowUse],
-    past: int,
-    wholes: Sequence[int],
-    logits: int,
-) -> np.ndarray:
-    """Read tokens into neighbouring rows; the likeliest token after each, int64 [m], if the graph
-    gives it, else 0.
-
-    Args:
-        row: the first of them.
-        prompts: int64 [n] of each row; padded on the right, where they differ.
-        past: how many tokens the row has already; 0 for more than one row.
-        wholes: the length of the text that each is a part of.
-        logits: the address for [m, n, vocabulary] on the device.
-    """
-    rows, longest = len(prompts), max(map(len, prompts))
-    assert rows == 1 or past == 0, "several rows are read from their beginning"
-    lengths = np.array([len(prompt) for prompt in prompts])
-    ids = np.zeros((rows, longest), dtype=np.int64)
-    for index, prompt in enumerate(prompts):
-        ids[index, : len(prompt)] = prompt
-    ends = past + lengths[:, None]
-    feeds = {
-        "input_ids": ids,
-        "attention_mask": _mask(ends, past + longest),
-        "position_ids": np.tile(past + np.arange(longest), (rows, 1)),
-        "adapter_ids": np.array([use.slot for use in uses], dtype=np.int64),
-        ROWS: np.arange(rows) * longest + lengths - 1,
-        LENGTHS: ends,
-        GOES_ON: np.ones_like(ends),
-        PLACES: np.arange(past + longest)[None],
-    }
-    binding = graph.session.io_binding()
-    for name in feeds.keys() & graph.inputs:
-        binding.bind_ortvalue_input(name, host_value(feeds[name], "int64"))
-    if graph.blend_slots is not None and any(use.weights for use in uses):
-        weights = blend_weights(uses, graph.blend_slots)
-        binding.bind_ortvalue_input(ADAPTER_WEIGHTS, host_value(weights, "float32"))
-    if graph.takes_lengths:
-        sizes = np.array(wholes, dtype=np.int64)
-        binding.bind_ortvalue_input(READ_LENGTHS, host_value(sizes, "int64"))
-    chosen = np.zeros((rows, 1), dtype=np.int64)
-    if graph.next:
-        place = ("cpu", 0, ONNX_TYPES["int64"], chosen.shape, chosen.ctypes.data)
-        binding.bind_output(graph.next["input_ids"], *place)
-    bind_rows(graph, binding, cache, row, rows, [rows, longest, graph.vocabulary], logits)
-    options = graph_options(-1) if graph.capture else None
-    graph.session.run_with_iobinding(binding, options)
-    binding.synchronize_outputs()
-    return chosen[:, 0]
 
 
 def bind_rows(
@@ -220,10 +161,10 @@ def blend_weights(uses: Sequence[RowUse], num_slots: int) -> np.ndarray:
     return weights
 
 
-def _dtype(name: str) -> str:
+def dtype_of(name: str) -> str:
     return "float32" if name == ADAPTER_WEIGHTS else "int64"
 
 
-def _mask(lengths: np.ndarray, places: int) -> np.ndarray:
+def mask(lengths: np.ndarray, places: int) -> np.ndarray:
     """int64 [rows, places]: 1 before a row's length, of [rows, 1]."""
     return (np.arange(places) < lengths).astype(np.int64)
