@@ -62,6 +62,7 @@ class AdapterHost:
         """`guard`: held while a slot is written, as often as that happens."""
         self.folder = folder
         self.manifest = manifest
+        self.device = device
         self._guard = guard
         self._files = ListedFiles(folder, manifest.files)
         self._dtype = NUMPY_DTYPES[manifest.dtype]

@@ -411,3 +411,19 @@ def test_no_call_hangs_in_the_child_of_a_fork(session: ModelSession) -> None:
         said = refused_in_a_child(calls, batcher.close, *locks)
         assert said == [*calls, "closed"]
         assert result(batcher.submit(text(5), "sql")).shape == (5, 32)
+
+
+def test_batches_of_few_widths(session: ModelSession) -> None:
+    """As on CUDA: filled up to a multiple of some tokens, as far as the model's positions go."""
+    with Batcher(session) as batcher:
+        joint: Any = batcher._joint
+        joint._step = 8
+        longest = session.model.facts.positions
+        assert longest is not None
+        assert [joint.padded([n, 2]) for n in (1, 8, 9, longest - 1)] == [16, 16, 32, 2 * longest]
+        rows = [(text(5), "sql"), (text(longest - 1), "chat"), (text(9), None)]
+        found = [batcher.submit(row, name).result(DEADLINE) for row, name in rows]
+    for (row, name), outputs in zip(rows, found, strict=True):
+        alone = session.run({key: value[None] for key, value in row.items()}, [name])
+        for key, value in outputs.items():
+            assert np.allclose(value, alone[key][0], rtol=1e-4, atol=1e-5)
