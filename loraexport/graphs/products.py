@@ -35,7 +35,8 @@ Layout = Literal["batched", "flat", "rows"]
 
 @dataclass(frozen=True)
 class Product:
-    """A node that computes y = x W: MatMul, Gemm, or MatMulNBits; or looks up y = W[x]: Gather."""
+    """A node that computes y = x W: MatMul, Gemm, or MatMulNBits; or looks up y = W[x]: Gather, or
+    GatherBlockQuantized."""
 
     node: ir.Node
     weight: ir.Value
@@ -86,7 +87,7 @@ def list_products(graph: ir.Graph) -> list[Product]:
 
 
 def _list_tables(graph: ir.Graph) -> Iterable[Product]:
-    """The look-ups of a table of floats, by their nodes' names."""
+    """The look-ups of a table, by their nodes' names."""
     for node in graph:
         if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
             weight, turned = _weight(node, 0)
@@ -94,6 +95,21 @@ def _list_tables(graph: ir.Graph) -> Iterable[Product]:
                 rows, width = (int(size) for size in weight.shape)  # type: ignore[arg-type]
                 sizes = (width, rows) if turned else (rows, width)
                 yield Product(node, weight, _names(node, weight)[-1:], *sizes)
+        elif node.op_type == "GatherBlockQuantized":
+            yield from _shared_table(node)
+
+
+def _shared_table(node: ir.Node) -> Iterable[Product]:
+    """The look-up in an output layer's int4, which a Reshape gives a row for each token."""
+    axis, y = node.attributes.get_int("gather_axis", 0), node.outputs[0]
+    maker = None if node.inputs[0] is None else node.inputs[0].producer()
+    if maker is None or maker.op_type != "Reshape" or axis != 0:
+        return
+    weight, table = maker.inputs[0], maker.outputs[0].shape
+    if weight is not None and weight.is_initializer() and table is not None and y.shape is not None:
+        sizes = table[0], y.shape[-1]
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            yield Product(node, weight, _names(node, weight)[-1:], sizes[0], sizes[1])
 
 
 def count_quantized(graph: ir.Graph) -> int:
@@ -159,9 +175,10 @@ def _find(products: Mapping[str, Product], layer: Layer) -> Graft:
         None,
     )
     if names is None:
+        what = "look-up" if layer.kind == "embedding" else "product"
+        such = f"{len(products)}, such as {', '.join(list(products)[:3])}" if products else "none"
         raise BaseModelError(
-            f"site {sites[0]!r}: the base's graph has no product of this name; it has"
-            f" {len(products)}, such as {', '.join(list(products)[:3])}"
+            f"site {sites[0]!r}: the base's graph has no {what} of this name; it has {such}"
         )
     layer_products = [products[_key(name)] for name in names]
     layout: Layout = "flat" if layer_products[0].node.op_type == "Gemm" else "batched"

@@ -33,6 +33,7 @@ TESTED = {
         "test_spec_builds_and_serves_a_mixed_batch"
     ),
     "loraexport bench specs/bench/cpu.yaml --out bench": "test_every_contestant_of_every_kind_ran",
+    "loraexport bench specs/bench/engine-cpu.yaml --out bench": "test_a_tiny_run",
     "loraexport bench --from docs/bench/bench.json --out bench": "test_tables_from_results",
     "loraexport bench --from docs/bench/bench.json --calibrate --out bench": (
         "test_tables_from_results"
@@ -79,6 +80,8 @@ TESTED = {
     "scripts/fuzz --target specs --count 5000": "test_the_script_counts_outcomes",
     "scripts/fuzz --threads 200000": "test_the_script_counts_rows",
     "scripts/fuzz --threads 2000000": "test_the_script_counts_rows",
+    "scripts/fuzz --loads 1000": "test_the_script_counts_cycles",
+    "scripts/fuzz --loads 10000": "test_the_script_counts_cycles",
     "python -m loraexport_runtime check artifacts/tenants --digest $DIGEST": (
         "test_check_before_traffic"
     ),
@@ -110,6 +113,7 @@ NEEDS = {
     "node examples/node/run.mjs artifacts/minilm": "npm",
     "loraexport bench specs/bench/h200.yaml --out bench": "a GPU",
     "loraexport bench specs/bench/variants.yaml --out bench": "a GPU",
+    "loraexport bench specs/bench/engine.yaml --out bench": "a GPU",
     "loraexport verify artifacts/NAME --torchscript --providers cuda --json": "a GPU",
     "python -m loraexport_runtime check artifacts/tenants --providers cuda": "a GPU",
     "python -m loraexport_runtime check artifacts/quickstart --providers cuda --digest $DIGEST": (

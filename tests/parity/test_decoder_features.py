@@ -115,11 +115,13 @@ def test_an_artifact_without_room_for_features_says_so(home: Home, tmp_path: Pat
                 generator.load_adapter(name, tmp_path / name)
 
 
-def test_features_over_int4(home: Home) -> None:
-    """Scaled by the lengths of the weights that the adapter was trained on."""
+@pytest.mark.parametrize("family", ["Qwen2", pytest.param("Gemma", marks=pytest.mark.slow)])
+def test_features_over_int4(family: str, home: Home) -> None:
+    """Scaled by the lengths of the weights that the adapter was trained on. Gemma's table is the
+    output layer's int4."""
     base = {"kind": "causal_lm", "path": "base", "weights": "int4"}
     names = ["lora_bias", "all_three", "embedding", "dora_ends"]
-    artifact = home.artifact(write_features, "Qwen2", names, base=base)
+    artifact = home.artifact(write_features, family, names, base=base)
     rows = _report(artifact)
     assert max(row["error"] for row in rows) < 1e-3
     gains = [row["gain"] for row in rows if row["gain"] is not None]

@@ -49,7 +49,14 @@ class RuntimeDecoder:
         length = prompts.length + prompts.new_tokens + 2
         capture = device.kind == "cuda"
         self._runner = PacedRunner(
-            folder, providers, capture, {}, prompts.rows, length, steps=StepFiles.of(folder)
+            folder,
+            providers,
+            capture,
+            {},
+            prompts.rows,
+            length,
+            steps=StepFiles.of(folder),
+            threads=device.threads,
         )
         quota = max(2, prompts.rows * prompts.length)
         self._engine = engine_over(folder, self._runner, adapters, quota)

@@ -65,7 +65,16 @@ def make_runner(graphs: DecoderGraphs, rows: int, length: int) -> TimedRunner:
     folder, device = graphs.folders["mixed"], graphs.lab.device
     providers = normalise_providers([device.kind])
     captures = device.kind == "cuda"
-    return TimedRunner(folder, providers, captures, {}, rows, length, steps=StepFiles.of(folder))
+    return TimedRunner(
+        folder,
+        providers,
+        captures,
+        {},
+        rows,
+        length,
+        steps=StepFiles.of(folder),
+        threads=device.threads,
+    )
 
 
 @contextmanager

@@ -62,7 +62,10 @@ def measure_traffic(
             STATIC: _Way(lambda asks: _in_batches(asks, workload.rows, engine)),
             GENAI: _Way(lambda asks: _with_genai(asks, workload.rows, graphs)),
         }
-        ways = {name: way for name, way in ways.items() if name not in workload.leave_out}
+        unwanted: set[str] = {*workload.leave_out}
+        if traffic.requests <= workload.rows:
+            unwanted.add(STATIC)  # one batch, as in the engine itself
+        ways = {name: way for name, way in ways.items() if name not in unwanted}
         left_out = _warm_up(ways, draw(lab.bench.rounds)[: 2 * workload.rows])
         for turn in range(lab.bench.rounds):
             outputs = _round(ways, draw(turn), turn, runner)

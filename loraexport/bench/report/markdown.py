@@ -16,15 +16,16 @@ _CUDA = (
 def to_markdown(results: Results) -> str:
     """The whole report."""
     bench = results.workloads
+    each = f", each of about {bench.round_ms} ms; in brackets the quartiles"
+    each = each if results.cells else ""
     lines = [
         f"# {bench.name}: {results.environment['device']}",
         "",
-        f"{bench.dtype}; medians of {bench.rounds} rounds, each of about {bench.round_ms} ms, that"
-        " alternate the contestants; in brackets the quartiles.",
+        f"{bench.dtype}; medians of {bench.rounds} rounds that alternate the contestants{each}.",
         "",
         ", ".join(f"{key} {value}" for key, value in results.environment.items()),
     ]
-    if bench.device == "cuda":
+    if bench.device == "cuda" and results.cells:
         lines += ["", _CUDA]
     if results.disagreements:
         lines += ["", *(f"- not timed: {disagreement}" for disagreement in results.disagreements)]

@@ -92,6 +92,7 @@ class Runner:
         guard: AbstractContextManager[Any] | None = None,
         reread_length: int | None = None,
         steps: StepFiles | None = None,
+        threads: int | None = None,
     ) -> None:
         """
         Args:
@@ -101,6 +102,7 @@ class Runner:
             guard: held while a graph is captured.
             reread_length: see rope.py.
             steps: the artifact's; None: it has none, and the host chooses the tokens.
+            threads: of the host; None: onnxruntime's own choice.
 
         Raises:
             InputError: rows or length are not of this model.
@@ -123,7 +125,7 @@ class Runner:
             )
         try:
             file = folder / decoder["filename"] if steps is None else steps.step
-            session = open_session(file, pairs, stacks, None)
+            session = open_session(file, pairs, stacks, threads)
         except ProviderError as error:
             if not capture:
                 raise
