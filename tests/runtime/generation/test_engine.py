@@ -359,6 +359,36 @@ def test_a_short_prompt_goes_before_a_long_ones_next_chunk(artifact: Path) -> No
         assert order[0] == "short"
 
 
+def test_who_comes_to_a_free_row_waits_for_two_steps(
+    engine: GenerationEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most, of the four of a round."""
+    runner = engine._worker._runner
+    step, read = runner.step, runner.read
+    events: list[str] = []
+    later: list[GenerationHandle] = []
+
+    def record_step(rows: int) -> None:
+        events.append("step")
+        if events.count("step") in (5, 16, 27):
+            events.append("comes")
+            later.append(send(engine, [5, 6, 7], max_tokens=40))
+        step(rows)
+
+    def record_read(*arguments: Any) -> Any:
+        events.append("read")
+        return read(*arguments)
+
+    monkeypatch.setattr(runner, "step", record_step)
+    monkeypatch.setattr(runner, "read", record_read)
+    send(engine, [5, 6], max_tokens=60).result(DEADLINE)
+    for handle in later:
+        handle.result(DEADLINE)
+    for at, event in enumerate(events):
+        if event == "comes":
+            assert events.index("read", at) - at <= 2, events
+
+
 def test_prompts_that_keep_coming_do_not_starve_a_long_one(artifact: Path) -> None:
     with open_engine(artifact, rows=2, quota=16) as engine:
         long = send(engine, make_prompts(100)[0], max_tokens=1)

@@ -29,6 +29,10 @@ class Admission:
         """Set where somebody was cancelled."""
         self._look = 0.0
 
+    @property
+    def num_waiting(self) -> int:
+        return self._queue.sizes()[0]
+
     def next_end(self) -> float | None:
         """When the time of the first that wait is over, by `time.monotonic`."""
         ends = self._queue.values(lambda answer: answer.job.end)

@@ -102,6 +102,13 @@ class Places:
                 self.park(row)
         return size
 
+    def warm_up(self, rows: int) -> None:
+        """Prepare the steps of up to so many rows, and the graphs for prompts."""
+        for num in sorted({self._runner.step_rows(1 + at) for at in range(rows)}):
+            self.prepare(num)
+        for size in self._runner.prompts.sizes:
+            self._runner.prompts.make(size)
+
     def _move(self, source: Row[Answer], target: Row[Answer], num: int) -> None:
         """Copy a text's first tokens to a row that nobody uses."""
         self._runner.cache.copy(source.index, target.index, num)

@@ -25,8 +25,8 @@ from .reading import PromptOrder
 from .rows import Row, Rows
 
 _LOG = logging.getLogger(__name__)
-STEPS = 4
-"""Steps of a round."""
+STEPS, FEWEST = 4, 2
+"""Steps of a round, and of one in which somebody comes for whom there is a row."""
 
 
 def _set(*events: threading.Event) -> None:
@@ -120,17 +120,17 @@ class Worker:
         while self._warm:
             rows, done = self._warm.pop(0)
             try:
-                for num in sorted({self._runner.step_rows(1 + at) for at in range(rows)}):
-                    self._places.prepare(num)
-                for size in self._runner.prompts.sizes:
-                    self._runner.prompts.make(size)
+                self._places.warm_up(rows)
             finally:
                 done.set()
         self._drop()
         self._admit()
         self._read()
-        for _ in range(STEPS):
+        for made in range(1, STEPS + 1):
             if self._is_stopping or not self._step():
+                break
+            has_room = made >= FEWEST and self._rows.lowest_free() is not None
+            if has_room and self._news.is_set() and self._admission.num_waiting:
                 break
 
     # Who goes, and who comes
