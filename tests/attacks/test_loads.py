@@ -1,9 +1,6 @@
 """A small part of `scripts/fuzz --loads`; and that it finds wrong tokens."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from support.home import Home
 
 from loraexport_runtime.slots.host import AdapterHost
 
-SCRIPT = Path(__file__).parents[2] / "scripts/fuzz"
 PATIENCE_S = 120.0
 
 
@@ -54,12 +50,3 @@ def test_tokens_of_another_adapter_are_found(
     assert result.wrong > 0
     assert "tokens of" in result.findings[0]
     assert result.cycles < 5000, "the first one ends it"
-
-
-@pytest.mark.slow
-def test_the_script_counts_cycles() -> None:
-    command = [sys.executable, SCRIPT, "--loads", "20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("loads: 20 cycles, ")
-    assert " 0 wrong in " in done.stdout

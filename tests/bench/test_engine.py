@@ -141,6 +141,8 @@ def test_a_tiny_run(tmp_path: Path) -> None:
     assert {"engine", "engine static", "GenAI static"} <= values.keys()
     ratio = values["engine"] / values["engine static"]
     assert values["engine / engine static, tokens/s"] == pytest.approx(ratio)
+    used = values["GenAI static, of a processor"] / values["engine, of a processor"]
+    assert values["GenAI static / engine, of a processor"] == pytest.approx(used)
     alone = values["all steps, alone"] + values["all prompts in full batches, alone"]
     share = values["steps and prompts alone / whole time"]
     assert share == pytest.approx(alone / values["the engine's whole time"])

@@ -216,6 +216,15 @@ def test_tables_from_results(
     assert (tmp_path / "bench/bench.md").is_file()
 
 
+@pytest.mark.slow
+def test_the_script_counts_cycles() -> None:
+    command = [sys.executable, ROOT / "scripts/fuzz", "--loads", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("loads: 20 cycles, ")
+    assert " 0 wrong in " in done.stdout
+
+
 HAS_NODE = (ROOT / "examples/node/node_modules/onnxruntime-node").is_dir()
 
 

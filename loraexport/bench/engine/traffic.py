@@ -34,6 +34,8 @@ class _Way:
 
     answer: Answer
     seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    """Seconds of a processor, which others on the machine do not change."""
     runs: list[Runs] = field(default_factory=list)
 
 
@@ -75,7 +77,7 @@ def measure_traffic(
     middle = int(np.argsort(seconds)[len(seconds) // 2])
     alone = _Alone(graphs, workload.rows, length, asks)
     figures = [
-        *_rates(ways, sum(ask.new_tokens for ask in asks)),
+        *_rates(ways, sum(ask.new_tokens for ask in asks), lab.device.kind == "cpu"),
         *_shares(alone, ways[ENGINE].runs[middle], seconds[middle]),
     ]
     return EngineCase(
@@ -110,9 +112,10 @@ def _round(
     names, first, outputs = list(ways), turn % len(ways), {}
     for name in names[first:] + names[:first]:
         way, runner.runs = ways[name], Runs()
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         tokens = way.answer(asks)
         way.seconds.append(time.perf_counter() - begin)
+        way.processor.append(time.process_time() - used)
         way.runs.append(runner.runs)
         outputs[name] = np.stack([new[:_COMPARED] for new in tokens])
     return outputs
@@ -201,7 +204,7 @@ class _Alone:
         self._runner.release()
 
 
-def _rates(ways: dict[str, _Way], tokens: int) -> Iterator[Figure]:
+def _rates(ways: dict[str, _Way], tokens: int, on_host: bool) -> Iterator[Figure]:
     middle = {name: median(way.seconds) for name, way in ways.items()}
     for name, seconds in middle.items():
         yield Figure(name=name, unit="tokens/s", value=tokens / seconds)
@@ -209,6 +212,14 @@ def _rates(ways: dict[str, _Way], tokens: int) -> Iterator[Figure]:
         if name in middle:
             ratio = middle[name] / middle[ENGINE]
             yield Figure(name=f"{ENGINE} / {name}, tokens/s", unit="ratio", value=ratio)
+    if not on_host:
+        return
+    used = {name: median(way.processor) for name, way in ways.items()}
+    for name, seconds in used.items():
+        yield Figure(name=f"{name}, of a processor", unit="s", value=seconds)
+        if name != ENGINE:
+            ratio = seconds / used[ENGINE]
+            yield Figure(name=f"{name} / {ENGINE}, of a processor", unit="ratio", value=ratio)
 
 
 def _shares(alone: _Alone, runs: Runs, seconds: float) -> Iterator[Figure]:
