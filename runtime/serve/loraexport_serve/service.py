@@ -16,6 +16,7 @@ from .hosts.updates import Updates
 from .hosts.watch import Watch
 from .metrics.meter import Meter
 from .metrics.state import State
+from .metrics.traces import Traces
 
 T = TypeVar("T")
 _SMALL = 4_000
@@ -35,8 +36,8 @@ class Phase(Enum):
 class Service:
     """One server. The loop's thread alone uses it."""
 
-    def __init__(self, settings: Settings, keys: Keys) -> None:
-        self.settings, self.keys = settings, keys
+    def __init__(self, settings: Settings, keys: Keys, traces: Traces | None = None) -> None:
+        self.settings, self.keys, self.traces = settings, keys, traces
         self.catalog = Catalog()
         self.phase = Phase.STARTING
         self.meter = Meter(settings.metrics_adapters)
@@ -121,3 +122,5 @@ class Service:
         for host in self.catalog:
             await asyncio.to_thread(host.close)
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)

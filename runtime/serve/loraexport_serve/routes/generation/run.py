@@ -125,16 +125,26 @@ class Run:
             if None not in self._reasons:
                 break
             self._pending = await self._pull()
-        self._pace.end([reason or "stop" for reason in self._reasons])
+        self._end("stop")
 
     def cancel(self) -> None:
         """Give up what is not done yet."""
         self._is_cancelled = True
         if self._submitted and not self._has_failed:
-            self._pace.end([reason or "abort" for reason in self._reasons])
+            self._end("abort")
         for handle in self._handles:
             if not handle.is_done:
                 handle.cancel()
+
+    def _end(self, other: str) -> None:
+        """All is over. Args: other: why those answers have ended that did not by themselves."""
+        reasons = [reason or other for reason in self._reasons]
+        self._pace.end(reasons)
+        outcome = self._call.outcome
+        if not outcome.reasons:
+            outcome.waited, outcome.reasons = self._pace.waited, tuple(reasons)
+            outcome.prompt_tokens = self.prompt_tokens
+            outcome.generated_tokens = self.completion_tokens
 
     def _submit(self) -> None:
         """In any thread, which goes on when the request is cancelled."""
