@@ -96,7 +96,7 @@ class Run:
         await host.prepare(call.target.names)
         try:
             if any(request.grammar is not None for request in self._requests):
-                await call.service.beside(self._submit)  # a grammar is compiled
+                await call.service.compile(self._submit)
             else:
                 self._submit()
         except InputError as error:
@@ -189,9 +189,11 @@ class Run:
                     raise self._late
                 for row in range(len(self._handles)):
                     fresh += self._look(row)
-            except BaseException:
+            except BaseException as error:
                 self._has_failed = True
                 self.cancel()
+                if isinstance(error, InputError):
+                    raise of_field(error, self._call.body) from error
                 raise
             if fresh:
                 return fresh
