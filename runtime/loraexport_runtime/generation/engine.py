@@ -106,8 +106,11 @@ class RequestEngine:
         """The same for several, which come at the same time: all of them wait, or none."""
         with self._gate.entry(), self._gate:
             jobs = [self._make_job(request) for request in requests]
-            given = {job.request.grammar for job in jobs}
-            grammars = {one: self._open_grammar(one) for one in given if one and self._open_grammar}
+            grammars: dict[Grammar | None, Allowed] = {}
+            for job in jobs:
+                grammar = job.request.grammar
+                if grammar is not None and self._open_grammar and grammar not in grammars:
+                    grammars[grammar] = self._open_grammar(grammar)
             try:
                 for job in jobs:
                     self._put(job, grammars.get(job.request.grammar))
