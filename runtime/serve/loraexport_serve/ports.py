@@ -28,6 +28,32 @@ _LEAST_READ = 16 * 1024
 """Bytes that a client reads at least in each `write_timeout`, while more are there for it."""
 
 
+class _Joined:
+    """A transport that sends at once what is written in one turn of the loop: uvloop's makes a call
+    of the system for each write, and a response is two of them."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._flush)
+        self._parts.append(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        parts, self._parts = self._parts, []
+        if parts and not self._transport.is_closing():
+            self._transport.write(b"".join(parts))
+
+
 class _Connection(HttpToolsProtocol):
     """One that is cut where its client does not read what was sent: its request ends as one whose
     client has gone, so that it holds neither a row nor an artifact that was exchanged."""
@@ -38,6 +64,9 @@ class _Connection(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._timeout, self._on_stalled = timeout, on_stalled
         self._looking: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(_Joined(transport, self.loop))  # type: ignore[arg-type]
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -93,9 +93,9 @@ class EncoderHost(Host):
                 these is run then.
         """
         await self.prepare(row_names([adapter]))
-        # Ahead of queueing half of a request: what is taken back counts for a while.
-        tokens = sum(len(row.tokens.ids) for row in rows)
-        self.batcher.require_room(adapter, tenant, len(rows), tokens)
+        if len(rows) > 1:  # half of a request is not queued: what is taken back counts for a while
+            tokens = sum(len(row.tokens.ids) for row in rows)
+            self.batcher.require_room(adapter, tenant, len(rows), tokens)
         futures: list[BatchFuture] = []
         self.num_rows += len(rows)
         start = time.monotonic()

@@ -6,7 +6,7 @@ queued with it.
 
 import asyncio
 import logging
-import os
+import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -36,6 +36,8 @@ Html = NewType("Html", str)
 """What a route gives that answers with a page."""
 _LOG = logging.getLogger("loraexport_serve.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RANDOM = random.Random()
+"""Of ids, which are no secrets; the system's own would cost a call for each request."""
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -127,7 +129,7 @@ class Endpoint(Generic[B]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         given = request.headers.get("x-request-id", "")
-        own = given if _ID.fullmatch(given) else os.urandom(16).hex()
+        own = given if _ID.fullmatch(given) else f"{_RANDOM.getrandbits(128):032x}"
         call = Call[B](self._service, request, own)
         status = 499
         meter = self._service.meter
