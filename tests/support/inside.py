@@ -88,13 +88,17 @@ class Held:
 
 @contextmanager
 def held(owner: Any, name: str, skip: int = 0) -> Iterator[Held]:
-    """While it lasts, a method's call waits."""
+    """While it lasts, a call of an object's method, or of a function that it has, waits."""
+    own = vars(owner).get(name)
     holding = Held(owner, name, skip)
     try:
         yield holding
     finally:
         holding.release()
-        delattr(owner, name)  # what stands in the way of the class's own
+        if own is None:
+            delattr(owner, name)  # what stands in the way of its class's
+        else:
+            setattr(owner, name, own)
 
 
 @contextmanager

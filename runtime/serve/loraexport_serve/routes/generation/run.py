@@ -205,8 +205,10 @@ class Run:
         if None not in self._reasons[first : first + num]:
             return []
         reasons = handle.reasons  # ahead of the tokens, of which it then has all
-        tokens, _ = handle.fresh(self._at[row])
+        tokens, is_done = handle.fresh(self._at[row])
         self._at[row] += len(tokens)
+        if is_done and None in reasons:
+            self._changed.set()  # what ended it is told by the next look, and nobody calls for that
         if handle.began is not None:
             self._pace.begin(handle.began - self._submitted, self.prompt_tokens)
         found = []
