@@ -79,8 +79,8 @@ def test_answers_that_nobody_waits_for(server: Inside, stage: str, stream: bool)
         wait_until(lambda: gone(server, COMPLETIONS) == before[0] + num)
         assert host.in_flight == {}
     wait_until(lambda: engine.stats().running == engine.stats().queued == 0)
+    wait_until(lambda: counts() == [value + num for value in before])
     assert leases(server, "llama", "first") == 0
-    assert counts() == [value + num for value in before]
     after = engine.stats()
     assert after.prompt_tokens - stats.prompt_tokens == LENGTH  # of one of them alone
     assert after.generated_tokens - stats.generated_tokens <= 1 + STEPS

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import httpx
+import uvloop
 
 from loraexport_serve.app import make_app
 from loraexport_serve.auth import Keys
@@ -28,7 +29,7 @@ class Inside:
 
     def __init__(self, service: Service, address: tuple[str, int]) -> None:
         self.service, self.address = service, address
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()
         self.client = httpx.Client(
             base_url=f"http://{address[0]}:{address[1]}", timeout=DEADLINE, trust_env=False
         )
