@@ -1,5 +1,6 @@
 """A span of each request: its names, its parent, what it counts, and that it quotes nothing."""
 
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from support.waiting import wait_until
 
 from loraexport_serve.config.schema import Settings
 from loraexport_serve.errors import SettingsError
+from loraexport_serve.metrics import traces as module
 from loraexport_serve.metrics.traces import Traces, open_traces
 
 pytest.importorskip("opentelemetry.sdk")
@@ -142,8 +144,7 @@ class Collector(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("by", ["flag", "variable"])
-def test_a_collector_gets_them_by_the_end(encoder: Path, by: str) -> None:
+def test_a_collector_gets_them_by_the_end(encoder: Path) -> None:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     handler = type("Handler", (Collector,), {"got": []})
@@ -151,13 +152,9 @@ def test_a_collector_gets_them_by_the_end(encoder: Path, by: str) -> None:
         thread = threading.Thread(target=collector.serve_forever)
         thread.start()
         try:
-            url = f"http://127.0.0.1:{collector.server_port}"
-            flags, variables = [], {"OTEL_SERVICE_NAME": "ours"}
-            if by == "flag":
-                flags = ["--otlp-traces-endpoint", f"{url}/v1/traces"]
-            else:
-                variables["OTEL_EXPORTER_OTLP_ENDPOINT"] = url
-            with serving(f"tiny={encoder}", *flags, **variables) as server:
+            url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+            flags = [f"tiny={encoder}", "--otlp-traces-endpoint", url]
+            with serving(*flags, OTEL_SERVICE_NAME="ours") as server:
                 assert server.post("/v1/embeddings", model="sql", input="a").is_success
         finally:
             collector.shutdown()
@@ -170,18 +167,27 @@ def test_a_collector_gets_them_by_the_end(encoder: Path, by: str) -> None:
     assert [span.name for span in resource.scope_spans[0].spans] == ["embeddings sql"]
 
 
-def test_a_collector_that_is_not_there_holds_nobody_up(encoder: Path) -> None:
-    """Not a request, and the end no longer than the exporter's own timeout."""
-    flags = ["--otlp-traces-endpoint", "http://127.0.0.1:9/v1/traces"]
-    with serving(f"tiny={encoder}", *flags, OTEL_EXPORTER_OTLP_TIMEOUT="1") as server:
-        assert server.post("/v1/embeddings", model="sql", input="a").is_success
+def test_a_collector_that_takes_nothing_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_TO_SEND", 0.01)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", ENDPOINT)
+    traces = open_traces(Settings(models={"a": "a"}), os.environ)
+    assert traces is not None
+    free = threading.Event()
+    monkeypatch.setattr(traces._provider, "shutdown", free.wait)
+    traces.close()
+    assert not free.is_set()
+    free.set()
+    monkeypatch.undo()
+    traces.close()
 
 
 @pytest.mark.parametrize(
     "variables",
     [
         {},
-        {"OTEL_SERVICE_NAME": "a"},
+        {"OTEL_SERVICE_NAME": "a", "OTEL_TRACES_EXPORTER": ""},
         {"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT, "OTEL_SDK_DISABLED": "True"},
         {"OTEL_EXPORTER_OTLP_ENDPOINT": ENDPOINT, "OTEL_TRACES_EXPORTER": "none"},
     ],

@@ -4,6 +4,7 @@ Names: https://opentelemetry.io/docs/specs/semconv/gen-ai/ and /http/. No text o
 """
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _OPERATIONS = {
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PROTOCOL = "http/protobuf"
+_TO_SEND = 5.0
+"""Seconds, at the end, for spans that were not sent yet."""
 
 
 @dataclass
@@ -112,8 +115,10 @@ class Traces:
         span.end(end)
 
     def close(self) -> None:
-        """Send what is left; it waits for the collector, up to the exporter's timeout."""
-        self._provider.shutdown()
+        """Send what is left, as far as the collector takes it in a while."""
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(_TO_SEND)
 
 
 def open_traces(settings: Settings, variables: Mapping[str, str]) -> Traces | None:
@@ -126,13 +131,13 @@ def open_traces(settings: Settings, variables: Mapping[str, str]) -> Traces | No
         SettingsError: what is asked for cannot be done.
     """
     endpoint = settings.otlp_traces_endpoint
-    exporter = variables.get("OTEL_TRACES_EXPORTER")
+    exporter = variables.get("OTEL_TRACES_EXPORTER") or None
     if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":
         return None
     if endpoint is None and exporter is None and not any(map(variables.get, _ENDPOINTS)):
         return None
     problems = []
-    if exporter not in (None, "", "otlp"):
+    if exporter not in (None, "otlp"):
         problems.append(_problem("OTEL_TRACES_EXPORTER", exporter, "otlp or none"))
     protocol = next(filter(None, map(variables.get, _PROTOCOLS)), _PROTOCOL)
     if protocol != _PROTOCOL:
