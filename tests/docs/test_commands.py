@@ -54,6 +54,9 @@ TESTED = {
         "test_chat_py"
     ),
     "loraexport-serve --config examples/serve/settings.yaml": "test_the_settings_are_ones",
+    "loraexport-serve artifacts/minilm --otlp-traces-endpoint http://localhost:4318/v1/traces": (
+        "test_a_collector_gets_them_by_the_end"
+    ),
     "loraexport-serve a=artifacts/minilm b=artifacts/smollm2 --keys-file keys.yaml": (
         "test_a_key_sees_every_base_and_its_own_adapters"
     ),
@@ -92,6 +95,7 @@ NEEDS = {
     "pip install --no-deps ./runtime ./runtime/serve": "a package index",
     "pip install -r runtime/serve/requirements-cpu.txt": "a package index",
     "pip install './runtime/serve[ray]'": "a package index",
+    "pip install './runtime/serve[traces]'": "a package index",
     "kubectl create secret generic loraexport-keys --from-file=keys.yaml --from-file=token": (
         "a cluster"
     ),

@@ -76,7 +76,7 @@ def test_a_line_of_the_log_for_each_request(many: Server) -> None:
     body = {"model": "tiny:chat", "input": "a very private text"}
     answer = many.client.post("/v1/embeddings", json=body, headers=headers)
     assert answer.headers["x-request-id"] == "my-id.1"
-    wait_until(lambda: "my-id.1" in many.log)  # a thread reads it
+    wait_until(lambda: "my-id.1" in many.log)  # it is written once the answer is sent
     (line,) = (json.loads(line) for line in list(many.lines) if "my-id.1" in line)
     assert line["caller"] == "everybody"
     assert line["model"] == "tiny:chat"

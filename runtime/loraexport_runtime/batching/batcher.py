@@ -19,7 +19,7 @@ from ..slots.admission import AdmissionQueue
 from ..slots.batch import RowAdapters, read_rows, row_names, tenant_of
 from ..slots.fair_queue import deadline_of
 from ..slots.gate import Gate
-from .gathering import Request, fail, gather
+from .gathering import BatchFuture, Request, fail, gather
 from .joint import Joint, JointRows, JointSegments
 from .stats import BatchCounts, BatcherStats
 
@@ -105,7 +105,7 @@ class Batcher:
         *,
         tenant: str | None = None,
         timeout: float | None = None,
-    ) -> Future[Any]:
+    ) -> BatchFuture:
         """Let one request wait for its batch.
 
         Args:
@@ -118,7 +118,7 @@ class Batcher:
         Returns:
             A future of the model's outputs by name, without the batch's dimension and the padding,
             or of the layer's y [n, out]; or of the error: RequestTimeoutError, and whatever `run`
-            raises. `cancel()` takes it out of the queue.
+            raises. `cancel()` takes it out of the queue; `began` is when its batch began.
 
         Raises:
             InputError: the inputs, the adapter or the timeout are not what they may be.
@@ -138,7 +138,7 @@ class Batcher:
             deadline = deadline_of(timeout)
             for name in names:
                 self._slots.read(name)
-            request = Request(part, names, Future(), deadline)
+            request = Request(part, names, BatchFuture(), deadline)
             tenant = tenant_of(names, tenant)
             self._queue.put([request], part.length, tenant, (names, part.length))
             request.future.add_done_callback(self._on_done)
@@ -268,6 +268,8 @@ class Batcher:
         parts = [request.part for request in batch]
         lengths = [part.length for part in parts]
         start = time.monotonic()
+        for request in batch:
+            request.future.began = request.future.began or start
         try:
             results = self._joint.run(parts)
         except BaseException as error:

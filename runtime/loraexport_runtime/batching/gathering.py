@@ -11,13 +11,20 @@ from .joint import Joint, Part
 from .stats import BatchCounts
 
 
+class BatchFuture(Future[Any]):
+    """What a request will give."""
+
+    began: float | None = None
+    """When its batch began, by `time.monotonic`; None: it waits."""
+
+
 @dataclass(eq=False)
 class Request:
     """One that waits."""
 
     part: Part
     names: frozenset[str]
-    future: Future[Any]
+    future: BatchFuture
     deadline: Deadline | None
 
 

@@ -106,9 +106,14 @@ class RequestEngine:
         """The same for several, which come at the same time: all of them wait, or none."""
         with self._gate.entry(), self._gate:
             jobs = [self._make_job(request) for request in requests]
+            grammars: dict[Grammar | None, Allowed] = {}
+            for job in jobs:
+                grammar = job.request.grammar
+                if grammar is not None and self._open_grammar and grammar not in grammars:
+                    grammars[grammar] = self._open_grammar(grammar)
             try:
                 for job in jobs:
-                    self._put(job)
+                    self._put(job, grammars.get(job.request.grammar))
             except BaseException:
                 for job in jobs:
                     job.handle.cancel()
@@ -190,21 +195,21 @@ class RequestEngine:
         end = None if request.timeout is None else time.monotonic() + request.timeout
         return Job(request, prompt, handle, end, request.n)
 
-    def _put(self, job: Job) -> None:
+    def _put(self, job: Job, allowed: Allowed | None) -> None:
         request = job.request
         names = tuple(sorted({*row_names([request.adapter])}))
         tenant = tenant_of(names, request.tenant)
-        answers = [self._answer(job, index) for index in range(request.n)]
+        answers = [
+            self._answer(job, index, None if allowed is None else allowed.copy())
+            for index in range(request.n)
+        ]
         cost = len(job.prompt) + request.max_tokens
         self._queue.put(answers, cost, tenant, resource=names)
 
-    def _answer(self, job: Job, index: int) -> Answer:
+    def _answer(self, job: Job, index: int, allowed: Allowed | None) -> Answer:
         request = job.request
         own = frozenset[int]() if request.ignore_eos else self.ends
         ends = own.union(request.stop_token_ids)
-        allowed = None
-        if request.grammar is not None and self._open_grammar is not None:
-            allowed = self._open_grammar(request.grammar)
         sampler = Sampler(request, job.prompt, index, ends, request.min_tokens, allowed)
         text = None
         if self._open_text and request.stop:

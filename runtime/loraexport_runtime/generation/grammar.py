@@ -11,7 +11,9 @@ from ..contract.json_values import strict_json
 from ..contract.listed import ListedFiles
 from ..errors import ArtifactError, InputError, ProviderError, quoted
 
-MOST_CHARACTERS = 200_000
+MOST_CHARACTERS = 65_536
+"""Of a grammar: llguidance takes up to a second for one of so many, and four times as long for
+twice as many."""
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -52,9 +54,11 @@ class GrammarReader:
     def open(self, grammar: Grammar) -> "Match":
         """The beginning of a text that is to match a grammar.
 
+        It is compiled here, in the caller's thread, and what may come first is computed.
+
         Raises:
             ArtifactError: the tokenizer is gone, or damaged.
-            InputError: the grammar is none.
+            InputError: the grammar is none, or too complex.
             ProviderError: llguidance is not installed.
         """
         try:
@@ -78,7 +82,7 @@ class GrammarReader:
         opened = matcher(self._tokenizer, compiled, log_level=0)
         if opened.is_error():
             raise InputError(f"grammar: this is no {grammar.kind}: {opened.get_error()}")
-        return Match(opened, self._vocabulary)
+        return Match(opened, self._vocabulary, _read_bits(opened))
 
     def _read_tokenizer(self, llguidance: Any) -> Any:
         with self._files.open(self._path) as file:
@@ -106,16 +110,37 @@ def _read_schema(text: str) -> dict[str, Any]:
 class Match:
     """An answer's text so far, and what may follow; see sampling.Allowed."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
+    def __init__(self, matcher: Any, vocabulary: int, bits: bytes | None = None) -> None:
+        """`bits`: of `mask`, if they are known; llguidance bounds what computing them takes."""
         self._matcher = matcher
         self._vocabulary = vocabulary
+        self._bits = bits
+
+    def copy(self) -> "Match":
+        """Another text that begins as this one."""
+        return Match(self._matcher.deep_copy(), self._vocabulary, self._bits)
 
     def mask(self) -> np.ndarray:
-        """bool [vocabulary]: the tokens that may come next; those that end a text among them."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, bitorder="little").astype(bool)
-        return allowed[: self._vocabulary]
+        """bool [vocabulary]: the tokens that may come next; those that end a text among them.
+
+        Raises InputError: the grammar is too complex for that.
+        """
+        if self._bits is None:
+            self._bits = _read_bits(self._matcher)
+        allowed = np.unpackbits(np.frombuffer(self._bits, np.uint8), bitorder="little")
+        return allowed.astype(bool)[: self._vocabulary]
 
     def accept(self, token: int) -> bool:
         """Go on from a token; whether the text is whole, and nothing may follow."""
-        return not self._matcher.consume_token(token) or bool(self._matcher.is_stopped())
+        self._bits = None
+        self._matcher.consume_token(token)
+        return not self._matcher.is_error() and bool(self._matcher.is_stopped())
+
+
+def _read_bits(matcher: Any) -> bytes:
+    """A bit for each token that may come next. Raises InputError."""
+    bits: bytes = matcher.compute_bitmask()
+    if matcher.is_error():  # then a text might end here that does not match
+        why = matcher.get_error().partition("\n")[0]
+        raise InputError(f"grammar: it is too complex at this place of the answer: {why}")
+    return bits

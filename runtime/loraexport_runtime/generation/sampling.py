@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import StepError
+from ..errors import InputError
 from .bans import Bans
 
 
@@ -67,6 +67,9 @@ class Allowed(Protocol):
 
     def accept(self, token: int) -> bool:
         """Go on from a token; whether the text may end only now."""
+
+    def copy(self) -> "Allowed":
+        """The same for another answer."""
 
 
 class Sampler:
@@ -164,13 +167,13 @@ class Sampler:
     def choose(self, logits: np.ndarray) -> int:
         """The next token, of logits float32 [vocabulary] of which nothing is changed yet.
 
-        Raises StepError: all that may come is forbidden.
+        Raises InputError: all that may come is forbidden.
         """
         if self.changes_logits:
             logits = self.change(logits)
         values, tokens = likeliest(logits, self.num_candidates(len(logits)))
         if values[0] == -np.inf:
-            raise StepError(
+            raise InputError(
                 "no token is left that may come next: suppress_tokens, bad_words_ids,"
                 " no_repeat_ngram_size, min_tokens and grammar forbid all of them together; loosen"
                 " one"

@@ -9,6 +9,7 @@ from typing import Any, Self
 from .app import make_app
 from .auth import read_keys
 from .config.schema import Settings, models_of
+from .metrics.traces import open_traces
 from .service import Phase, Service
 
 _TO_LEAVE = 1.0
@@ -34,7 +35,9 @@ class Embedded:
 
     def __init__(self, settings: Settings, variables: Mapping[str, str]) -> None:
         """Args: variables: the process's environment, for its keys."""
-        self._service = Service(settings, read_keys(settings, variables))
+        self._service = Service(
+            settings, read_keys(settings, variables), open_traces(settings, variables)
+        )
         self._app = make_app(self._service)
 
     async def start(self) -> Self:

@@ -27,7 +27,10 @@ async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
     waiting = asyncio.ensure_future(_wait_gone(request))
     waiting.add_done_callback(end)
     try:
-        return await answer
+        given = await answer
+        if waiting.done():  # what was sent since then went nowhere
+            raise ClientGoneError
+        return given
     except asyncio.CancelledError:
         if not is_gone:
             raise

@@ -15,6 +15,7 @@ from .app import make_admin_app, make_app
 from .auth import read_keys
 from .config.schema import Settings, models_of
 from .errors import ApiError
+from .metrics.traces import open_traces
 from .ports import Port, listen, listen_at_path
 from .service import Phase, Service
 
@@ -34,7 +35,7 @@ async def serve(settings: Settings, variables: Mapping[str, str]) -> None:
         LoraexportError: a file of keys is damaged, or an artifact cannot be served.
         OSError: a port is taken.
     """
-    service = Service(settings, read_keys(settings, variables))
+    service = Service(settings, read_keys(settings, variables), open_traces(settings, variables))
     if service.keys.is_open and settings.host not in ("127.0.0.1", "localhost", "::1"):
         _LOG.warning("anybody who reaches %s may ask: there are no keys", settings.host)
     with ExitStack() as stack:
@@ -46,18 +47,18 @@ async def serve(settings: Settings, variables: Mapping[str, str]) -> None:
 
 
 def _open_ports(service: Service, stack: ExitStack) -> list[Port]:
-    settings = service.settings
+    settings, stalled = service.settings, service.meter.stalled.inc
     clients = stack.enter_context(listen(settings, settings.port, "clients"))
-    ports = [Port(settings, make_app(service), clients)]
+    ports = [Port(settings, make_app(service), clients, stalled)]
     if settings.socket is not None:
         beside = stack.enter_context(listen_at_path(Path(settings.socket), "clients"))
-        ports.append(Port(settings, make_app(service), beside))
+        ports.append(Port(settings, make_app(service), beside, stalled))
     if settings.admin_socket is not None:
         operators = stack.enter_context(listen_at_path(Path(settings.admin_socket), "operators"))
-        ports.append(Port(settings, make_admin_app(service), operators))
+        ports.append(Port(settings, make_admin_app(service), operators, stalled))
     elif settings.admin_port is not None:
         operators = stack.enter_context(listen(settings, settings.admin_port, "operators"))
-        ports.append(Port(settings, make_admin_app(service), operators))
+        ports.append(Port(settings, make_admin_app(service), operators, stalled))
     return ports
 
 

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from typing import TypeVar
 
+from loraexport_runtime import RequestTimeoutError
+
 from .auth import Caller, Keys
 from .config.schema import ModelSettings, Settings
 from .errors import ApiError
@@ -16,11 +18,14 @@ from .hosts.updates import Updates
 from .hosts.watch import Watch
 from .metrics.meter import Meter
 from .metrics.state import State
+from .metrics.traces import Traces
 
 T = TypeVar("T")
 _SMALL = 4_000
 """Characters that are tokenized sooner than handed to another thread."""
 _THREADS = 4
+_COMPILERS = 2
+"""Threads that compile grammars, beside those for texts, which a grammar would hold up."""
 
 
 class Phase(Enum):
@@ -35,8 +40,8 @@ class Phase(Enum):
 class Service:
     """One server. The loop's thread alone uses it."""
 
-    def __init__(self, settings: Settings, keys: Keys) -> None:
-        self.settings, self.keys = settings, keys
+    def __init__(self, settings: Settings, keys: Keys, traces: Traces | None = None) -> None:
+        self.settings, self.keys, self.traces = settings, keys, traces
         self.catalog = Catalog()
         self.phase = Phase.STARTING
         self.meter = Meter(settings.metrics_adapters)
@@ -48,6 +53,7 @@ class Service:
         """Held by who exchanges an artifact, so that no two are opened beside those that serve."""
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._pool = ThreadPoolExecutor(_THREADS, "loraexport-texts")
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "loraexport-grammars")
 
     @property
     def is_ready(self) -> bool:
@@ -114,10 +120,28 @@ class Service:
         """What `work` gives, in one of the threads for texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    async def compile(self, work: Callable[[], T]) -> T:
+        """What `work` gives, in one of the threads for grammars.
+
+        Raises RequestTimeoutError: not within `queue_timeout`; then it goes on by itself.
+        """
+        seconds = self.settings.queue_timeout
+        compiling = asyncio.get_running_loop().run_in_executor(self._compilers, work)
+        try:
+            return await asyncio.wait_for(compiling, seconds or None)
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"the grammar was not compiled within {seconds:g} seconds; make it smaller, or try"
+                " again later"
+            ) from error
+
     async def close(self) -> None:
         """Give everything up; it waits for what runs."""
         for looking in self._looking.values():
             looking.cancel()
         for host in self.catalog:
             await asyncio.to_thread(host.close)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if self.traces is not None:
+            await asyncio.to_thread(self.traces.close)

@@ -61,7 +61,7 @@ def test_the_logits_are_those_of_transformers(sampling: Sampling, length: int) -
 
 def test_nothing_is_left() -> None:
     sampler = Sampler(Sampling(suppress_tokens=[0, 1], no_repeat_ngram_size=1), [2])
-    with pytest.raises(lr.StepError, match="no token is left that may come next: suppress_tokens"):
+    with pytest.raises(lr.InputError, match="no token is left that may come next: suppress_tokens"):
         sampler.choose(np.zeros(3, np.float32))
     assert Sampler(Sampling(no_repeat_ngram_size=1), [2]).choose(np.zeros(3, np.float32)) == 0
 

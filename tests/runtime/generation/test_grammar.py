@@ -3,7 +3,9 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,8 @@ def test_each_answer_matches_by_itself(generator: lr.TextGenerator) -> None:
     ("grammar", "text"),
     [
         ("[a", "grammar is '\\[a'; expected a Grammar, or None"),
-        (Grammar("regex", ""), "grammar.text is ''; expected a text of at most 200,000 characters"),
-        (Grammar("regex", "a" * 200_001), "expected a text of at most 200,000 characters"),
+        (Grammar("regex", ""), "grammar.text is ''; expected a text of at most 65,536 characters"),
+        (Grammar("regex", "a" * 65_537), "expected a text of at most 65,536 characters"),
         (Grammar("lark", "x"), "grammar.kind is 'lark'; expected 'json_schema', 'regex' or 'ebnf"),
         (Grammar("regex", "[a"), "(?s)grammar: this is no regex: .*unclosed character class"),
         (Grammar("json_schema", '{"type": 3}'), "grammar: this is no json_schema: type must be"),
@@ -119,6 +121,79 @@ def test_a_grammar_that_fails_fails_its_request_only(
     with pytest.raises(lr.StepError, match="mask size"):
         sent[0].result(DEADLINE)
     assert sent[1].result(DEADLINE).answers
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """Is called, while it has something, by each thread that compiles a grammar."""
+    import llguidance
+
+    real, calls = llguidance.LLMatcher, list[Callable[[], object]]()
+
+    class Slow:
+        grammar_from_json_schema = staticmethod(real.grammar_from_json_schema)
+        grammar_from_lark = staticmethod(real.grammar_from_lark)
+        grammar_from_regex = staticmethod(real.grammar_from_regex)
+
+        def __new__(cls, *args: Any, **options: Any) -> Any:
+            calls.pop()()
+            return real(*args, **options)
+
+    monkeypatch.setattr(llguidance, "LLMatcher", Slow)
+    return calls
+
+
+def test_others_go_on_while_a_grammar_is_compiled(
+    generator: lr.TextGenerator, compiling: list[Callable[[], object]]
+) -> None:
+    """The engine makes all steps of another answer meanwhile."""
+    num_steps: list[int] = []
+
+    def answer_another() -> None:
+        before = generator.engine.stats().steps
+        with ThreadPoolExecutor(1) as pool:
+            sent = pool.submit(submit, generator, None, ignore_eos=True, max_tokens=40)
+            sent.result(DEADLINE).result(DEADLINE)
+        num_steps.append(generator.engine.stats().steps - before)
+
+    compiling.append(answer_another)
+    assert read(generator, submit(generator, Grammar("regex", "[ab]{5}")))[1] == "stop"
+    assert num_steps[0] >= 39
+
+
+def test_who_asks_computes_what_may_come_first(
+    generator: lr.TextGenerator,
+    compiling: list[Callable[[], object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once for all answers, of which none needs more: a letter is all that it allows."""
+    from loraexport_runtime.generation import grammar
+
+    threads: list[str] = []
+    read_bits = grammar._read_bits
+
+    def note(matcher: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return read_bits(matcher)
+
+    monkeypatch.setattr(grammar, "_read_bits", note)
+    compiling.append(lambda: None)
+    prompt = make_prompts(9)[0]
+    grammar_of_one = Grammar("regex", "a")
+    request = GenerationRequest(tokens=prompt, n=2, max_tokens=9, grammar=grammar_of_one)
+    for handle in generator.engine.submit_all([request, request]):
+        assert {len(answer.tokens) for answer in handle.result(DEADLINE).answers} == {1}
+    assert (compiling, threads) == ([], [threading.current_thread().name])
+
+
+def test_a_grammar_that_becomes_too_complex_is_no_answer(generator: lr.TextGenerator) -> None:
+    """It would end where the text does not match."""
+    schema = {"type": "object", "properties": {f"p{index}": {} for index in range(1000)}}
+    sent = submit(generator, Grammar("json_schema", json.dumps(schema)))
+    other = submit(generator, None, max_tokens=4)
+    with pytest.raises(lr.InputError, match="grammar: it is too complex at this place of the ans"):
+        sent.result(DEADLINE)
+    assert other.result(DEADLINE).answers
 
 
 def test_without_llguidance(generator: lr.TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from loraexport_serve.errors import ApiError
-from loraexport_serve.routes.generation.calls import CallReader
+from loraexport_serve.routes.generation.calls import CallReader, call_grammar
 from loraexport_serve.routes.generation.messages import (
     CalledFunction,
     Function,
@@ -66,6 +66,19 @@ def test_text_is_held_back_only_where_a_call_may_begin() -> None:
     reader = CallReader()
     assert reader.push("a <to") == ("a ", [])
     assert reader.push("ast>") == ("<toast>", [])
+
+
+def test_the_grammar_of_calls() -> None:
+    one, other = Function(name='a "b"', parameters={"required": ["x"]}), Function(name="c")
+    assert call_grammar([one, other], True).text == (
+        'start: call ("\\n" call)*\n'
+        'call: "<tool_call>\\n{\\"name\\": " (call_0 | call_1) "}\\n</tool_call>"\n'
+        'call_0: "\\"a \\\\\\"b\\\\\\"\\", \\"arguments\\": "'
+        ' %json {"type": "object", "required": ["x"]}\n'
+        'call_1: "\\"c\\", \\"arguments\\": "'
+        ' %json {"type": "object", "additionalProperties": false}\n'
+    )
+    assert call_grammar([one], False).text.startswith("start: call\n")
 
 
 def test_messages_as_templates_read_them() -> None:

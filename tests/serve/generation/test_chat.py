@@ -219,7 +219,20 @@ def test_any_object(chats: Server) -> None:
     assert choice["message"]["content"].startswith("{")
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+def tool(name: str, parameters: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+TOOL = tool("f", {"type": "object"})
+NAMED = {"type": "function", "function": {"name": "f"}}
+DEFINED = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/few"}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"few": {"enum": [1, 2]}},
+}
+"""Its references stay its own, beside other tools."""
 CALL = r'hi<tool_call>\n\{"name": "f", "arguments": \{"a": 1\}\}\n</tool_call>'
 
 
@@ -259,6 +272,32 @@ def test_calls_of_tools(chats: Server, openai_client: openai.OpenAI) -> None:
     assert again.usage.prompt_tokens > 22
 
 
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ({"tool_choice": "required", "parallel_tool_calls": False}, {"f", "g h"}),
+        ({"tool_choice": {"type": "function", "function": {"name": "g h"}}}, {"g h"}),
+    ],
+)
+def test_a_call_is_forced(chats: Server, choice: Any, names: set[str]) -> None:
+    """Its arguments match the function's schema, however unlikely all of it is."""
+    tools = [tool("f", DEFINED), tool("g h", DEFINED)]
+    tools[0]["function"]["strict"] = True
+    body: Any = {"model": "second", "messages": HELLO, "tools": tools, "max_tokens": 100}
+    body |= choice | {"temperature": 1.0, "seed": 3}
+    (whole,) = chats.post("/v1/chat/completions", **body).json()["choices"]
+    assert whole["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] is None
+    (call,) = whole["message"]["tool_calls"]
+    assert call["function"]["name"] in names
+    assert json.loads(call["function"]["arguments"]) in ({"a": 1}, {"a": 2})
+    given = chunks(chats, **body)
+    assert joined(given) == ""
+    deltas = [one["choices"][0]["delta"] for one in given]
+    ((told,),) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert told["function"] == call["function"]
+
+
 def test_parts_of_a_content(chats: Server, generator: TextGenerator) -> None:
     parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "world"}]
     body: Any = {"messages": [{"role": "user", "content": parts}], "max_tokens": 4}
@@ -292,8 +331,14 @@ def test_an_answer_takes_the_room_that_is_left(chats: Server, generator: TextGen
         ("top_logprobs", {"top_logprobs": 2}),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
         ("stream_options", {"stream_options": {"include_usage": True}}),
-        ("tool_choice", {"tool_choice": "required", "tools": [TOOL]}),
         ("tool_choice", {"tool_choice": "auto"}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("tool_choice", {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+        ("tool_choice", {"tool_choice": NAMED | {"function": {"name": "g"}}, "tools": [TOOL]}),
+        ("guided_regex", {"tool_choice": "required", "tools": [TOOL], "guided_regex": "a"}),
+        ("tools", {"tool_choice": "required", "tools": [tool("f", {"type": "array"})]}),
+        ("tools", {"tool_choice": "required", "tools": [tool("f", {"properties": 3})]}),
+        ("tools", {"tool_choice": "required", "tools": [tool("f", {"x": "y" * 70_000})]}),
         ("parallel_tool_calls", {"parallel_tool_calls": False, "tools": [TOOL]}),
         (
             "tools[0].function.strict",

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import StepError
+from ...errors import InputError, StepError
 from ..handle import GeneratedToken, PromptToken
 from ..sampling import draw, likeliest, log_shares
 from ..steps.runner import Runner
 from .jobs import Answer, step_error
 
-Chosen = GeneratedToken | StepError
+Chosen = GeneratedToken | InputError | StepError
 """Or why there is none: the others of the step have theirs."""
 
 
@@ -49,6 +49,8 @@ def choose_from(answer: Answer, logits: np.ndarray) -> Chosen:
         return no_number()
     try:
         token = answer.sampler.choose(logits)
+    except InputError as error:  # it asks for what cannot be
+        return error
     except Exception as error:  # of whoever computes its grammar
         return step_error(error)
     num = answer.job.request.logprobs

@@ -222,7 +222,7 @@ class Worker:
                 told: Chosen = GeneratedToken(answer.index, int(read.likeliest[at]))
             else:
                 told = choose_from(answer, read.logits(read.places(at)[-1:])[0])
-            if isinstance(told, StepError):
+            if not isinstance(told, GeneratedToken):
                 self._leave(row, error=told)
             elif self._accept(row, told):
                 self._go_on(row)
@@ -258,7 +258,7 @@ class Worker:
                 others.append(row)
         pairs = [(row.index, row.user) for row in others if row.user is not None]
         for row, told in zip(others, choose(self._runner, pairs), strict=True):
-            if isinstance(told, StepError):
+            if not isinstance(told, GeneratedToken):
                 self._leave(row, error=told)
                 continue
             tokens[row.index] = told.token

@@ -105,6 +105,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     body_timeout: Annotated[
         Seconds, Meta(description="a body that takes longer to come is 408")
     ] = 30.0
+    write_timeout: Annotated[
+        Seconds, Meta(description="a client that reads nothing of its answer for so long is cut")
+    ] = 30.0
     batch_rows: Annotated[Count, Meta(description="of a batch of an encoder")] = 32
     batch_tokens: Annotated[Count, Meta(description="of one, padding counted")] = 16_384
     batch_delay: Annotated[
@@ -122,6 +125,10 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=0)],
         Meta(description="adapters that metrics name; the others are `other`"),
     ] = 100
+    otlp_traces_endpoint: Annotated[
+        Annotated[str, Meta(pattern=r"^https?://")] | None,
+        Meta(description="a collector's URL, `http://HOST:4318/v1/traces`; default: as OTEL_* say"),
+    ] = None
 
 
 def models_of(settings: Settings) -> dict[str, ModelSettings]:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import os
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from loraexport_runtime import Batcher, ModelSession
+from loraexport_runtime.batching.gathering import BatchFuture
 from loraexport_runtime.contract.listed import ListedFiles
 from loraexport_runtime.slots.batch import RowAdapters, row_names
 
@@ -80,8 +82,9 @@ class EncoderHost(Host):
         *,
         tenant: str | None,
         timeout: float | None,
-    ) -> list[dict[str, np.ndarray]]:
-        """The outputs of each row, in its own batch or in another's.
+    ) -> tuple[list[dict[str, np.ndarray]], float]:
+        """The outputs of each row, in its own batch or in another's; and the seconds until the
+        first of them began.
 
         A task that is cancelled takes its rows out of the queue.
 
@@ -90,17 +93,20 @@ class EncoderHost(Host):
                 these is run then.
         """
         await self.prepare(row_names([adapter]))
-        # Ahead of queueing half of a request: what is taken back counts for a while.
-        tokens = sum(len(row.tokens.ids) for row in rows)
-        self.batcher.require_room(adapter, tenant, len(rows), tokens)
-        futures: list[Future[Any]] = []
+        if len(rows) > 1:  # half of a request is not queued: what is taken back counts for a while
+            tokens = sum(len(row.tokens.ids) for row in rows)
+            self.batcher.require_room(adapter, tenant, len(rows), tokens)
+        futures: list[BatchFuture] = []
         self.num_rows += len(rows)
+        start = time.monotonic()
         try:
             for row in rows:
                 inputs = self._inputs(row)
                 future = self.batcher.submit(inputs, adapter, tenant=tenant, timeout=timeout)
                 futures.append(future)
-            return await _gather(futures)
+            outputs = await _gather(futures)
+            began = min((future.began or start for future in futures), default=start)
+            return outputs, began - start
         except BaseException:
             for future in futures:
                 future.cancel()

@@ -19,7 +19,7 @@ class Meter:
         self.registry = CollectorRegistry()
         self._most_adapters = most_adapters
         self._named: set[tuple[str, str]] = set()
-        self._encoded: dict[str, tuple[Counter, Histogram, Counter]] = {}
+        self._encoded: dict[str, tuple[Counter, Histogram, Counter, list[Histogram]]] = {}
         """What a request to an encoder is counted by, looked up once for each artifact."""
         self.requests = self._counter(
             "loraexport_requests",
@@ -29,6 +29,10 @@ class Meter:
         )
         self.seconds = self._histogram(
             "loraexport_request_seconds", "From a request's head to its answer's end.", "route"
+        )
+        self.stalled = self._counter(
+            "loraexport_stalled_connections",
+            "Connections that were ended as their client read nothing for write_timeout.",
         )
         self.in_flight = Gauge(
             "loraexport_requests_in_flight", "Being answered.", registry=self.registry
@@ -55,8 +59,11 @@ class Meter:
         self.whole = self._histogram(
             "vllm:e2e_request_latency_seconds", "From a request to its answer's end.", of_model
         )
-        self.queue_time = self._histogram(
-            "vllm:request_queue_time_seconds", "Until a request's first batch began.", of_model
+        self.queue_times = (
+            self._histogram(
+                "loraexport_queue_seconds", "Until a request's first run began.", "model"
+            ),
+            self._histogram("vllm:request_queue_time_seconds", "The same.", of_model),
         )
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens read.", of_model)
         self.generated_tokens = self._counter("vllm:generation_tokens", "Tokens made.", of_model)
@@ -78,18 +85,26 @@ class Meter:
         """An adapter was loaded, or could not be."""
         self.loads.labels(model, "failed" if failed else "loaded").observe(seconds)
 
-    def note_encoded(self, model: str, tokens: int, seconds: float) -> None:
-        """An encoder has answered a request of so many tokens."""
+    def note_encoded(self, model: str, tokens: int, seconds: float, waited: float) -> None:
+        """An encoder has answered a request of so many tokens.
+
+        Args:
+            seconds: since the request.
+            waited: of them in the queue.
+        """
         if model not in self._encoded:
             self._encoded[model] = (
                 self.prompt_tokens.labels(model),
                 self.whole.labels(model),
                 self.finished.labels(model, "stop"),
+                [histogram.labels(model) for histogram in self.queue_times],
             )
-        read, whole, finished = self._encoded[model]
+        read, whole, finished, queue_times = self._encoded[model]
         read.inc(tokens)
         whole.observe(seconds)
         finished.inc()
+        for queue_time in queue_times:
+            queue_time.observe(waited)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -108,12 +123,15 @@ class Pace:
         self._meter, self._model, self._start = meter, model, start
         self._last: list[float | None] = [None] * num_answers
         self._has_begun = self._has_ended = False
+        self.waited = 0.0
+        """Seconds in the queue."""
 
     def begin(self, waited: float, prompt_tokens: int) -> None:
         """The first prompt is read, or was, after so many seconds in the queue."""
         if not self._has_begun:
-            self._has_begun = True
-            self._meter.queue_time.labels(self._model).observe(waited)
+            self._has_begun, self.waited = True, waited
+            for queue_time in self._meter.queue_times:
+                queue_time.labels(self._model).observe(waited)
             self._meter.prompt_tokens.labels(self._model).inc(prompt_tokens)
 
     def tokens(self, answer: int, num: int) -> None:

@@ -49,12 +49,13 @@ async def run_rows(
 ) -> list[dict[str, np.ndarray]]:
     """The outputs of each row, under the request's adapter."""
     assert call.target is not None, "the host was resolved"
-    return await host.run(
+    outputs, call.outcome.waited = await host.run(
         rows,
         call.target.adapter,
         tenant=call.caller.tenant,
         timeout=call.service.settings.queue_timeout or None,
     )
+    return outputs
 
 
 def stack(outputs: Sequence[dict[str, np.ndarray]], name: str) -> np.ndarray:
@@ -67,7 +68,9 @@ def counted(call: Call[Any], tokens: Sequence[Tokens]) -> Usage:
     assert call.target is not None, "the host was resolved"
     said = usage([len(one.ids) for one in tokens])
     seconds = time.perf_counter() - call.start
-    call.service.meter.note_encoded(call.target.host.name, said.prompt_tokens, seconds)
+    waited = call.outcome.waited
+    call.service.meter.note_encoded(call.target.host.name, said.prompt_tokens, seconds, waited)
+    call.outcome.prompt_tokens = said.prompt_tokens
     return said
 
 

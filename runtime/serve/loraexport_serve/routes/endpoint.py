@@ -6,7 +6,7 @@ queued with it.
 
 import asyncio
 import logging
-import os
+import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -26,6 +26,7 @@ from ..auth import ANYBODY, Caller
 from ..errors import ApiError, of_error
 from ..gone import ClientGoneError, unless_gone
 from ..hosts.catalog import H, Target
+from ..metrics.traces import Outcome, Traces
 from ..service import Service
 
 B = TypeVar("B")
@@ -35,6 +36,8 @@ Html = NewType("Html", str)
 """What a route gives that answers with a page."""
 _LOG = logging.getLogger("loraexport_serve.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_RANDOM = random.Random()
+"""Of ids, which are no secrets; the system's own would cost a call for each request."""
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -60,6 +63,7 @@ class Call(Generic[B]):
     start: float = field(default_factory=time.perf_counter)
     stack: ExitStack = field(default_factory=ExitStack)
     """Is left once the answer is sent, or nobody waits for it."""
+    outcome: Outcome = field(default_factory=Outcome)
 
     async def resolve(
         self, kind: type[H], model: str | None, blend: Mapping[str, float] | None = None
@@ -89,6 +93,7 @@ class Call(Generic[B]):
             logging.getLogger(__name__).error("request %s failed", self.id, exc_info=error)
             self.note(error)
             refusal = ApiError(500, "The server failed; its log has the reason.", code="failed")
+        self.outcome.error = refusal.code
         return refusal
 
     def note(self, error: BaseException | None) -> None:
@@ -124,7 +129,7 @@ class Endpoint(Generic[B]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         given = request.headers.get("x-request-id", "")
-        own = given if _ID.fullmatch(given) else os.urandom(16).hex()
+        own = given if _ID.fullmatch(given) else f"{_RANDOM.getrandbits(128):032x}"
         call = Call[B](self._service, request, own)
         status = 499
         meter = self._service.meter
@@ -143,6 +148,8 @@ class Endpoint(Generic[B]):
             meter.requests.labels(self.path, str(status)).inc()
             self._seconds.observe(seconds)
             self._log(call, status, seconds)
+            if (traces := self._service.traces) is not None and self.access != "anybody":
+                self._trace(traces, call, status, seconds)
 
     async def _respond(self, call: Call[B]) -> Response:
         """The answer, or what went wrong. Raises ClientGoneError."""
@@ -212,6 +219,13 @@ class Endpoint(Generic[B]):
             "caller": call.caller.name,
         }
         _LOG.log(level, "%(method)s %(path)s %(status)d %(ms).2f ms", fields, extra=fields)
+
+    def _trace(self, traces: Traces, call: Call[B], status: int, seconds: float) -> None:
+        told = {"loraexport.request_id": call.id, "loraexport.caller": call.caller.name}
+        if (target := call.target) is not None:
+            told["gen_ai.request.model"] = target.label
+            told["loraexport.artifact"], told["loraexport.adapter"] = target.host.name, target.tag
+        traces.note(call.request.scope, self.path, status, seconds, call.outcome, told)
 
 
 def post(

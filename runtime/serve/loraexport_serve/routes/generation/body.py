@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from loraexport_runtime import GenerationRequest, InputError
+from loraexport_runtime import GenerationRequest, Grammar, InputError
 from loraexport_runtime.generation.options import Options
 
 from ...errors import ApiError, invalid
@@ -78,17 +78,24 @@ def make_requests(
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
     logprobs: int | None,
+    calls: Grammar | None = None,
 ) -> list[GenerationRequest]:
     """What each prompt asks of the engine.
 
     Args:
         limits: new tokens at most, by prompt.
         logprobs: the likeliest tokens that are told with each; None: nothing is.
+        calls: what an answer has to be that is to call tools.
+
+    Raises:
+        ApiError: 400.
     """
     body: GenerationBody = call.body
     assert call.target is not None, "the host was resolved"
     stop = [body.stop] if isinstance(body.stop, str) else body.stop
     named = read_grammar(body)
+    if named is not None and calls is not None:
+        raise invalid(f"{named[0]} and a forced tool_choice exclude each other", named[0])
     requests = []
     for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         options = Options(
@@ -115,7 +122,7 @@ def make_requests(
                 ignore_eos=bool(body.ignore_eos),
                 n=body.n or 1,
                 logprobs=logprobs,
-                grammar=None if named is None else named[1],
+                grammar=calls if named is None else named[1],
                 tenant=call.caller.tenant,
                 **chosen,
             )
@@ -161,8 +168,9 @@ def of_field(error: InputError, body: GenerationBody) -> ApiError:
     name, message = found[0] if found else "", str(error)
     if name == "adapter":
         return invalid(message.replace("adapter", "adapters", 1), "adapters")
-    if name == "grammar" and (named := read_grammar(body)) is not None:
-        name = named[0]
+    if name == "grammar":
+        named = read_grammar(body)
+        name = "tools" if named is None else named[0]
         return invalid(message.replace("grammar", name, 1), name)
     return invalid(message, name if name in body.__struct_fields__ else None)
 

@@ -1,18 +1,24 @@
-"""An answer's text -> its content, and the calls of tools in it, as Hermes and Qwen write them.
+"""An answer's text -> its content, and the calls of tools in it, as Hermes and Qwen write them; and
+the grammar of a text that is calls alone.
 
 <tool_call>
 {"name": "weather", "arguments": {"place": "Prague"}}
 </tool_call>
 """
 
+import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from loraexport_runtime import Grammar
 from loraexport_runtime.generation.text.stream import overlap
+
+from ...errors import invalid
+from .messages import Function
 
 START, END = "<tool_call>", "</tool_call>"
 
@@ -32,6 +38,31 @@ class Called(msgspec.Struct):
     index: int | UnsetType = UNSET
     """Of an event's call."""
     type: str = "function"
+
+
+def call_grammar(functions: Sequence[Function], are_many: bool) -> Grammar:
+    """Text that is a call of one of these functions, its arguments as the parameters' schema says.
+
+    Args:
+        are_many: others may follow, a line each.
+
+    Raises:
+        ApiError: 400: parameters are no object's.
+    """
+    opening, closing = json.dumps(f'{START}\n{{"name": '), json.dumps(f"}}\n{END}")
+    names = " | ".join(f"call_{index}" for index in range(len(functions)))
+    rules = [
+        'start: call ("\\n" call)*' if are_many else "start: call",
+        f"call: {opening} ({names}) {closing}",
+    ]
+    for index, function in enumerate(functions):
+        schema = {"type": "object"} | (function.parameters or {"additionalProperties": False})
+        if schema["type"] != "object":
+            where = f"tools[{index}].function.parameters"
+            raise invalid(f"{where} is no schema of an object", "tools")
+        name = json.dumps(f'{json.dumps(function.name)}, "arguments": ')
+        rules.append(f"call_{index}: {name} %json {json.dumps(schema)}")
+    return Grammar("ebnf", "\n".join(rules) + "\n")
 
 
 class CallReader:

@@ -9,6 +9,8 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 from starlette.routing import Route
 
+from loraexport_runtime import Grammar
+
 from ...errors import invalid, unsupported
 from ...hosts.catalog import Target
 from ...hosts.decoder import DecoderHost
@@ -18,9 +20,9 @@ from ..encoding import new_id
 from ..endpoint import Call, Json, post
 from .answers import GeneratedUsage, TokenLogprob, token_logprobs, usage_of
 from .body import MOST_LOGPROBS, Count, GenerationBody, find_limit, make_requests, resolve
-from .calls import Called, CallReader
+from .calls import Called, CallReader, call_grammar
 from .events import Events
-from .messages import Message, Tool, template_messages, template_tools
+from .messages import Message, Tool, ToolChoice, template_messages, template_tools
 from .run import News, Run, start
 
 Reason = Literal["stop", "length", "tool_calls"]
@@ -35,8 +37,9 @@ class ChatBody(GenerationBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    """none: the model is told of no tool. That one is called cannot be promised."""
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    """none: the model is told of no tool. required: the answer is calls; of a named function: it is
+    one call of that. Then arguments match their schemas."""
     parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     """For the chat template."""
@@ -106,13 +109,14 @@ async def _chat(call: Call[ChatBody]) -> Response:
     body = call.body
     host, target = await resolve(call)
     logprobs = _read_logprobs(body)
-    tools = _read_tools(body)
+    tools, calls = _read_tools(body)
     prompt = await _encode(call, host, tools)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise invalid("max_tokens is max_completion_tokens; give one", "max_tokens")
     asked = body.max_tokens or body.max_completion_tokens
     limit = find_limit(host, prompt, asked, None, "messages")
-    run = await start(call, host, make_requests(call, host, [prompt], [limit], logprobs))
+    requests = make_requests(call, host, [prompt], [limit], logprobs, calls)
+    run = await start(call, host, requests)
     answer = _Answer(call, host, target, run, tools is not None)
     return Events(call, answer.chunks()) if body.stream else Json(await answer.whole())
 
@@ -123,20 +127,33 @@ def _read_logprobs(body: ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _read_tools(body: ChatBody) -> list[dict[str, Any]] | None:
-    """What the model is told of tools; None: nothing. Raises ApiError (400)."""
+def _read_tools(body: ChatBody) -> tuple[list[dict[str, Any]] | None, Grammar | None]:
+    """What the model is told of tools, and what its text has to be, if it is to call one.
+
+    Raises:
+        ApiError: 400.
+    """
     choice = body.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice", "a call cannot be forced; none or auto")
-    if body.parallel_tool_calls is False:
-        raise unsupported("parallel_tool_calls", "the model decides how many; leave it out")
+    is_forced = choice not in (None, "none", "auto")
+    if body.parallel_tool_calls is False and not is_forced:
+        why = "the model decides how many, but where tool_choice forces a call"
+        raise unsupported("parallel_tool_calls", why)
     if not body.tools:
-        if choice == "auto" or body.parallel_tool_calls:
-            param = "tool_choice" if choice == "auto" else "parallel_tool_calls"
+        if choice not in (None, "none") or body.parallel_tool_calls:
+            param = "parallel_tool_calls" if choice in (None, "none") else "tool_choice"
             raise invalid(f"{param} goes with tools", param)
-        return None
-    tools = template_tools(body.tools)
-    return None if choice == "none" else tools
+        return None, None
+    tools = template_tools(body.tools, is_forced)
+    if not is_forced:
+        return None if choice == "none" else tools, None
+    functions = [tool.function for tool in body.tools]
+    are_many = body.parallel_tool_calls is not False
+    if isinstance(choice, ToolChoice):
+        functions = [one for one in functions if one.name == choice.function.name]
+        are_many = False
+        if not functions:
+            raise invalid("tool_choice names none of the tools", "tool_choice")
+    return tools, call_grammar(functions, are_many)
 
 
 async def _encode(

@@ -63,6 +63,17 @@ class Tool(Body, kw_only=True):
     function: Function
 
 
+class FunctionName(Body, kw_only=True):
+    name: _Name
+
+
+class ToolChoice(Body, kw_only=True):
+    """A call of this function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Each as a template reads it: content is one text, arguments are objects.
 
@@ -72,14 +83,21 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Each as its JSON. Raises ApiError (400): one is to be strict."""
+def template_tools(tools: Sequence[Tool], are_strict: bool = False) -> list[dict[str, Any]]:
+    """Each as its JSON.
+
+    Args:
+        are_strict: calls are held to the schemas.
+
+    Raises:
+        ApiError: 400: one is to be strict, and they are not.
+    """
     described = []
     for index, tool in enumerate(tools):
-        if tool.function.strict:
+        if tool.function.strict and not are_strict:
             raise unsupported(
                 f"tools[{index}].function.strict",
-                "arguments are not held to the schema; leave it out",
+                "arguments are held to the schema where tool_choice forces a call alone",
             )
         described.append({"type": tool.type, "function": _without_none(tool.function)})
     return described

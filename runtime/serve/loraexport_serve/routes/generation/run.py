@@ -96,7 +96,7 @@ class Run:
         await host.prepare(call.target.names)
         try:
             if any(request.grammar is not None for request in self._requests):
-                await call.service.beside(self._submit)  # a grammar is compiled
+                await call.service.compile(self._submit)
             else:
                 self._submit()
         except InputError as error:
@@ -125,16 +125,26 @@ class Run:
             if None not in self._reasons:
                 break
             self._pending = await self._pull()
-        self._pace.end([reason or "stop" for reason in self._reasons])
+        self._end("stop")
 
     def cancel(self) -> None:
         """Give up what is not done yet."""
         self._is_cancelled = True
         if self._submitted and not self._has_failed:
-            self._pace.end([reason or "abort" for reason in self._reasons])
+            self._end("abort")
         for handle in self._handles:
             if not handle.is_done:
                 handle.cancel()
+
+    def _end(self, other: str) -> None:
+        """All is over. Args: other: why those answers have ended that did not by themselves."""
+        reasons = [reason or other for reason in self._reasons]
+        self._pace.end(reasons)
+        outcome = self._call.outcome
+        if not outcome.reasons:
+            outcome.waited, outcome.reasons = self._pace.waited, tuple(reasons)
+            outcome.prompt_tokens = self.prompt_tokens
+            outcome.generated_tokens = self.completion_tokens
 
     def _submit(self) -> None:
         """In any thread, which goes on when the request is cancelled."""
@@ -179,9 +189,11 @@ class Run:
                     raise self._late
                 for row in range(len(self._handles)):
                     fresh += self._look(row)
-            except BaseException:
+            except BaseException as error:
                 self._has_failed = True
                 self.cancel()
+                if isinstance(error, InputError):
+                    raise of_field(error, self._call.body) from error
                 raise
             if fresh:
                 return fresh
@@ -193,8 +205,10 @@ class Run:
         if None not in self._reasons[first : first + num]:
             return []
         reasons = handle.reasons  # ahead of the tokens, of which it then has all
-        tokens, _ = handle.fresh(self._at[row])
+        tokens, is_done = handle.fresh(self._at[row])
         self._at[row] += len(tokens)
+        if is_done and None in reasons:
+            self._changed.set()  # what ended it is told by the next look, and nobody calls for that
         if handle.began is not None:
             self._pace.begin(handle.began - self._submitted, self.prompt_tokens)
         found = []
