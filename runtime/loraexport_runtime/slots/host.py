@@ -60,9 +60,7 @@ class AdapterHost:
         guard: AbstractContextManager[Any],
     ) -> None:
         """`guard`: held while a slot is written, as often as that happens."""
-        self.folder = folder
-        self.manifest = manifest
-        self.device = device
+        self.folder, self.manifest, self.device = folder, manifest, device
         self._guard = guard
         self._files = ListedFiles(folder, manifest.files)
         self._dtype = NUMPY_DTYPES[manifest.dtype]
