@@ -20,8 +20,12 @@ class PromptOrder:
         self._quota = quota
         self._joins = joins
 
-    def next(self) -> list[Row[Answer]]:
-        """The shortest remainder first; but one that others overtook often goes ahead of them."""
+    def next(self, left: int) -> list[Row[Answer]]:
+        """The shortest remainder first; but one that others overtook often goes ahead of them.
+
+        Args:
+            left: of the quota; whoever has more to read now waits for the next round's.
+        """
         waiting = [row for row in self._rows.used if row.user and not row.user.goes_on]
         if not waiting:
             return []
@@ -34,16 +38,16 @@ class PromptOrder:
             return not is_late, left, answer.order
 
         first = min(waiting, key=rank)
-        rows = [first]
-        if self._joins:
-            rows = self._join(first)
+        if self.chunk_end(first) - first.num_read > left < self._quota:
+            return []
+        rows = self._join(first, left) if self._joins else [first]
         newest = max(row.user.order for row in rows if row.user)
         for row in waiting:
             if row.user and row not in rows and row.user.order < newest:
                 row.user.num_passed += 1
         return rows
 
-    def _join(self, first: Row[Answer]) -> list[Row[Answer]]:
+    def _join(self, first: Row[Answer], left: int) -> list[Row[Answer]]:
         """Rows beside the first one that can be read with it: whole prompts of like length."""
         rows, longest = [first], self.chunk_end(first)
 
@@ -53,7 +57,7 @@ class PromptOrder:
                 return False
             size = len(answer.prompt)
             width = max(longest, size)
-            return width * (len(rows) + 1) <= self._quota and 2 * min(longest, size) >= width
+            return width * (len(rows) + 1) <= left and 2 * min(longest, size) >= width
 
         if not fits(first):
             return rows

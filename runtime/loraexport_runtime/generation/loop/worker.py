@@ -1,8 +1,8 @@
 """The thread that owns a decoder's session: it admits requests, reads prompts and makes steps.
 
-One round: who was cancelled goes; who waits and finds a row and a slot is admitted; one chunk of
-one prompt is read; a few steps give every row that decodes a token each. So neither prompts nor
-steps wait for more than one part of the other.
+One round: who was cancelled goes; who waits and finds a row and a slot is admitted; prompts are
+read, as many tokens as the quota; a few steps give every row that decodes a token each. So neither
+prompts nor steps wait for more than one part of the other.
 """
 
 import logging
@@ -26,6 +26,8 @@ from .rows import Row, Rows
 _LOG = logging.getLogger(__name__)
 STEPS = 4
 """Steps of a round."""
+MOST_RUNS = 4
+"""Over prompts in a round, whatever is left of the quota: the shortest one launches all kernels."""
 
 
 class Worker:
@@ -50,6 +52,7 @@ class Worker:
         self._closed = closed
         self._rows = Rows[Answer].make(runner.rows, runner.length)
         self._places = Places(runner, self._rows)
+        self._quota = quota
         self._prompts = PromptOrder(self._rows, quota, runner.joins_prompts)
         self._news = threading.Event()
         self._is_stopping = False
@@ -118,7 +121,9 @@ class Worker:
                 done.set()
         self._drop()
         self._admit()
-        self._read()
+        left = self._quota
+        while left > 0 and not self._is_stopping and (num := self._read(left)):
+            left -= max(num, -(-self._quota // MOST_RUNS))
         for _ in range(STEPS):
             if self._is_stopping or not self._step():
                 break
@@ -176,11 +181,12 @@ class Worker:
 
     # Prompts
 
-    def _read(self) -> None:
-        """One chunk of one prompt, or some short prompts of neighbouring rows."""
-        rows = self._prompts.next()
+    def _read(self, left: int) -> int:
+        """One chunk of one prompt, or some short prompts of neighbouring rows, within what is left
+        of the quota; how many tokens."""
+        rows = self._prompts.next(left)
         if not rows:
-            return
+            return 0
         chunks, uses = [], []
         for row in rows:
             answer = row.user
@@ -188,14 +194,14 @@ class Worker:
             assert answer.job.lease is not None, "it was admitted"
             chunks.append(answer.prompt[row.num_read : self._prompts.chunk_end(row)])
             uses.append(answer.job.lease.use)
-        past = rows[0].num_read
+        past, num = rows[0].num_read, len(rows) * max(map(len, chunks))
         try:
             wholes = [len(row.user.prompt) for row in rows if row.user is not None]
             read = self._runner.read(rows[0].index, chunks, uses, past, wholes)
         except Exception as error:
             for row in rows:
                 self._leave(row, error=step_error(error))
-            return
+            return num
         self.counts.chunks += 1
         for at, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             answer = row.user
@@ -216,6 +222,7 @@ class Worker:
                 self._leave(row, error=told)
             elif self._accept(row, told):
                 self._go_on(row)
+        return num
 
     # Steps
 
