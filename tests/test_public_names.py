@@ -64,6 +64,7 @@ RUNTIME = {
     "LayersSession",
     "LoraexportError",
     "ModelSession",
+    "NoNumberError",
     "Piece",
     "ProviderError",
     "QueueFullError",

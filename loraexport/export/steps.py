@@ -13,7 +13,7 @@ import onnx_ir as ir
 from loraexport_runtime.contract.genai_config import read_genai_config
 from loraexport_runtime.contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
 from loraexport_runtime.generation.steps.files import StepFiles
-from loraexport_runtime.generation.steps.next_inputs import next_inputs
+from loraexport_runtime.generation.steps.next_inputs import NO_TOKEN, next_inputs
 
 from ..errors import BaseModelError
 
@@ -40,8 +40,9 @@ def write_steps(folder: Path) -> StepFiles:
 def add_tail(graph: ir.Graph, input_names: Collection[str]) -> None:
     """Put the nodes behind a decoder's logits [batch, n, vocabulary].
 
-    tokens [rows, 1] = ArgMax(Gather(Flatten(logits), ROWS)); lengths = LENGTHS + GOES_ON;
-    mask [rows, length] = PLACES < lengths; positions [rows, 1] = lengths - 1.
+    tokens [rows, 1] = ArgMax(Gather(Flatten(logits), ROWS)), or -1 where one of these is NaN;
+    lengths = LENGTHS + GOES_ON; mask [rows, length] = PLACES < lengths;
+    positions [rows, 1] = lengths - 1.
 
     Each output may lie where the input lies that it is for: all depend on the tokens, and these on
     the logits, so that none is written before the graph has read its inputs.
@@ -58,7 +59,12 @@ def add_tail(graph: ir.Graph, input_names: Collection[str]) -> None:
     flat = nodes.add("Flatten", [_logits(graph)], "flat", axis=2)
     last = nodes.add("Gather", [flat, rows], "last")
     wide = nodes.add("Cast", [last], "wide", to=ir.DataType.FLOAT)
-    given = {"input_ids": nodes.add("ArgMax", [wide], outputs["input_ids"], axis=1)}
+    likeliest = nodes.add("ArgMax", [wide], "likeliest", axis=1)
+    axis = nodes.add("Constant", [], "axis", value_ints=[1])
+    is_none = nodes.add("IsNaN", [nodes.add("ReduceSum", [wide, axis], "sum")], "is_none")
+    no_token = nodes.add("Constant", [], "no_token", value_int=NO_TOKEN)
+    chosen = nodes.add("Where", [is_none, no_token, likeliest], outputs["input_ids"])
+    given = {"input_ids": chosen}
     zero = nodes.add("Constant", [], "zero", value_int=0)
     # 0, but not before the tokens are there
     nothing = nodes.add("Mul", [given["input_ids"], zero], "nothing")

@@ -82,6 +82,10 @@ class StepError(LoraexportError):
     """onnxruntime failed in a step that computed a request's tokens; others go on."""
 
 
+class NoNumberError(StepError):
+    """The model gave no number (NaN) for a request: its adapter or its prompt overflows."""
+
+
 class ClosedError(LoraexportError):
     """A session, generator or batcher was closed before this call, or is of a fork's parent."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.serving import ADMIN, ALL, Server, error, serving, write_legal
 from support.waiting import wait_until
 
@@ -224,3 +225,27 @@ def test_of_several_artifacts_one_is_named(many: Server) -> None:
     several = many.post("/v1/unload_lora_adapter", key=ADMIN, lora_name="sql")
     assert error(several)[0] == 400
     assert many.admin("DELETE", "/v1/loras/sql").status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_an_adapter_that_overflows_is_its_callers_fault(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Finite values whose products are not: 400, however often, and readiness stays."""
+    artifact: Path = request.getfixturevalue(kind)
+    name = "legal" if kind == "encoder" else "first"
+    shutil.copytree(artifact.parents[1] / name, tmp_path / "huge")
+    tensors = load_file(tmp_path / "huge/adapter_model.safetensors")
+    huge = {key: value * np.float32(1e25) for key, value in tensors.items()}
+    save_file(huge, tmp_path / "huge/adapter_model.safetensors")
+    settings = ["--allow-adapter-updates", "--adapter-roots", str(tmp_path)]
+    variables = {"LORAEXPORT_ADMIN_TOKEN": ADMIN}
+    with serving(f"tiny={artifact}", *settings, "--admin-port", "0", **variables) as running:
+        assert load(running, "huge", "huge").is_success
+        path, body = "/v1/embeddings", {"input": "a"}
+        if kind == "decoder":
+            path, body = "/v1/completions", {"prompt": "a", "max_tokens": 4}
+        for _ in range(6):
+            assert error(running.post(path, model="huge", **body)) == (400, "no_number")
+        assert running.get("/readyz").status_code == 200
+        assert running.post(path, model="tiny", **body).is_success

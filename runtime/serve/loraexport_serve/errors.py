@@ -13,6 +13,7 @@ from loraexport_runtime import (
     BatchError,
     ClosedError,
     LoraexportError,
+    NoNumberError,
     QueueFullError,
     RequestTimeoutError,
     SlotsExceededError,
@@ -110,10 +111,17 @@ def of_error(error: BaseException) -> ApiError | None:
             return ApiError(429, "every slot is kept for pinned adapters", code="slots_pinned")
         case ClosedError():
             return ApiError(503, "the artifact is being closed; try again", code="closed")
+        case NoNumberError():
+            return no_number(str(error))
         case BatchError():
             return invalid(str(error))
         case _:
             return None
+
+
+def no_number(text: str) -> ApiError:
+    """For whom the model gave NaN or infinity: that is the adapter's fault, or the input's."""
+    return ApiError(400, text, code="no_number")
 
 
 def of_adapter(error: LoraexportError) -> ApiError | None:

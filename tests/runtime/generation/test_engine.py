@@ -359,6 +359,41 @@ def test_a_short_prompt_goes_before_a_long_ones_next_chunk(artifact: Path) -> No
         assert order[0] == "short"
 
 
+def test_a_round_reads_prompts_up_to_its_quota(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In four runs at most."""
+    with open_engine(artifact, rows=8, quota=32) as engine:
+        runner = engine._worker._runner
+        step, read = runner.step, runner.read
+        events: list[str | int] = []
+
+        def record_step(rows: int) -> None:
+            events.append("step")
+            step(rows)
+
+        def record_read(row: int, prompts: Any, *arguments: Any) -> Any:
+            events.append(len(prompts[0]))
+            return read(row, prompts, *arguments)
+
+        monkeypatch.setattr(runner, "step", record_step)
+        monkeypatch.setattr(runner, "read", record_read)
+        sizes = (3, 4, 5, 6, 9, 20, 12, 70)
+        requests = [
+            GenerationRequest(tokens=prompt, max_tokens=30, ignore_eos=True)
+            for prompt in make_prompts(*sizes)
+        ]
+        for handle in engine.submit_all(requests):
+            handle.result(DEADLINE)
+    rounds = "".join(f" {event}" for event in events).split("step")
+    read_first = [part.split() for part in rounds if part.strip()]
+    assert read_first[0] == ["3", "4", "5", "6"], "an eighth of the quota counts as a fourth"
+    assert all(sum(map(int, part)) <= 32 for part in read_first)
+    assert sorted(int(size) for part in read_first for size in part) == sorted(
+        [3, 4, 5, 6, 9, 20, 12, 32, 32, 6]
+    )
+
+
 def test_who_comes_to_a_free_row_waits_for_two_steps(
     engine: GenerationEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,13 +642,14 @@ def test_an_adapter_whose_values_overflow_harms_itself_alone(
     engine.load_adapter("huge", artifact.parents[1] / "more-0", scale=1e38)
     prompts = make_prompts(20, 9)
     alone = tokens_of(send(engine, prompts[0], adapter="first"))
-    sent = [
-        send(engine, prompts[1], adapter="huge", logprobs=1),
-        send(engine, prompts[0], adapter="first"),
-    ]
-    with pytest.raises(lr.StepError, match=r"no number \(NaN\) for this request"):
-        sent[0].result(DEADLINE)
-    assert tokens_of(sent[1]) == alone
+    for options in ({"logprobs": 1}, {}, {"temperature": 1.0, "top_k": 3}):
+        sent = [
+            send(engine, prompts[1], adapter="huge", **options),
+            send(engine, prompts[0], adapter="first"),
+        ]
+        with pytest.raises(lr.NoNumberError, match=r"no number \(NaN\) for this request"):
+            sent[0].result(DEADLINE)
+        assert tokens_of(sent[1]) == alone
     assert tokens_of(send(engine, prompts[1])) == tokens_of(send(engine, prompts[1], logprobs=0))
 
 

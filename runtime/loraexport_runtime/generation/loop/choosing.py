@@ -4,14 +4,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import InputError, StepError
+from ...errors import InputError, NoNumberError, StepError
 from ..handle import GeneratedToken, PromptToken
 from ..sampling import draw, likeliest, log_shares
+from ..steps.next_inputs import NO_TOKEN
 from ..steps.runner import Runner
 from .jobs import Answer, step_error
 
 Chosen = GeneratedToken | InputError | StepError
 """Or why there is none: the others of the step have theirs."""
+
+
+def take_likeliest(answer: Answer, token: int) -> Chosen:
+    """The token that a step's graph gives."""
+    return no_number() if token == NO_TOKEN else GeneratedToken(answer.index, token)
 
 
 def choose(runner: Runner, rows: Sequence[tuple[int, Answer]]) -> list[Chosen]:
@@ -87,9 +93,9 @@ def prompt_tokens(answer: Answer, past: int, logits: np.ndarray) -> list[PromptT
     ]
 
 
-def no_number() -> StepError:
+def no_number() -> NoNumberError:
     """What whoever has got no number from the model is told."""
-    return StepError(
+    return NoNumberError(
         "the model gave no number (NaN) for this request; its adapter overflows here, or the prompt"
         " does: export in bfloat16 or float32"
     )

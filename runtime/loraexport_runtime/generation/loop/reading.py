@@ -1,8 +1,12 @@
 """Whose prompt is read next, and how much of it."""
 
+from collections.abc import Iterator
+
 from .jobs import Answer
 from .rows import Row, Rows
 
+MOST_RUNS = 4
+"""In a round, whatever is left of the quota: the shortest one launches all kernels."""
 PATIENCE = 4
 """So many shorter prompts may be read before a longer one that came earlier."""
 
@@ -20,8 +24,22 @@ class PromptOrder:
         self._quota = quota
         self._joins = joins
 
-    def next(self) -> list[Row[Answer]]:
-        """The shortest remainder first; but one that others overtook often goes ahead of them."""
+    def round(self) -> Iterator[list[Row[Answer]]]:
+        """What is read before the next steps, run by run, until the quota is used up. A run is a
+        chunk of one prompt, or some prompts of neighbouring rows; it has been read when the next
+        one is asked for."""
+        left = self._quota
+        while left > 0 and (rows := self._next(left)):
+            width = max(self.chunk_end(row) - row.num_read for row in rows)
+            left -= max(len(rows) * width, -(-self._quota // MOST_RUNS))
+            yield rows
+
+    def _next(self, left: int) -> list[Row[Answer]]:
+        """The shortest remainder first; but one that others overtook often goes ahead of them.
+
+        Args:
+            left: of the quota; whoever has more to read now waits for the next round's.
+        """
         waiting = [row for row in self._rows.used if row.user and not row.user.goes_on]
         if not waiting:
             return []
@@ -34,16 +52,16 @@ class PromptOrder:
             return not is_late, left, answer.order
 
         first = min(waiting, key=rank)
-        rows = [first]
-        if self._joins:
-            rows = self._join(first)
+        if self.chunk_end(first) - first.num_read > left < self._quota:
+            return []
+        rows = self._join(first, left) if self._joins else [first]
         newest = max(row.user.order for row in rows if row.user)
         for row in waiting:
             if row.user and row not in rows and row.user.order < newest:
                 row.user.num_passed += 1
         return rows
 
-    def _join(self, first: Row[Answer]) -> list[Row[Answer]]:
+    def _join(self, first: Row[Answer], left: int) -> list[Row[Answer]]:
         """Rows beside the first one that can be read with it: whole prompts of like length."""
         rows, longest = [first], self.chunk_end(first)
 
@@ -53,7 +71,7 @@ class PromptOrder:
                 return False
             size = len(answer.prompt)
             width = max(longest, size)
-            return width * (len(rows) + 1) <= self._quota and 2 * min(longest, size) >= width
+            return width * (len(rows) + 1) <= left and 2 * min(longest, size) >= width
 
         if not fits(first):
             return rows

@@ -1,15 +1,17 @@
 """The thread that owns a decoder's session: it admits requests, reads prompts and makes steps.
 
-One round: who was cancelled goes; who waits and finds a row and a slot is admitted; one chunk of
-one prompt is read; a few steps give every row that decodes a token each. So neither prompts nor
-steps wait for more than one part of the other.
+One round: who was cancelled goes; who waits and finds a row and a slot is admitted; prompts are
+read, as many tokens as the quota; a few steps give every row that decodes a token each. So neither
+prompts nor steps wait for more than one part of the other.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+
+import numpy as np
 
 from ...errors import ClosedError, StepError
 from ...slots.admission import AdmissionQueue
@@ -18,7 +20,7 @@ from ..handle import FinishReason, GeneratedToken
 from ..stats import GenerationCounts
 from ..steps.runner import Runner
 from .admitting import Admission, is_over, why_over
-from .choosing import Chosen, choose, choose_from, prompt_tokens
+from .choosing import Chosen, choose, choose_from, prompt_tokens, take_likeliest
 from .jobs import Answer, step_error
 from .places import Places
 from .reading import PromptOrder
@@ -118,14 +120,17 @@ class Worker:
 
     def _round(self) -> None:
         while self._warm:
-            rows, done = self._warm.pop(0)
+            num, done = self._warm.pop(0)
             try:
-                self._places.warm_up(rows)
+                self._places.warm_up(num)
             finally:
                 done.set()
         self._drop()
         self._admit()
-        self._read()
+        for rows in self._prompts.round():
+            self._read(rows)
+            if self._is_stopping:
+                return
         for made in range(1, STEPS + 1):
             if self._is_stopping or not self._step():
                 break
@@ -186,11 +191,8 @@ class Worker:
 
     # Prompts
 
-    def _read(self) -> None:
+    def _read(self, rows: Sequence[Row[Answer]]) -> None:
         """One chunk of one prompt, or some short prompts of neighbouring rows."""
-        rows = self._prompts.next()
-        if not rows:
-            return
         chunks, uses = [], []
         for row in rows:
             answer = row.user
@@ -219,12 +221,10 @@ class Worker:
                 self._places.park(row)
                 continue
             if answer.takes_likeliest:
-                told: Chosen = GeneratedToken(answer.index, int(read.likeliest[at]))
+                told = take_likeliest(answer, int(read.likeliest[at]))
             else:
                 told = choose_from(answer, read.logits(read.places(at)[-1:])[0])
-            if not isinstance(told, GeneratedToken):
-                self._leave(row, error=told)
-            elif self._accept(row, told):
+            if self._accept(row, told):
                 self._go_on(row)
 
     # Steps
@@ -253,24 +253,24 @@ class Worker:
             answer = row.user
             assert answer is not None, "it decodes"
             if answer.takes_likeliest:
-                self._accept(row, GeneratedToken(answer.index, int(tokens[row.index])))
+                self._accept(row, take_likeliest(answer, int(tokens[row.index])))
             else:
                 others.append(row)
-        pairs = [(row.index, row.user) for row in others if row.user is not None]
+        pairs = [(row.index, row.user) for row in others if row.user]
         for row, told in zip(others, choose(self._runner, pairs), strict=True):
-            if not isinstance(told, GeneratedToken):
-                self._leave(row, error=told)
-                continue
-            tokens[row.index] = told.token
+            tokens[row.index] = told.token if isinstance(told, GeneratedToken) else 0
             self._accept(row, told)
         if others:
-            self._runner.inputs.put_tokens(tokens)
+            self._runner.inputs.put_tokens(np.maximum(tokens, 0))  # of rows that are left too
         return True
 
-    def _accept(self, row: Row[Answer], told: GeneratedToken) -> bool:
-        """A row's next token is known; whether the row goes on."""
+    def _accept(self, row: Row[Answer], told: Chosen) -> bool:
+        """A row's next token is known, or why there is none; whether the row goes on."""
         answer = row.user
         assert answer is not None, "it decodes"
+        if not isinstance(told, GeneratedToken):
+            self._leave(row, error=told)
+            return False
         job, token = answer.job, told.token
         if token in answer.ends:
             self._leave(row, "stop")

@@ -4,6 +4,9 @@ from collections.abc import Collection
 
 from ...contract.kinds import LENGTHS
 
+NO_TOKEN = -1
+"""What a step gives in place of a token where a logit of the row is NaN."""
+
 
 def next_inputs(input_names: Collection[str]) -> dict[str, str]:
     """Input of a step -> the output for the next one; `input_names`: the decoder's."""

@@ -22,7 +22,7 @@ from ..sampling import likeliest
 from .cache import Cache
 from .decoder_graph import DecoderGraph, read_decoder_graph
 from .files import StepFiles
-from .host_logits import HostLogits
+from .host_logits import HostLogits, likeliest_tokens
 from .prompts import PromptGraphs, read_prompts
 from .sizes import choose_sizes
 from .step import RowInputs, Step
@@ -193,7 +193,7 @@ class Runner:
         """One token for each of the first rows; `inputs` has the likeliest ones then."""
         self._steps[rows].run()
         if not self._graph.next:
-            self.inputs.advance(self.logits(np.arange(rows)).argmax(axis=1))
+            self.inputs.advance(likeliest_tokens(self.logits(np.arange(rows))))
 
     def logits(self, rows: np.ndarray) -> np.ndarray:
         """float32 [m, vocabulary], of rows after a step."""
@@ -241,7 +241,7 @@ class Runner:
         if self._graph.next:
             return read
         ends = np.array([read.places(at)[-1] for at in range(len(prompts))])
-        return replace(read, likeliest=read.logits(ends).argmax(axis=1))
+        return replace(read, likeliest=likeliest_tokens(read.logits(ends)))
 
     def release(self) -> None:
         """Give captured graphs and memory up."""

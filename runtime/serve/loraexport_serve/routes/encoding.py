@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import no_number
 from ..hosts.encoder import EncoderHost, Row
 from ..hosts.texts import Tokens
 from .common import Usage, read_cut, usage
@@ -47,7 +48,8 @@ def require_room(call: Call[Any], host: EncoderHost) -> None:
 async def run_rows(
     call: Call[Any], host: EncoderHost, rows: Sequence[Row]
 ) -> list[dict[str, np.ndarray]]:
-    """The outputs of each row, under the request's adapter."""
+    """The outputs of each row, under the request's adapter. Raises ApiError (400): one has no
+    number."""
     assert call.target is not None, "the host was resolved"
     outputs, call.outcome.waited = await host.run(
         rows,
@@ -55,6 +57,11 @@ async def run_rows(
         tenant=call.caller.tenant,
         timeout=call.service.settings.queue_timeout or None,
     )
+    if not all(np.isfinite(values).all() for one in outputs for values in one.values()):
+        raise no_number(
+            "the model gave no number (NaN or infinity) for this input; its adapter overflows here,"
+            " or the input does: export in bfloat16 or float32"
+        )
     return outputs
 
 
