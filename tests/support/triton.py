@@ -1,16 +1,22 @@
 """Triton itself, of the wheel nvidia-pytriton, as a process that serves a model repository."""
 
+import json
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingUnixStreamServer
+from typing import Any, Self
 
 import httpx
 import pytest
 
-from support.waiting import wait_until
+from support.serving import START
+from support.waiting import DEADLINE, wait_until
 
 VARIABLE = "TRITON_SITE_PACKAGES"
 """The site-packages of an environment of its own, as its interpreter takes numpy < 2 alone."""
@@ -59,13 +65,41 @@ def triton(site: Path, repository: Path, scratch: Path) -> Iterator[str]:
                 except httpx.TransportError:
                     return False
 
-            wait_until(is_ready)
+            wait_until(is_ready, START)
             yield f"127.0.0.1:{port}"
             process.terminate()
             assert process.wait(30) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
+
+
+class Held:
+    """At a socket in place of a server: answers nobody until `go` is set, then all alike."""
+
+    def __init__(self, path: Path, answer: Any) -> None:
+        self.go, self.asked = threading.Event(), threading.Semaphore(0)
+        body, held = json.dumps(answer).encode(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                held.asked.release()
+                held.go.wait(DEADLINE)
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + body)
+
+        self._server = ThreadingUnixStreamServer(str(path), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 def free_port() -> int:
