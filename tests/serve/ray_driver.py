@@ -1,16 +1,22 @@
-"""A Ray of its own with the application on it; a program, told by lines: `kill` a replica, or end.
+"""A Ray of its own with the application on it; a program, told by lines which replicas to kill.
 
-ray_driver.py PORT SETTINGS.json FOLDER    -> `ready`, and `killed NAME` for each `kill`
+ray_driver.py PORT SETTINGS.json FOLDER    -> `ready`; for `kill one` and `kill all`: `killed`
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import ray
 from ray import serve
 
 from loraexport_serve.ray import app
+
+NAME = "tests"
+NUM_REPLICAS = 2
+MOST = 120.0
+"""Seconds until a replica has another in its place."""
 
 
 def main(port: str, settings: str, folder: str) -> None:
@@ -24,17 +30,31 @@ def main(port: str, settings: str, folder: str) -> None:
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
         application = app({"settings": json.loads(Path(settings).read_text())})
-        serve.run(application, name="tests", route_prefix="/")
+        serve.run(application, name=NAME, route_prefix="/")
         print("ready", flush=True)
         for line in sys.stdin:
-            if line.strip() == "kill":
-                named = ray.util.list_named_actors(all_namespaces=True)
-                (first, *_) = sorted(one["name"] for one in named if "#Replica#" in one["name"])
-                ray.kill(ray.get_actor(first, namespace="serve"))
-                print(f"killed {first}", flush=True)
+            _, which = line.split()
+            replicas = _wait_for_replicas()
+            for name in replicas if which == "all" else replicas[:1]:
+                ray.kill(ray.get_actor(name, namespace="serve"))
+            print("killed", flush=True)
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def _wait_for_replicas() -> list[str]:
+    """Their names, once all of them run: whoever kills one then leaves another."""
+    end = time.monotonic() + MOST
+    while True:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        names = sorted(one["name"] for one in named if "#Replica#" in one["name"])
+        states = serve.status().applications[NAME].deployments["Replica"].replica_states
+        if len(names) == states.get("RUNNING", 0) == NUM_REPLICAS:
+            return names
+        if time.monotonic() > end:
+            raise TimeoutError(f"{names} {states}")
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.home import Home
-from support.serving import ALL, Server, write_encoder
+from support.serving import ALL, Server, serving, write_encoder
 from support.waiting import DEADLINE
 
 import loraexport_serve
@@ -192,6 +192,65 @@ def test_streams_in_process(opened: Any, decoder: Path, many: Server) -> None:
     left.is_left = True
     model.execute([left])
     assert left.text == ""
+
+
+def test_a_socket_in_place_of_the_artifact(
+    opened: Any, encoder: Path, decoder: Path, tmp_path: Path
+) -> None:
+    """With a key; who refuses, and that nobody is there, are errors of their own."""
+    socket, key = tmp_path / "serve.sock", tmp_path / "key"
+    key.write_text(f"{ALL}\n")
+    where = ("--socket", str(socket), "--key-file", str(key))
+    more = {"SOCKET": str(socket), "KEY_FILE": str(key)}
+    vectors = opened(encoder, "embed", "EMBEDDING", *where, **more)
+    limits = {"MOST_QUEUED": "10000", "TIMEOUT": "60"}
+    texts = opened(decoder, "generate", "TEXT", *where, **more, **limits)
+    asked = {"max_tokens": 8, "ignore_eos": True}
+
+    def answers() -> tuple[Any, Stream]:
+        stream = Stream("first", **asked)
+        texts.execute([stream])
+        (answer,) = vectors.execute([request(TEXT=["hello"], ADAPTER=["sql"])])
+        return answer, stream
+
+    answer, stream = answers()
+    assert (vectors.is_ready(), texts.is_ready(), stream.text) == (False, False, "")
+    for error in (answer.error.said, stream.error):
+        assert f"the server at {socket} does not answer" in error[0]
+        assert error[1] == "UNAVAILABLE"
+    arguments = [f"embed={encoder}", f"generate={decoder}", "--socket", str(socket)]
+    with serving(*arguments, LORAEXPORT_API_KEYS=ALL) as server:
+        answer, stream = answers()
+        assert vectors.is_ready()
+        told = server.post("/v1/embeddings", key=ALL, model="embed:sql", input="hello").json()
+        np.testing.assert_allclose(
+            answer.tensors[0].values, [told["data"][0]["embedding"]], atol=1e-5
+        )
+        body = {"model": "generate:first", "prompt": "hello", **asked}
+        whole = server.post("/v1/completions", key=ALL, **body).json()
+        assert stream.text == whole["choices"][0]["text"]
+        refused = Stream("first", tempo=3)
+        texts.execute([refused])
+        assert refused.text == ""
+        assert refused.error == ("tempo is not supported here", "INVALID_ARG")
+
+
+def test_an_error_within_a_stream(opened: Any, decoder: Path) -> None:
+    """By its type, behind what came before it."""
+    limits = {"MOST_QUEUED": "10000", "TIMEOUT": "60"}
+    model = opened(decoder, "generate", "TEXT", **limits)
+    for kind, code in (("timeout_error", "UNAVAILABLE"), ("server_error", "INTERNAL")):
+        events = [{"choices": [{"text": "a"}]}, {"error": {"type": kind, "message": "why"}}]
+        lines = [(200, f"data: {json.dumps(event)}".encode()) for event in events]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model._server, "stream", lambda *_, lines=lines: _closable(lines))
+            stream = Stream("first")
+            model.execute([stream])
+            assert (stream.text, stream.error) == ("a", ("why", code))
+
+
+def _closable(lines: list[Any]) -> Iterator[Any]:
+    yield from lines
 
 
 def test_the_queue_of_streams_is_bounded(

@@ -15,17 +15,23 @@ import httpx
 import numpy as np
 import pytest
 from support.serving import Server, serving
-from support.triton import Held, find_triton, triton
+from support.triton import Held, needs_triton, triton
 from support.waiting import DEADLINE, wait_until
 
 from loraexport_serve.cli import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [needs_triton, pytest.mark.slow, pytest.mark.timeout(240)]
 TEXTS = ("hello world", "a batch of adapters", "hello", "the slots of a model")
 ADAPTERS = ("sql", "chat", "legal", "")
 TENANTS = ("first", "second", "")
 SAMPLED = {"temperature": 1.0, "seed": 7}
-LONG = {"max_tokens": 120, "guided_regex": ".*", "seed": 0, "temperature": 1.0}
+LONG = {
+    "max_tokens": 120,
+    "ignore_eos": True,
+    "guided_regex": "[a-z ]*",
+    "seed": 0,
+    "temperature": 1.0,
+}
 
 
 class Pair:
@@ -110,7 +116,6 @@ def held(folder: Path) -> Iterator[Held]:
 
 @pytest.fixture(scope="module")
 def pair(encoder: Path, decoder: Path, folder: Path) -> Iterator[Pair]:
-    site = find_triton()
     socket, repository = folder / "serve.sock", folder / "repository"
     for name, artifact in (("tiny", encoder), ("llama", decoder)):
         arguments = ["triton", str(artifact), "--name", name, "--out", str(repository)]
@@ -125,7 +130,7 @@ def pair(encoder: Path, decoder: Path, folder: Path) -> Iterator[Pair]:
     )
     with (
         serving("--config", str(settings)) as server,
-        triton(site, repository, folder) as address,
+        triton(repository, folder) as address,
         httpx.Client(base_url=f"http://{address}", timeout=60, trust_env=False) as client,
     ):
         yield Pair(server, client)

@@ -15,44 +15,37 @@ from typing import Any, Self
 import httpx
 import pytest
 
+from support.documents import ROOT
 from support.serving import START
 from support.waiting import DEADLINE, wait_until
 
-VARIABLE = "TRITON_SITE_PACKAGES"
-"""The site-packages of an environment of its own, as its interpreter takes numpy < 2 alone."""
+SITE = ROOT / ".venv-triton"
+"""Packages of its own, as Triton's Python models take numpy < 2 alone."""
 _STUB = "pytriton/tritonserver/python_backend_stubs/3.11/triton_python_backend_stub"
-
-
-def find_triton() -> Path:
-    """The folder that VARIABLE names; skips where there is no Triton."""
-    site = Path(os.environ.get(VARIABLE, "/nowhere"))
-    if not (site / _STUB).is_file():
-        pytest.skip(
-            f"{VARIABLE} names no site-packages for Python 3.11 with numpy<2 and, by pip's"
-            " --no-deps, nvidia-pytriton"
-        )
-    return site
+needs_triton = pytest.mark.skipif(
+    not (SITE / _STUB).is_file(), reason="scripts/setup --end-to-end installs Triton"
+)
 
 
 @contextmanager
-def triton(site: Path, repository: Path, scratch: Path) -> Iterator[str]:
+def triton(repository: Path, scratch: Path) -> Iterator[str]:
     """A server of all models of a repository. Gives host:port of its HTTP."""
     backends = scratch / "backends"
     (backends / "python").mkdir(parents=True)
-    files = [*(site / "pytriton/tritonserver/backends/python").glob("*.*"), site / _STUB]
+    files = [*(SITE / "pytriton/tritonserver/backends/python").glob("*.*"), SITE / _STUB]
     for file in files:
         (backends / "python" / file.name).symlink_to(file)
     port = free_port()
     command = [
-        str(site / "pytriton/tritonserver/bin/tritonserver"),
+        str(SITE / "pytriton/tritonserver/bin/tritonserver"),
         *("--model-repository", str(repository), "--backend-directory", str(backends)),
         *("--http-address", "127.0.0.1", "--http-port", str(port)),
         *("--allow-grpc", "false", "--allow-metrics", "false", "--exit-timeout-secs", "5"),
     ]
     for model in repository.glob("*/1/model.py"):  # the stub passes no variable on; in a container
-        lines = f"import sys\n\nsys.path.insert(0, {str(site)!r})\n"  # numpy is where it looks
+        lines = f"import sys\n\nsys.path.insert(0, {str(SITE)!r})\n"  # numpy is where it looks
         model.write_text(lines + model.read_text())
-    variables = os.environ | {"LD_LIBRARY_PATH": str(site / "nvidia_pytriton.libs")}
+    variables = os.environ | {"LD_LIBRARY_PATH": str(SITE / "nvidia_pytriton.libs")}
     log = scratch / "triton.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=variables)

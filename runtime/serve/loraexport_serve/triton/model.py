@@ -104,7 +104,11 @@ class SocketServer:
         connection = http.client.HTTPConnection("localhost", timeout=_SECONDS)
         connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.sock.settimeout(_SECONDS)
-        connection.sock.connect(self._path)
+        try:
+            connection.sock.connect(self._path)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def _gone(self, error: Exception) -> RefusedError:
