@@ -1,6 +1,7 @@
-"""A Ray of its own with the application on it; a program, told by lines which replicas to kill.
+"""A Ray of its own with the application on it; a program, told by lines what to do.
 
-ray_driver.py PORT SETTINGS.json FOLDER    -> `ready`; for `kill one` and `kill all`: `killed`
+ray_driver.py PORT SETTINGS.json FOLDER    -> `ready`; then each line, once it is done: `kill none`,
+`kill one` or `kill all`, which wait until all replicas run.
 """
 
 import json
@@ -33,11 +34,11 @@ def main(port: str, settings: str, folder: str) -> None:
         serve.run(application, name=NAME, route_prefix="/")
         print("ready", flush=True)
         for line in sys.stdin:
-            _, which = line.split()
             replicas = _wait_for_replicas()
-            for name in replicas if which == "all" else replicas[:1]:
+            most = {"kill none": 0, "kill one": 1, "kill all": NUM_REPLICAS}[line.strip()]
+            for name in replicas[:most]:
                 ray.kill(ray.get_actor(name, namespace="serve"))
-            print("killed", flush=True)
+            print(line, end="", flush=True)
         serve.shutdown()
     finally:
         ray.shutdown()

@@ -23,7 +23,7 @@ SITE = ROOT / ".venv-triton"
 """Packages of its own, as Triton's Python models take numpy < 2 alone."""
 _STUB = "pytriton/tritonserver/python_backend_stubs/3.11/triton_python_backend_stub"
 needs_triton = pytest.mark.skipif(
-    not (SITE / _STUB).is_file(), reason="scripts/setup --end-to-end installs Triton"
+    not (SITE / _STUB).is_file(), reason="scripts/setup --end-to-end triton"
 )
 
 
