@@ -5,7 +5,9 @@ ray_driver.py PORT SETTINGS.json FOLDER    -> `ready`; then each line, once it i
 """
 
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +22,14 @@ MOST = 120.0
 """Seconds until a replica has another in its place."""
 
 
+LIFE = 900.0
+"""Seconds after which it ends, come what may: who started it may have been killed."""
+
+
 def main(port: str, settings: str, folder: str) -> None:
+    watch = threading.Timer(LIFE, os._exit, [1])
+    watch.daemon = True
+    watch.start()
     ray.init(
         num_cpus=8,  # as Ray counts them: an ingress, and two replicas that may be replaced
         include_dashboard=False,

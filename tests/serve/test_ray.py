@@ -27,7 +27,7 @@ from support.waiting import DEADLINE, wait_until
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         importlib.util.find_spec("ray") is None, reason="scripts/setup --end-to-end ray"
     ),

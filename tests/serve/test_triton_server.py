@@ -24,7 +24,7 @@ pytestmark = [
     needs_triton,
     pytest.mark.xdist_group("triton"),
     pytest.mark.slow,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
 ]
 TEXTS = ("hello world", "a batch of adapters", "hello", "the slots of a model")
 ADAPTERS = ("sql", "chat", "legal", "")
