@@ -57,7 +57,20 @@ def test_adapters_differ(client: openai.OpenAI) -> None:
         client.embeddings.create(model=name, input="hello world").data[0].embedding
         for name in ("tiny", "sql", "chat")
     ]
-    assert np.abs(np.diff(np.array(rows), axis=0)).max() > 1e-3
+    assert np.abs(np.diff(np.array(rows), axis=0)).max() > 1e-4
+
+
+def test_what_langchain_sends(client: openai.OpenAI, encoder: Path) -> None:
+    """OpenAIEmbeddings' requests: by default ids of tiktoken's cl100k_base, which are another's.
+
+    With check_embedding_ctx_length=False it sends the texts.
+    """
+    with pytest.raises(openai.BadRequestError) as caught:  # hello world
+        client.embeddings.create(model="sql", input=[[15339, 1917]])
+    assert "token 15339; expected 0 to 149" in caught.value.message
+    answer = client.embeddings.create(model="sql", input=TEXTS)
+    got = np.array([one.embedding for one in answer.data])
+    np.testing.assert_allclose(got, vectors(encoder, TEXTS, "sql"), rtol=0, atol=2e-6)
 
 
 def test_token_ids(server: Server, encoder: Path) -> None:

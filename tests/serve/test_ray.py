@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,16 +21,20 @@ import yaml
 from support.decoders import write_tenants
 from support.documents import ROOT
 from support.home import Home
-from support.serving import Server
+from support.serving import START, Server
 from support.triton import free_port
+from support.waiting import DEADLINE, wait_until
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
-        importlib.util.find_spec("ray") is None, reason="pip install './runtime/serve[ray]'"
+        importlib.util.find_spec("ray") is None, reason="scripts/setup --end-to-end ray"
     ),
 ]
 DRIVER = ROOT / "tests/serve/ray_driver.py"
+LONG: dict[str, Any] = {"n": 60, "temperature": 1.0, "guided_regex": "[a-z ]*"}
+"""Answers of a stream that lasts for as long as a test needs."""
 JOBS = [(text, name) for text in ("hello", "a batch", "the model") for name in ("", "sql", "chat")]
 
 
@@ -37,32 +43,47 @@ class Cluster:
 
     def __init__(self, process: "subprocess.Popen[str]", client: httpx.Client) -> None:
         self.process, self.client = process, client
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
 
-    def read(self, word: str) -> None:
-        """Up to the line that begins so."""
+    def wait_for(self, word: str) -> None:
+        """The driver's next line, which is this."""
+        assert self._lines.get(timeout=START).strip() == word, "the driver has ended"
+
+    def kill(self, which: str) -> None:
+        """`none` of the replicas, `one`, or `all`, as they are, once all run."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"kill {which}\n")
+        self.process.stdin.flush()
+        self.wait_for(f"kill {which}")
+
+    def close(self) -> None:
+        """Once the process has ended."""
+        self._reader.join()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+    def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith(word):
-                return
-        raise AssertionError(f"the driver has ended before {word!r}")
-
-    def kill(self) -> None:
-        """One replica, as it is."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("kill\n")
-        self.process.stdin.flush()
-        self.read("killed")
+            self._lines.put(line)
+        self._lines.put("")
 
     def embed(self, text: str, adapter: str) -> httpx.Response:
         model = f"tiny:{adapter}" if adapter else "tiny"
         return self.client.post("/v1/embeddings", json={"model": model, "input": text})
 
-    def complete(self, seed: int, on_event: Callable[[], None]) -> str:
+    def complete(
+        self, seed: int, on_begin: Callable[[], object] = lambda: None, **more: Any
+    ) -> str:
         """A stream: `done`, `error`, or `cut`, which none may be."""
         body = {"model": "llama:first", "prompt": [5, 6, seed], "max_tokens": 100}
-        body |= {"ignore_eos": True, "stream": True}
+        body |= {"ignore_eos": True, "stream": True, **more}
         end = "cut"
         with self.client.stream("POST", "/v1/completions", json=body) as answer:
+            on_begin()
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
                 if line == "data: [DONE]":
@@ -73,7 +94,6 @@ class Cluster:
                     end = "error" if "error" in event else end
                     if end == "error":
                         assert event["error"]["code"] == "replica_died"
-                    on_event()
         return end
 
 
@@ -85,30 +105,30 @@ def cluster(encoder: Path, home: Home) -> Iterator[Cluster]:
     (folder / "settings.json").write_text(json.dumps(settings))
     port = free_port()
     arguments = [sys.executable, str(DRIVER), str(port), str(folder / "settings.json"), str(folder)]
-    log = (folder / "log").open("w")
     variables = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    variables["RAY_raylet_start_wait_time_s"] = "200"  # of a busy machine
+    variables["RAY_raylet_start_wait_time_s"] = str(int(START))
     pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        arguments, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables
-    )
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            arguments, stdin=pipe, stdout=pipe, stderr=log, text=True, env=variables
+        )
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             running = Cluster(process, client)
-            running.read("ready")
-            yield running
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(60) == 0
+            try:
+                running.wait_for("ready")
+                yield running
+                assert process.stdin is not None
+                process.stdin.close()
+                assert process.wait(60) == 0
+            finally:
+                process.kill()
+                process.wait()
+                running.close()
     except BaseException:
         print((folder / "log").read_text()[-5000:])
         raise
     finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout, log):
-            if stream is not None:
-                stream.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -121,10 +141,10 @@ def test_no_request_is_lost_with_a_replica(cluster: Cluster, server: Server) -> 
         wanted[text, name] = answer.json()["data"][0]["embedding"]
     with ThreadPoolExecutor(8) as threads:
         answers = [(job, threads.submit(cluster.embed, *job)) for job in JOBS * 10]
-        cluster.kill()
+        cluster.kill("one")
         answers += [(job, threads.submit(cluster.embed, *job)) for job in JOBS * 10]
         answers[-30][1].result()
-        cluster.kill()
+        cluster.kill("one")
     for job, future in answers:
         answer = future.result()
         assert answer.status_code == 200, answer.text
@@ -136,22 +156,25 @@ def test_no_request_is_lost_with_a_replica(cluster: Cluster, server: Server) -> 
     assert cluster.client.get("/readyz").json() == {"status": "ready"}
 
 
+def test_streams_while_a_replica_is_killed(cluster: Cluster) -> None:
+    """One that has not begun is asked again; none is cut without a word."""
+    with ThreadPoolExecutor(12) as threads:
+        streams = [threads.submit(cluster.complete, seed) for seed in range(10, 34)]
+        cluster.kill("one")
+        ends = {stream.result() for stream in streams}
+    assert ends <= {"done", "error"}
+
+
 def test_a_stream_that_has_begun_ends_with_an_error(cluster: Cluster) -> None:
-    """Those that have not begun are asked again; none is cut without a word."""
-    ends: list[str] = []
-    for _ in range(5):
-        killed: list[bool] = []
-
-        def kill_once(killed: list[bool] = killed) -> None:
-            if not killed:
-                killed.append(True)
-                cluster.kill()
-
-        with ThreadPoolExecutor(12) as threads:
-            ends += threads.map(cluster.complete, range(10, 22), [kill_once] * 12)
-        if "error" in ends:
-            break
-    assert set(ends) == {"done", "error"}, ends
+    """And who asks when all replicas are gone is answered again before long."""
+    cluster.kill("none")
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        stream = threads.submit(cluster.complete, 10, begun.set, **LONG)
+        assert begun.wait(DEADLINE)
+        cluster.kill("all")
+        assert stream.result() == "error"
+    wait_until(lambda: cluster.embed("hello", "sql").status_code == 200, START)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's schema

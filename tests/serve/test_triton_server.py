@@ -1,94 +1,252 @@
-"""A repository in Triton itself: rows of several adapters in one batch, errors, streams."""
+"""A repository in Triton itself: rows of several adapters in one batch, streams, errors."""
 
+import base64
+import json
+import re
+import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from support.serving import serving
-from support.triton import find_triton, triton
+from support.serving import Server, serving
+from support.triton import Held, needs_triton, triton
+from support.waiting import DEADLINE, wait_until
 
 from loraexport_serve.cli import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    needs_triton,
+    pytest.mark.xdist_group("triton"),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 TEXTS = ("hello world", "a batch of adapters", "hello", "the slots of a model")
 ADAPTERS = ("sql", "chat", "legal", "")
+TENANTS = ("first", "second", "")
+SAMPLED = {"temperature": 1.0, "seed": 7}
+LONG = {
+    "max_tokens": 120,
+    "ignore_eos": True,
+    "guided_regex": "[a-z ]*",
+    "seed": 0,
+    "temperature": 1.0,
+}
+
+
+class Pair:
+    """Triton, and the server that its models ask."""
+
+    def __init__(self, server: Server, triton: httpx.Client) -> None:
+        self.server, self._triton = server, triton
+
+    def infer(
+        self, texts: list[str], adapters: list[str], model: str = "tiny", **parameters: Any
+    ) -> np.ndarray:
+        """A vector of each text. Raises RuntimeError: what Triton says of an error."""
+        inputs = [
+            {"name": name, "shape": [len(values), 1], "datatype": "BYTES", "data": values}
+            for name, values in (("TEXT", texts), ("ADAPTER", adapters))
+        ]
+        body = {"inputs": inputs, "parameters": parameters}
+        answer = self._triton.post(f"/v2/models/{model}/infer", json=body)
+        if not answer.is_success:
+            raise RuntimeError(answer.json()["error"])
+        (output,) = answer.json()["outputs"]
+        assert output["name"] == "EMBEDDING"
+        return np.array(output["data"], np.float32).reshape(output["shape"])
+
+    def pieces(self, prompt: str, adapter: str, **parameters: Any) -> Iterator[str]:
+        """Of a stream, as they come. Raises RuntimeError: what Triton says of an error."""
+        body = {"PROMPT": prompt, "ADAPTER": adapter, "parameters": parameters}
+        path = "/v2/models/llama/generate_stream"
+        with self._triton.stream("POST", path, json=body) as answer:
+            for line in answer.iter_lines():
+                if line:
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise RuntimeError(event["error"])
+                    yield event["TEXT"]
+
+    def leave(self, prompt: str, adapter: str, **parameters: Any) -> None:
+        """Ask for a stream, and go before it has begun, or soon after."""
+        body = {"PROMPT": prompt, "ADAPTER": adapter, "parameters": parameters}
+        path = "/v2/models/llama/generate_stream"
+        with suppress(httpx.ReadTimeout):
+            self._triton.post(path, json=body, timeout=0.1)
+
+    def expected(self, text: str, adapter: str) -> np.ndarray:
+        """The vector as the server has it."""
+        model = f"tiny:{adapter}" if adapter else "tiny"
+        answer = self.server.post("/v1/embeddings", model=model, input=text).raise_for_status()
+        return np.array(answer.json()["data"][0]["embedding"], np.float32)
+
+    def completed(self, prompt: str, adapter: str, **parameters: Any) -> str:
+        """The whole text as the server has it."""
+        model = f"llama:{adapter}" if adapter else "llama"
+        answer = self.server.post("/v1/completions", model=model, prompt=prompt, **parameters)
+        text: str = answer.raise_for_status().json()["choices"][0]["text"]
+        return text
+
+    def statistics(self, model: str) -> dict[str, Any]:
+        """What Triton counts of a model."""
+        answer = self._triton.get(f"/v2/models/{model}/stats").raise_for_status()
+        counted: dict[str, Any] = answer.json()["model_stats"][0]
+        return counted
+
+    def metric(self, name: str) -> float:
+        """Of the server, summed over its labels."""
+        text = self.server.get("/metrics").text
+        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, found))
 
 
 @pytest.fixture(scope="module")
-def address(
-    encoder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, httpx.Client]]:
-    """Triton's HTTP, and a client of the server that its model asks."""
-    site, folder = find_triton(), tmp_path_factory.mktemp("triton")
-    socket = folder / "serve.sock"
-    arguments = ["triton", str(encoder), "--name", "tiny", "--out", str(folder / "repository")]
-    assert main([*arguments, "--socket", str(socket)]) == 0
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture
+def held(folder: Path) -> Iterator[Held]:
+    """What the model `held` asks."""
+    vector = base64.b64encode(np.ones(32, np.float32).tobytes()).decode()
+    with Held(folder / "held.sock", {"data": [{"embedding": vector}]}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pair(encoder: Path, decoder: Path, folder: Path) -> Iterator[Pair]:
+    socket, repository = folder / "serve.sock", folder / "repository"
+    for name, artifact in (("tiny", encoder), ("llama", decoder)):
+        arguments = ["triton", str(artifact), "--name", name, "--out", str(repository)]
+        assert main([*arguments, "--socket", str(socket)]) == 0
+    arguments = ["triton", str(encoder), "--name", "held", "--out", str(repository)]
+    arguments += ["--socket", str(folder / "held.sock"), "--rows", "1"]
+    assert main([*arguments, "--most-queued", "2", "--timeout", "0.2"]) == 0
     settings = folder / "settings.yaml"
     settings.write_text(
         f"models:\n  tiny: {{path: {encoder}, adapter_folder: {encoder.parents[1]}}}\n"
-        f"socket: {socket}\n"
+        f"  llama: {{path: {decoder}, rows: 4}}\nsocket: {socket}\n"
     )
     with (
         serving("--config", str(settings)) as server,
-        triton(site, folder / "repository", folder) as there,
+        triton(repository, folder) as address,
+        httpx.Client(base_url=f"http://{address}", timeout=60, trust_env=False) as client,
     ):
-        yield there, server.client
+        yield Pair(server, client)
 
 
-def infer(address: str, texts: list[str], adapters: list[str], **parameters: Any) -> np.ndarray:
-    """What Triton's own client is answered: a vector for each text."""
-    http = pytest.importorskip("tritonclient.http")
-    with http.InferenceServerClient(address) as client:
-        inputs = []
-        for name, values in (("TEXT", texts), ("ADAPTER", adapters)):
-            data = np.array([[value.encode()] for value in values], dtype=np.object_)
-            inputs.append(http.InferInput(name, data.shape, "BYTES"))
-            inputs[-1].set_data_from_numpy(data)
-        answer = client.infer("tiny", inputs, parameters=parameters or None)
-    vectors: np.ndarray = answer.as_numpy("EMBEDDING")
-    return vectors
-
-
-def expected(client: httpx.Client, text: str, adapter: str) -> np.ndarray:
-    """The server's own answer."""
-    body = {"model": f"tiny:{adapter}" if adapter else "tiny", "input": text}
-    answer = client.post("/v1/embeddings", json=body).raise_for_status()
-    return np.array(answer.json()["data"][0]["embedding"], np.float32)
-
-
-def test_rows_of_one_request_and_requests_of_one_batch(address: tuple[str, httpx.Client]) -> None:
+def test_rows_of_one_request_and_requests_of_one_batch(pair: Pair) -> None:
     """Each row is that of its text alone, under its adapter; the adapters differ."""
-    there, server = address
-    alone = [expected(server, text, name) for text, name in zip(TEXTS, ADAPTERS, strict=True)]
-    mixed = infer(there, list(TEXTS), list(ADAPTERS))
+    alone = [pair.expected(text, name) for text, name in zip(TEXTS, ADAPTERS, strict=True)]
+    mixed = pair.infer(list(TEXTS), list(ADAPTERS))
     np.testing.assert_allclose(mixed, alone, atol=1e-5)
-    base = infer(there, list(TEXTS), [""] * 4)
-    assert (np.abs(mixed - base).max(axis=1)[:3] > 1e-3).all()
+    base = pair.infer(list(TEXTS), [""] * 4)
+    assert (np.abs(mixed - base).max(axis=1)[:3] > 1e-4).all()
     jobs = [(text, name) for text in TEXTS for name in ADAPTERS] * 4
+    before = pair.statistics("tiny")
     with ThreadPoolExecutor(16) as threads:
-        rows = list(threads.map(lambda job: infer(there, [job[0]], [job[1]])[0], jobs))
-    wanted = {job: expected(server, *job) for job in set(jobs)}
+        rows = list(threads.map(lambda job: pair.infer([job[0]], [job[1]])[0], jobs))
+    wanted = {job: pair.expected(*job) for job in set(jobs)}
     for job, row in zip(jobs, rows, strict=True):
         np.testing.assert_allclose(row, wanted[job], atol=1e-5)
-    stats = httpx.get(f"http://{there}/v2/models/tiny/stats").json()["model_stats"][0]
-    assert stats["inference_count"] == 8 + len(jobs)
-    assert stats["execution_count"] < 2 + len(jobs), "requests share batches"
+    after = pair.statistics("tiny")
+    counted = {
+        key: after[f"{key}_count"] - before[f"{key}_count"] for key in ("inference", "execution")
+    }
+    assert counted["inference"] == len(jobs)
+    assert counted["execution"] < len(jobs), "requests share batches"
 
 
-def test_what_the_server_refuses_is_a_tritons_error(address: tuple[str, httpx.Client]) -> None:
-    there, _ = address
-    errors = pytest.importorskip("tritonclient.utils")
+def test_what_the_server_refuses_is_a_tritons_error(pair: Pair) -> None:
     for texts, adapters, parameters, text in (
         (["hello"], ["nobody"], {}, "`tiny:nobody` does not exist"),
         (["hello " * 90], ["sql"], {}, "maximum context length is 64 tokens"),
         (["hello"], ["sql"], {"encoding_format": "float"}, "is no parameter here"),
         (["hello"], ["sql"], {"tempo": 3}, "tempo is not supported here"),
     ):
-        with pytest.raises(errors.InferenceServerException, match=text):
-            infer(there, texts, adapters, **parameters)
-    cut = infer(there, ["hello " * 90], ["sql"], truncate_prompt_tokens=8)
-    np.testing.assert_allclose(cut, infer(there, ["hello " * 6], ["sql"]), atol=1e-5)
+        with pytest.raises(RuntimeError, match=text):
+            pair.infer(texts, adapters, **parameters)
+    cut = pair.infer(["hello " * 90], ["sql"], truncate_prompt_tokens=8)
+    np.testing.assert_allclose(cut, pair.infer(["hello " * 6], ["sql"]), atol=1e-5)
+
+
+def test_the_queue_is_bounded(pair: Pair, held: Held) -> None:
+    """Too many are refused at once, who waits too long when its turn comes; others are answered."""
+
+    def ask() -> str:
+        try:
+            vectors = pair.infer(["hello"], [""], model="held")
+        except RuntimeError as error:
+            return str(error)
+        assert vectors.shape == (1, 32)
+        return "answered"
+
+    with ThreadPoolExecutor(24) as threads:
+        asked = [threads.submit(ask) for _ in range(24)]
+        for _ in range(2):  # each instance has one, until it is let go
+            assert held.asked.acquire(timeout=DEADLINE)
+        (refused, *_), _ = wait(asked, DEADLINE, FIRST_COMPLETED)
+        assert "Exceeds maximum queue size" in refused.result()
+        wait_until(lambda: sum(future.done() for future in asked) > 12)
+        time.sleep(0.3)  # longer than those in the queue may wait
+        held.go.set()
+    answers = Counter(future.result().partition(" ")[0] for future in asked)
+    assert answers["answered"] >= 2
+    assert answers["Request"] >= 1, "it has waited too long"
+
+
+@pytest.mark.parametrize("more", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_streams_of_several_adapters_at_once(pair: Pair, more: dict[str, Any]) -> None:
+    """Each is what the server answers to it alone."""
+    jobs = [(text, name) for text in TEXTS for name in TENANTS]
+    asked = {"max_tokens": 24, "ignore_eos": True, **more}
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        texts = list(threads.map(lambda job: "".join(pair.pieces(*job, **asked)), jobs))
+    assert texts == [pair.completed(*job, **asked) for job in jobs]
+    assert len(set(texts)) > len(jobs) / 2, "the adapters differ"
+
+
+def test_what_the_server_refuses_ends_a_stream(pair: Pair) -> None:
+    """With an error as its one event; a good stream beside it goes on."""
+    good = pair.pieces("hello", "first", max_tokens=40, ignore_eos=True)
+    begun = next(good)
+    for prompt, adapter, parameters, text in (
+        ("hello", "nobody", {}, "`llama:nobody` does not exist"),
+        ("hello " * 200, "first", {}, "maximum context length is 128 tokens"),
+        ("hello", "first", {"stream": False}, "stream is no parameter here"),
+        ("hello", "first", {"logprobs": 1}, "logprobs is no parameter here"),
+        ("hello", "first", {"tempo": 3}, "tempo is not supported here"),
+        ("hello", "first", {"temperature": -1.0}, ">= 0.0"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            list(pair.pieces(prompt, adapter, **parameters))
+    wanted = pair.completed("hello", "first", max_tokens=40, ignore_eos=True)
+    assert begun + "".join(good) == wanted
+
+
+def test_clients_that_go_end_their_streams(pair: Pair) -> None:
+    """Begun, or in the queue: the server computes no more of them, and their rows are others'."""
+    before = pair.metric("loraexport_decoder_cancelled_total")
+    begun = [pair.pieces("hello", name, **LONG) for name in TENANTS]
+    for stream in begun:
+        assert next(stream)
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(lambda name: pair.leave("hello", name, **LONG), TENANTS * 4))
+    for stream in begun:
+        stream.close()  # type: ignore[attr-defined]
+
+    def is_over() -> bool:
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return sum(map(pair.metric, names)) == 0
+
+    wait_until(is_over)
+    assert pair.metric("loraexport_decoder_cancelled_total") > before
+    asked = {"max_tokens": 8, "ignore_eos": True}
+    text = "".join(pair.pieces("hello", "second", **asked))
+    assert text == pair.completed("hello", "second", **asked)

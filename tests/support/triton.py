@@ -1,52 +1,51 @@
 """Triton itself, of the wheel nvidia-pytriton, as a process that serves a model repository."""
 
+import json
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from socketserver import ThreadingUnixStreamServer
+from typing import Any, Self
 
 import httpx
 import pytest
 
-from support.waiting import wait_until
+from support.documents import ROOT
+from support.serving import START
+from support.waiting import DEADLINE, wait_until
 
-VARIABLE = "TRITON_SITE_PACKAGES"
-"""The site-packages of an environment of its own, as its interpreter takes numpy < 2 alone."""
+SITE = ROOT / ".venv-triton"
+"""Packages of its own, as Triton's Python models take numpy < 2 alone."""
 _STUB = "pytriton/tritonserver/python_backend_stubs/3.11/triton_python_backend_stub"
-
-
-def find_triton() -> Path:
-    """The folder that VARIABLE names; skips where there is no Triton."""
-    site = Path(os.environ.get(VARIABLE, "/nowhere"))
-    if not (site / _STUB).is_file():
-        pytest.skip(
-            f"{VARIABLE} names no site-packages for Python 3.11 with numpy<2 and, by pip's"
-            " --no-deps, nvidia-pytriton"
-        )
-    return site
+needs_triton = pytest.mark.skipif(
+    not (SITE / _STUB).is_file(), reason="scripts/setup --end-to-end triton"
+)
 
 
 @contextmanager
-def triton(site: Path, repository: Path, scratch: Path) -> Iterator[str]:
+def triton(repository: Path, scratch: Path) -> Iterator[str]:
     """A server of all models of a repository. Gives host:port of its HTTP."""
     backends = scratch / "backends"
     (backends / "python").mkdir(parents=True)
-    files = [*(site / "pytriton/tritonserver/backends/python").glob("*.*"), site / _STUB]
+    files = [*(SITE / "pytriton/tritonserver/backends/python").glob("*.*"), SITE / _STUB]
     for file in files:
         (backends / "python" / file.name).symlink_to(file)
     port = free_port()
     command = [
-        str(site / "pytriton/tritonserver/bin/tritonserver"),
+        str(SITE / "pytriton/tritonserver/bin/tritonserver"),
         *("--model-repository", str(repository), "--backend-directory", str(backends)),
         *("--http-address", "127.0.0.1", "--http-port", str(port)),
         *("--allow-grpc", "false", "--allow-metrics", "false", "--exit-timeout-secs", "5"),
     ]
     for model in repository.glob("*/1/model.py"):  # the stub passes no variable on; in a container
-        lines = f"import sys\n\nsys.path.insert(0, {str(site)!r})\n"  # numpy is where it looks
+        lines = f"import sys\n\nsys.path.insert(0, {str(SITE)!r})\n"  # numpy is where it looks
         model.write_text(lines + model.read_text())
-    variables = os.environ | {"LD_LIBRARY_PATH": str(site / "nvidia_pytriton.libs")}
+    variables = os.environ | {"LD_LIBRARY_PATH": str(SITE / "nvidia_pytriton.libs")}
     log = scratch / "triton.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=variables)
@@ -59,13 +58,41 @@ def triton(site: Path, repository: Path, scratch: Path) -> Iterator[str]:
                 except httpx.TransportError:
                     return False
 
-            wait_until(is_ready)
+            wait_until(is_ready, START)
             yield f"127.0.0.1:{port}"
             process.terminate()
             assert process.wait(30) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
+
+
+class Held:
+    """At a socket in place of a server: answers nobody until `go` is set, then all alike."""
+
+    def __init__(self, path: Path, answer: Any) -> None:
+        self.go, self.asked = threading.Event(), threading.Semaphore(0)
+        body, held = json.dumps(answer).encode(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                held.asked.release()
+                held.go.wait(DEADLINE)
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + body)
+
+        self._server = ThreadingUnixStreamServer(str(path), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
 
 
 def free_port() -> int:

@@ -18,9 +18,9 @@ def weights(value: float) -> HostAdapter:
     return HostAdapter({"site": 1}, {"stack": np.array([value])}, f"digest {value}", 1.0, None)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
     """Let other threads run until the condition holds; fail if it never does."""
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "no thread brought this about"
         time.sleep(0.001)

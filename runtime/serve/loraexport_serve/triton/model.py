@@ -10,6 +10,8 @@ import http.client
 import json
 import os
 import socket
+import threading
+import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -23,8 +25,11 @@ _THREADS = 64
 """Calls at the same time; the server holds its own bounds, and batches them."""
 _SECONDS = 600.0
 """The server ends a request sooner, by its own limits."""
-_OWN = ("model", "adapters", "stream", "stream_options", "encoding_format", "n", "echo", "best_of")
-"""Keys of a body that are no parameter of a request here."""
+_OWN = (
+    *("model", "adapters", "stream", "stream_options", "encoding_format"),
+    *("n", "best_of", "echo", "logprobs"),
+)
+"""Keys of a body that are no parameter of a request here: the output has no place for an answer."""
 Parts = list[tuple[list[int], "Future[np.ndarray]"]]
 """Rows, and the values that they will have."""
 _CODES = {
@@ -36,6 +41,13 @@ _CODES = {
     501: "UNSUPPORTED",
     503: "UNAVAILABLE",
 }
+_STATUSES = {
+    "invalid_request_error": 400,
+    "timeout_error": 408,
+    "rate_limit_error": 429,
+    "service_unavailable_error": 503,
+}
+"""Of an error inside a stream, by its type."""
 
 
 class RefusedError(Exception):
@@ -92,7 +104,11 @@ class SocketServer:
         connection = http.client.HTTPConnection("localhost", timeout=_SECONDS)
         connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.sock.settimeout(_SECONDS)
-        connection.sock.connect(self._path)
+        try:
+            connection.sock.connect(self._path)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def _gone(self, error: Exception) -> RefusedError:
@@ -117,6 +133,9 @@ class TritonPythonModel:
             on_gpu = args["model_instance_kind"] == "GPU"
             self._server = ProcessServer(self._model, folder, on_gpu)
         self._threads = ThreadPoolExecutor(_THREADS, "loraexport")
+        if self._kind == "generate":  # Triton has no queue before a decoupled model
+            self._room = threading.Semaphore(_THREADS + int(values["MOST_QUEUED"]))
+            self._patience = float(values["TIMEOUT"])
 
     def is_ready(self) -> bool:
         """Asked by a Triton of 2026 or newer."""
@@ -125,7 +144,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any] | None:
         if self._kind == "generate":
             for request in requests:
-                self._threads.submit(self._generate, request, request.get_response_sender())
+                self._begin(request, request.get_response_sender())
             return None  # answers go by the senders
         started = [self._start(request) for request in requests]  # all, so that they share batches
         return [self._finish(parts) for parts in started]
@@ -189,9 +208,19 @@ class TritonPythonModel:
         data: list[dict[str, Any]] = read["data"]
         return data
 
-    def _generate(self, request: Any, sender: Any) -> None:
+    def _begin(self, request: Any, sender: Any) -> None:
+        """Have a thread answer, unless too many wait for one."""
+        if self._room.acquire(blocking=False):
+            self._threads.submit(self._generate, request, sender, time.monotonic())
+        else:
+            _end(sender, RefusedError(429, "the queue is full"))
+
+    def _generate(self, request: Any, sender: Any, since: float) -> None:
         """Pieces of text as they come, then the end; an error is a response too."""
+        failed = None
         try:
+            if time.monotonic() - since > self._patience:
+                raise RefusedError(408, f"no room for it came within {self._patience:g} s")
             (prompt,), (name,) = _strings(request, "PROMPT"), _strings(request, "ADAPTER")
             body = {**_parameters(request), "model": self._name(name), "prompt": prompt}
             with closing(self._pieces(body | {"stream": True})) as pieces:
@@ -201,9 +230,9 @@ class TritonPythonModel:
                     text = np.array([piece.encode()], dtype=np.object_)
                     sender.send(pb_utils.InferenceResponse([pb_utils.Tensor(self._output, text)]))
         except Exception as error:
-            sender.send(pb_utils.InferenceResponse(error=_error(error)))
-        finally:
-            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            failed = error
+        self._room.release()
+        _end(sender, failed)
 
     def _pieces(self, body: dict[str, Any]) -> Generator[str, None, None]:
         with closing(self._server.stream("/v1/completions", json.dumps(body).encode())) as lines:
@@ -215,7 +244,8 @@ class TritonPythonModel:
                     continue
                 event = json.loads(data)
                 if "error" in event:
-                    raise RefusedError(500, event["error"]["message"])
+                    error = event["error"]
+                    raise RefusedError(_STATUSES.get(error["type"], 500), error["message"])
                 yield from (choice["text"] for choice in event["choices"] if choice["text"])
 
     def _name(self, adapter: str) -> str:
@@ -235,6 +265,13 @@ def _parameters(request: Any) -> dict[str, Any]:
         if key in _OWN:
             raise RefusedError(400, f"{key} is no parameter here")
     return given
+
+
+def _end(sender: Any, error: Exception | None) -> None:
+    """A stream's last response, which is an error or nothing."""
+    if error is not None:
+        sender.send(pb_utils.InferenceResponse(error=_error(error)))
+    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def _error(error: Exception) -> Any:

@@ -129,6 +129,8 @@ def config_of(interface: Interface, options: Options) -> str:
         "SOCKET": options.socket or "",
         "KEY_FILE": options.key_file or "",
     }
+    if is_stream:
+        values |= {"MOST_QUEUED": str(options.most_queued), "TIMEOUT": f"{options.timeout:g}"}
     lines = [
         "# Written by `loraexport-serve triton`.",
         f"name: {_quoted(options.name)}",
