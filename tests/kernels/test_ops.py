@@ -93,7 +93,10 @@ def test_batches_of_rows(library: Path) -> None:
     )
     feeds = {"slots": site.slots, "x": site.x.reshape(3, 4, -1), "a": site.a}
     feeds["wb1"] = np.concatenate([site.weights[0], site.bs[0]])
-    feeds = {name: value.astype(np.int64 if name == "slots" else np.float32) for name, value in feeds.items()}
+    feeds = {
+        name: value.astype(np.int64 if name == "slots" else np.float32)
+        for name, value in feeds.items()
+    }
     y = session.run(None, feeds)[0]
     assert y.shape == (3, 4, 16)
     assert_right(site, [y.reshape(12, 16)])
@@ -129,9 +132,7 @@ def wrong(site: Site, **attributes: int) -> bytes:
         ({"bias_rows": 1}, "LoraLinear: bias_rows must be 0 or 8"),
     ],
 )
-def test_wrong_attributes_are_refused(
-    library: Path, attributes: dict[str, int], said: str
-) -> None:
+def test_wrong_attributes_are_refused(library: Path, attributes: dict[str, int], said: str) -> None:
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library))
     with pytest.raises(Exception, match=said):

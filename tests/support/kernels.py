@@ -107,7 +107,9 @@ class Graph:
     def __init__(self, site: Site, library: Path, providers: Sequence[str] = ("cpu",)) -> None:
         options = onnxruntime.SessionOptions()
         options.register_custom_ops_library(str(library))
-        names = [f"{name.upper() if name == 'cuda' else 'CPU'}ExecutionProvider" for name in providers]
+        names = [
+            f"{name.upper() if name == 'cuda' else 'CPU'}ExecutionProvider" for name in providers
+        ]
         self.session = onnxruntime.InferenceSession(
             make_model(site).SerializeToString(), options, providers=names
         )

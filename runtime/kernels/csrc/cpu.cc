@@ -129,23 +129,24 @@ void write_runs(Run* runs, int size, const Run& all, int64_t& count) {
 void route(const int64_t* slots, int64_t rows, void* memory) {
   std::memset(memory, 0xff, (rows + 1) * kRouteWords * 8);  // -1 everywhere
   const Routes routes = Routes::in(memory, rows);
+  std::vector<int> sorted(rows);
   for (int64_t row = 0; row < rows; ++row) {
     const bool adapted = slots[row] >= 1 && slots[row] <= kMaxSlots;
     routes.slots[row] = adapted ? slots[row] : 0;
-    routes.sorted[row] = static_cast<int>(row);
+    sorted[row] = static_cast<int>(row);
   }
   const auto key = [&](int row) { return routes.slots[row] > 0 ? routes.slots[row] : kMaxSlots + 1; };
-  std::stable_sort(routes.sorted, routes.sorted + rows,
+  std::stable_sort(sorted.begin(), sorted.end(),
                    [&](int one, int other) { return key(one) < key(other); });
   int64_t tiles16 = 0, tiles32 = 0, tiles64 = 0;
   for (int64_t begin = 0, end; begin < rows; begin = end) {
-    const int64_t slot = routes.slots[routes.sorted[begin]];
-    for (end = begin; end < rows && routes.slots[routes.sorted[end]] == slot; ++end) {
-      const int64_t at = end - begin;
-      if (at % 16 == 0) routes.slots16[tiles16++] = static_cast<int>(slot);
-      routes.rows16[16 * (tiles16 - 1) + at % 16] = routes.sorted[end];
+    const int slot = static_cast<int>(routes.slots[sorted[begin]]);
+    const int first = static_cast<int>(16 * tiles16);
+    for (end = begin; end < rows && routes.slots[sorted[end]] == slot; ++end) {
+      if ((end - begin) % 16 == 0) routes.slots16[tiles16++] = slot;
+      routes.rows[first + end - begin] = sorted[end];
     }
-    const Run all{static_cast<int>(slot), static_cast<int>(begin), static_cast<int>(end - begin), 0};
+    const Run all{slot, first, static_cast<int>(end - begin), 0};
     write_runs(routes.runs32, 32, all, tiles32);
     write_runs(routes.runs64, 64, all, tiles64);
   }

@@ -12,22 +12,23 @@ struct ShrinkArguments {
   const void* x;
   const void* a;
   float* sums;  // [splits, T, padded_width]
-  int64_t rows, per_row, chunks;
-  int64_t tokens, in, slots, width;
-  int64_t padded_width;  // W up to a multiple of 16
+  int rows, per_row, chunks;
+  int tokens, in, slots, width;
+  int padded_width;  // W up to a multiple of 16
+  int parts;         // of 32 along `in` that a split has
 };
 
 struct ExpandArguments {
   const void* routes;
   const float* sums;
-  int64_t rows, per_row, chunks;
-  int64_t tokens, slots, width, padded_width;
+  int rows, per_row, chunks;
+  int tokens, slots, width, padded_width;
   int splits;
-  bool all;       // base rows are written too
-  int64_t tiles;  // of the grid
+  bool all;   // base rows are written too
+  int tiles;  // of the grid
   int num_slices;
-  int64_t first_block[kMaxSlices];  // of the blocks along the columns of all slices
-  int64_t blocks;
+  int first_block[kMaxSlices];  // of the blocks along the columns of all slices
+  int blocks;
   Slice slices[kMaxSlices];  // base null: y begins at 0
 };
 

@@ -45,7 +45,7 @@ __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
 template <>
 __device__ inline void multiply<Half>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                       uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -55,7 +55,7 @@ __device__ inline void multiply<Half>(float (&c)[4], uint32_t a0, uint32_t a1, u
 template <>
 __device__ inline void multiply<BHalf>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                        uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -64,7 +64,7 @@ __device__ inline void multiply<BHalf>(float (&c)[4], uint32_t a0, uint32_t a1, 
 
 // Elements [at, at + 8) of a row of `size`, 0 past its end. Aligned rows have a size that 8 divides.
 template <typename E, bool kAligned>
-__device__ uint4 load8(const typename E::Value* row, int64_t at, int64_t size) {
+__device__ uint4 load8(const typename E::Value* row, int at, int size) {
   uint4 loaded = {0, 0, 0, 0};
   if constexpr (kAligned) {
     if (at < size) loaded = *reinterpret_cast<const uint4*>(row + at);
@@ -79,7 +79,7 @@ __device__ uint4 load8(const typename E::Value* row, int64_t at, int64_t size) {
 }
 
 template <typename E, bool kAligned>
-__device__ void store8(typename E::Value* row, int64_t at, int64_t size, uint4 value) {
+__device__ void store8(typename E::Value* row, int at, int size, uint4 value) {
   if constexpr (kAligned) {
     if (at < size) *reinterpret_cast<uint4*>(row + at) = value;
   } else {
@@ -110,35 +110,35 @@ __device__ inline void let_next_start() {
 template <int kSize>
 struct Tile {
   int slot;  // -1: no such tile; 0: the base
-  int64_t first;
+  int first;
   int count;
   const int* rows;
 
-  __device__ Tile(const Routes& routes, int64_t tile, int64_t per_row, int64_t chunks) {
+  __device__ Tile(const Routes& routes, int tile, int per_row, int chunks) {
     if (per_row > 1) {
-      const int64_t row = tile / chunks, begin = (tile - row * chunks) * kSize;
+      const int row = tile / chunks, begin = (tile - row * chunks) * kSize;
       slot = static_cast<int>(routes.slots[row]);
       first = row * per_row + begin;
-      count = static_cast<int>(min(per_row - begin, int64_t{kSize}));
+      count = min(per_row - begin, kSize);
       rows = nullptr;
     } else if constexpr (kSize == 16) {
       slot = routes.slots16[tile];
-      rows = routes.rows16 + tile * 16;
-      count = 16;
+      rows = routes.rows + tile * 16;
+      count = 16;  // or fewer: -1 fills the gap
     } else {
       const Run run = (kSize == 32 ? routes.runs32 : routes.runs64)[tile];
       slot = run.slot;
-      rows = routes.sorted + run.begin;
+      rows = routes.rows + run.begin;
       count = run.count;
     }
   }
 
-  static __device__ int64_t number(const Routes& routes) {
+  static __device__ int number(const Routes& routes) {
     return routes.tiles[kSize == 16 ? 0 : kSize == 32 ? 1 : 2];
   }
 
   // The token at a place of the tile, -1 for none.
-  __device__ int64_t token(int place) const {
+  __device__ int token(int place) const {
     if (place >= count) return -1;
     return rows == nullptr ? first + place : rows[place];
   }

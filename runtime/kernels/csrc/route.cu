@@ -11,24 +11,25 @@ namespace lora::cuda {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kWindow = 512;  // slots that are sorted at once
-constexpr int64_t kMaxRows = int64_t{kWarps} * 65535;  // a warp's counters have 16 bits
+constexpr int kWindow = 256;  // slots that are sorted at once
+constexpr int64_t kMaxRows = 1 << 24;
 
+// What a slot has, or what all slots before it have.
 struct Begins {
-  int rows, tiles16, tiles32, tiles64;
+  int tiles16, tiles32, tiles64;
 };
 
 __device__ Begins operator+(const Begins& a, const Begins& b) {
-  return {a.rows + b.rows, a.tiles16 + b.tiles16, a.tiles32 + b.tiles32, a.tiles64 + b.tiles64};
+  return {a.tiles16 + b.tiles16, a.tiles32 + b.tiles32, a.tiles64 + b.tiles64};
 }
 
 __device__ Begins shuffle_up(const Begins& from, int by) {
-  return {__shfl_up_sync(~0u, from.rows, by), __shfl_up_sync(~0u, from.tiles16, by),
-          __shfl_up_sync(~0u, from.tiles32, by), __shfl_up_sync(~0u, from.tiles64, by)};
+  return {__shfl_up_sync(~0u, from.tiles16, by), __shfl_up_sync(~0u, from.tiles32, by),
+          __shfl_up_sync(~0u, from.tiles64, by)};
 }
 
 struct Shared {
-  uint16_t counts[kWarps][kWindow];  // rows of a slot in a warp's stretch, then before it
+  int counts[kWarps][kWindow];       // rows of a slot in a warp's stretch, then before it
   Begins begins[kWindow];            // of a slot's rows and tiles
   int totals[kWindow];
   Begins warps[kWindow / 32];
@@ -36,28 +37,29 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 48 << 10);
 
+// Row number `place` of the `total` of a slot, which begins at `begin`.
 __device__ void write_row(const Routes& routes, const Begins& begin, int slot, int row, int place,
                           int total) {
-  const int at = begin.rows + place;
-  routes.sorted[at] = row;
-  const int tile16 = begin.tiles16 + place / 16;
-  routes.rows16[16 * tile16 + place % 16] = row;
-  if (place % 16 == 0) routes.slots16[tile16] = slot;
+  const int first = 16 * begin.tiles16, at = first + place;
+  routes.rows[at] = row;
+  if (place % 16 == 0) routes.slots16[at / 16] = slot;
   if (place % 32 == 0)
     routes.runs32[begin.tiles32 + place / 32] = {slot, at, min(32, total - place), 0};
   if (place % 64 == 0)
     routes.runs64[begin.tiles64 + place / 64] = {slot, at, min(64, total - place), 0};
+  if (place == total - 1)
+    for (int gap = at + 1; gap % 16 != 0; ++gap) routes.rows[gap] = -1;
 }
 
-// -1 wherever no tile will be.
-__device__ void clear(const Routes& routes, int rows) {
+// Behind the last tile no slot.
+__device__ void finish(const Routes& routes, const Begins& end, int rows) {
   for (int i = threadIdx.x; i < rows; i += blockDim.x) {
-    routes.runs32[i] = routes.runs64[i] = {-1, -1, -1, -1};
-    routes.slots16[i] = -1;
-#pragma unroll
-    for (int four = 0; four < 4; ++four)
-      reinterpret_cast<int4*>(routes.rows16)[4 * i + four] = {-1, -1, -1, -1};
+    if (i >= end.tiles16) routes.slots16[i] = -1;
+    if (i >= end.tiles32) routes.runs32[i] = {-1, -1, -1, -1};
+    if (i >= end.tiles64) routes.runs64[i] = {-1, -1, -1, -1};
   }
+  if (threadIdx.x == 0)
+    *reinterpret_cast<int4*>(routes.tiles) = {end.tiles16, end.tiles32, end.tiles64, 0};
 }
 
 __device__ int valid(int64_t slot) { return slot >= 1 && slot <= kMaxSlots ? int(slot) : 0; }
@@ -70,24 +72,21 @@ __global__ void __launch_bounds__(128) route_few(const int64_t* slots, int rows,
   const int slot = i < rows ? valid(slots[i]) : 0;
   const int key = slot > 0 ? slot : kMaxSlots + 1;
   keys[i] = key;
-  clear(routes, rows);
   __syncthreads();
   int place = 0, total = 0;
-  Begins begin = {0, 0, 0, 0};
   for (int j = 0; j < rows; ++j) {
     place += keys[j] == key && j < i;
     total += keys[j] == key;
-    begin.rows += keys[j] < key;
   }
   places[i] = place;
   __syncthreads();
-  Begins all = {0, 0, 0, 0};
+  Begins begin = {0, 0, 0}, end = {0, 0, 0};
   for (int j = 0; j < rows; ++j) {
-    const Begins one = {0, places[j] % 16 == 0, places[j] % 32 == 0, places[j] % 64 == 0};
-    all = all + one;
+    const Begins one = {places[j] % 16 == 0, places[j] % 32 == 0, places[j] % 64 == 0};
+    end = end + one;
     if (keys[j] < key) begin = begin + one;
   }
-  if (i == 0) *reinterpret_cast<int4*>(routes.tiles) = {all.tiles16, all.tiles32, all.tiles64, 0};
+  finish(routes, end, rows);
   if (i >= rows) return;
   routes.slots[i] = slot;
   write_row(routes, begin, slot, i, place, total);
@@ -96,16 +95,16 @@ __global__ void __launch_bounds__(128) route_few(const int64_t* slots, int rows,
 // Where each slot of a window begins, behind `before`; gives where the window ends.
 __device__ Begins place_window(Shared& shared, Begins before) {
   const int i = threadIdx.x, lane = i % 32;
-  Begins mine = {0, 0, 0, 0}, sum;
+  Begins mine = {0, 0, 0}, sum = mine;
   if (i < kWindow) {
     int total = 0;
     for (int warp = 0; warp < kWarps; ++warp) {
       const int count = shared.counts[warp][i];
-      shared.counts[warp][i] = static_cast<uint16_t>(total);
+      shared.counts[warp][i] = total;
       total += count;
     }
     shared.totals[i] = total;
-    mine = {total, (total + 15) / 16, (total + 31) / 32, (total + 63) / 64};
+    mine = {(total + 15) / 16, (total + 31) / 32, (total + 63) / 64};
     sum = mine;
     for (int by = 1; by < 32; by *= 2) {
       const Begins other = shuffle_up(sum, by);
@@ -120,8 +119,8 @@ __device__ Begins place_window(Shared& shared, Begins before) {
     end = end + shared.warps[warp];
   }
   if (i < kWindow)
-    shared.begins[i] = before + Begins{sum.rows - mine.rows, sum.tiles16 - mine.tiles16,
-                                       sum.tiles32 - mine.tiles32, sum.tiles64 - mine.tiles64};
+    shared.begins[i] = before + Begins{sum.tiles16 - mine.tiles16, sum.tiles32 - mine.tiles32,
+                                       sum.tiles64 - mine.tiles64};
   __syncthreads();
   return end;
 }
@@ -134,7 +133,6 @@ __global__ void __launch_bounds__(kThreads) route_many(const int64_t* slots, int
   const int stretch = (rows + kWarps - 1) / kWarps;
   const int first = warp * stretch, last = min(rows, first + stretch);
   if (threadIdx.x == 0) shared.most = 0;
-  clear(routes, rows);
   __syncthreads();
   int most = 0;
   for (int row = first + lane; row < last; row += 32) {
@@ -147,10 +145,9 @@ __global__ void __launch_bounds__(kThreads) route_many(const int64_t* slots, int
   most = shared.most;
 
   // Slot s has key s - 1; the base comes behind the last slot in use.
-  Begins begin = {0, 0, 0, 0};
+  Begins begin = {0, 0, 0};
   for (int window = 0; window <= most; window += kWindow) {
-    for (int i = threadIdx.x; i < kWarps * kWindow / 2; i += kThreads)
-      reinterpret_cast<uint32_t*>(shared.counts)[i] = 0;
+    for (int i = threadIdx.x; i < kWarps * kWindow; i += kThreads) (&shared.counts[0][0])[i] = 0;
     __syncthreads();
     for (int pass = 0; pass < 2; ++pass) {
       for (int chunk = first; chunk < last; chunk += 32) {
@@ -163,7 +160,7 @@ __global__ void __launch_bounds__(kThreads) route_many(const int64_t* slots, int
           const int before = shared.counts[warp][key];
           const int ahead = __popc(same & ((1u << lane) - 1));
           __syncwarp(same);
-          if (ahead == 0) shared.counts[warp][key] = static_cast<uint16_t>(before + __popc(same));
+          if (ahead == 0) shared.counts[warp][key] = before + __popc(same);
           if (pass == 1)
             write_row(routes, shared.begins[key], slot, row, before + ahead, shared.totals[key]);
         }
@@ -173,8 +170,7 @@ __global__ void __launch_bounds__(kThreads) route_many(const int64_t* slots, int
       if (pass == 0) begin = place_window(shared, begin);
     }
   }
-  if (threadIdx.x == 0)
-    *reinterpret_cast<int4*>(routes.tiles) = {begin.tiles16, begin.tiles32, begin.tiles64, 0};
+  finish(routes, begin, rows);
 }
 
 }  // namespace

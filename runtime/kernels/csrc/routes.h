@@ -17,7 +17,7 @@ namespace lora {
 
 constexpr int64_t kRouteWords = 14;  // a row's share: 112 bytes, the sum of the arrays below
 
-// A tile of at most 32 or 64 rows: sorted[begin .. begin + count).
+// A tile of at most 32 or 64 rows: rows[begin .. begin + count).
 struct alignas(16) Run {
   int slot;
   int begin;
@@ -26,13 +26,12 @@ struct alignas(16) Run {
 };
 
 struct Routes {
-  int* tiles;       // [4]: how many tiles of 16, 32, 64 rows
-  Run* runs32;      // [R]
-  Run* runs64;      // [R]
-  int* rows16;      // [R, 16]: the rows of a tile of 16 one by one, -1 where it has fewer
-  int64_t* slots;   // [R]: as given, but 0 for what counts as the base
-  int* slots16;     // [R]: the slot of each tile of 16
-  int* sorted;      // [R]
+  int* tiles;      // [4]: how many tiles of 16, 32, 64 rows
+  Run* runs32;     // [R]
+  Run* runs64;     // [R]
+  int* rows;       // [R, 16]: row numbers; a slot begins at a multiple of 16, -1 fills the gap
+  int64_t* slots;  // [R]: as given, but 0 for what counts as the base
+  int* slots16;    // [R]: the slot of each 16 of `rows`
 
   LORA_BOTH static Routes in(void* routes, int64_t rows) {
     char* at = static_cast<char*>(routes) + 16;
@@ -40,10 +39,9 @@ struct Routes {
     found.tiles = static_cast<int*>(routes);
     found.runs32 = reinterpret_cast<Run*>(at);
     found.runs64 = found.runs32 + rows;
-    found.rows16 = reinterpret_cast<int*>(found.runs64 + rows);
-    found.slots = reinterpret_cast<int64_t*>(found.rows16 + 16 * rows);
+    found.rows = reinterpret_cast<int*>(found.runs64 + rows);
+    found.slots = reinterpret_cast<int64_t*>(found.rows + 16 * rows);
     found.slots16 = reinterpret_cast<int*>(found.slots + rows);
-    found.sorted = found.slots16 + rows;
     return found;
   }
 };
