@@ -39,7 +39,7 @@ def test_lora_add(library: Path, shapes: dict[str, int], out: int) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("add", [False, True])
 def test_a_row_stands_alone(library: Path, dtype: str, add: bool) -> None:
-    """Bit for bit the same, whatever the others use, and whatever they hold, inf and NaN included."""
+    """Bit for bit the same, whatever slots the others use and whatever they hold, inf included."""
     site = random_site(5, dtype=dtype, rows=6, per_row=2, num_slots=4, add=add)
     site = site.changed(slots=np.array([1, 2, 3, 4, 0, 2]))
     graph = Graph(site, library)

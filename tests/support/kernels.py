@@ -143,8 +143,7 @@ def make_model(site: Site) -> onnx.ModelProto:
     element = TYPES[site.dtype][0]
     given = inputs_of(site)
     nodes = [helper.make_node("Route", ["slots"], ["routes"], domain="loraexport")]
-    for name in given:
-        nodes.append(helper.make_node("Cast", [name], [f"{name}_"], to=element))
+    nodes += [helper.make_node("Cast", [name], [f"{name}_"], to=element) for name in given]
     nodes.append(helper.make_node("Constant", [], ["owners"], value_ints=[1]))
     nodes.append(helper.make_node("Cast", ["zero"], ["rest"], to=element))
     attributes = {"num_slots": site.num_slots, "rows_per_slot": site.width}
@@ -158,8 +157,7 @@ def make_model(site: Site) -> onnx.ModelProto:
         attributes["bias_rows"] = 8 if site.biases else 0
     made = [f"{y}_" for y in ys]
     nodes.append(helper.make_node(name, inputs, made, domain="loraexport", **attributes))
-    for y in ys:
-        nodes.append(helper.make_node("Cast", [f"{y}_"], [y], to=TensorProto.FLOAT))
+    nodes += [helper.make_node("Cast", [f"{y}_"], [y], to=TensorProto.FLOAT) for y in ys]
     shapes = {name: value.shape for name, value in given.items()}
     dims: dict[str, list[int | str]] = {name: list(shape) for name, shape in shapes.items()}
     dims["x"][0] = "tokens"

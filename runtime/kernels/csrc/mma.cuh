@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "launch.h"
 #include "routes.h"
 
 namespace lora::cuda {
@@ -37,6 +38,22 @@ __device__ float2 unpack(uint32_t packed) {
   return {E::to_float(values[0]), E::to_float(values[1])};
 }
 
+#ifdef LORAEXPORT_EMULATED
+// tests/kernels/emulated runs these sources on a CPU, a fiber for each thread.
+template <typename E>
+__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                         uint32_t b0, uint32_t b1) {
+  emulated::multiply<E>(c, {a0, a1, a2, a3, b0, b1});
+}
+
+inline float* dynamic_shared() { return emulated::dynamic_shared(); }
+#else
+// The block's shared memory of a size that the launch says.
+__device__ inline float* dynamic_shared() {
+  extern __shared__ float memory[];
+  return memory;
+}
+
 // c [16, 8] += a [16, 16] b [16, 8]. A row of c depends on that row of a and on b alone.
 template <typename E>
 __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -61,6 +78,8 @@ __device__ inline void multiply<BHalf>(float (&c)[4], uint32_t a0, uint32_t a1, 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+#endif
 
 // Elements [at, at + 8) of a row of `size`, 0 past its end. Aligned rows have a size that 8 divides.
 template <typename E, bool kAligned>

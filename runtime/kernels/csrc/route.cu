@@ -2,15 +2,19 @@
 //
 // A counting sort in windows of slots: each warp counts its own stretch of rows, so that no two
 // warps touch one counter and the order is the same every time.
-#include <cuda_runtime.h>
-
+#include "launch.h"
 #include "routes.h"
-#include "site.h"
 
 namespace lora::cuda {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32;
+struct Arguments {
+  const int64_t* slots;
+  int rows;
+  void* routes;
+};
+
+constexpr int kFew = 128, kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kWindow = 256;  // slots that are sorted at once
 constexpr int64_t kMaxRows = 1 << 24;
 
@@ -65,9 +69,11 @@ __device__ void finish(const Routes& routes, const Begins& end, int rows) {
 __device__ int valid(int64_t slot) { return slot >= 1 && slot <= kMaxSlots ? int(slot) : 0; }
 
 // Few rows: each thread compares its own with all others.
-__global__ void __launch_bounds__(128) route_few(const int64_t* slots, int rows, void* memory) {
-  __shared__ int keys[128], places[128];
-  const Routes routes = Routes::in(memory, rows);
+__global__ void __launch_bounds__(kFew) route_few(const Arguments the) {
+  __shared__ int keys[kFew], places[kFew];
+  const int64_t* const slots = the.slots;
+  const int rows = the.rows;
+  const Routes routes = Routes::in(the.routes, rows);
   const int i = threadIdx.x;
   const int slot = i < rows ? valid(slots[i]) : 0;
   const int key = slot > 0 ? slot : kMaxSlots + 1;
@@ -125,10 +131,11 @@ __device__ Begins place_window(Shared& shared, Begins before) {
   return end;
 }
 
-__global__ void __launch_bounds__(kThreads) route_many(const int64_t* slots, int rows,
-                                                       void* memory) {
+__global__ void __launch_bounds__(kThreads) route_many(const Arguments the) {
   __shared__ Shared shared;
-  const Routes routes = Routes::in(memory, rows);
+  const int64_t* const slots = the.slots;
+  const int rows = the.rows;
+  const Routes routes = Routes::in(the.routes, rows);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int stretch = (rows + kWarps - 1) / kWarps;
   const int first = warp * stretch, last = min(rows, first + stretch);
@@ -177,14 +184,12 @@ __global__ void __launch_bounds__(kThreads) route_many(const int64_t* slots, int
 
 const char* route(const int64_t* slots, int64_t rows, void* routes, void* stream) {
   if (rows > kMaxRows) return "more rows than a run may have";
-  const auto queue = static_cast<cudaStream_t>(stream);
-  const int count = static_cast<int>(rows);
-  if (rows <= 128) {
-    route_few<<<1, 128, 0, queue>>>(slots, count, routes);
-  } else {
-    route_many<<<1, kThreads, 0, queue>>>(slots, count, routes);
-  }
-  const cudaError_t error = cudaGetLastError();
+  const Arguments the{slots, static_cast<int>(rows), routes};
+  Launch launch{};
+  launch.stream = static_cast<cudaStream_t>(stream);
+  const bool few = rows <= kFew;
+  const cudaError_t error = launch_kernel(few ? route_few : route_many, dim3(1),
+                                          few ? kFew : kThreads, 0, launch, the);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * kWarps) shrink_kernel(const ShrinkArgumen
   using S = Shape<kTokens16, kRanks8>;
   using Value = typename E::Value;
   using Loaded = Part<E, kTokens16, kRanks8>;
-  extern __shared__ float sums[];
+  float* const sums = dynamic_shared();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
 
   wait_for_previous();

@@ -1,6 +1,6 @@
 """Compile csrc/ into the library: with nvcc for CUDA and the CPU, or with a C++ compiler for the CPU alone.
 
-    python compile.py OUT.so
+    python compile_kernels.py OUT.so
 
 LORAEXPORT_KERNELS_CPU=1: CPU kernels alone, with $CXX or c++ or g++.
 LORAEXPORT_KERNELS_ARCHS: CUDA targets, default "80 86 89 90 100 120"; the last one also as PTX.
