@@ -4,6 +4,8 @@
 // j-th mma is column 8 (g / 2) + 32 (g % 2) + j of the 64: so a thread ends with twice 8 neighbours
 // of a row of y, and four threads write 64 bytes in a row. Ranks are permuted alike: a thread's
 // four of 16 are neighbours in h.
+#include <algorithm>
+
 #include "launch.h"
 #include "mma.cuh"
 
@@ -34,40 +36,72 @@ struct Columns {
   }
 };
 
-// Four ranks of a token's h, as float32 sums of the splits, kAhead of which are loaded at once.
-template <int kAhead>
-__device__ float4 load_h(const float* sums, int splits, int64_t stride) {
-  float4 h = {0, 0, 0, 0};
+// Four of every 16 ranks of two tokens' h: the splits' sums, added up in their order; the loads of
+// kAhead splits are under way at once.
+template <int kRanks16, int kAhead>
+struct Sums {
+  float4 h[kRanks16][2] = {};
+
+  __device__ void load(const float* const (&from)[2], int rank, const ExpandArguments& the) {
+    const int64_t stride = int64_t{the.tokens} * the.padded_width;
 #pragma unroll 1
-  for (int split = 0; split < splits; split += kAhead, sums += kAhead * stride) {
-    float4 parts[kAhead];
+    for (int split = 0; split < the.splits; split += kAhead) {
+      float4 parts[kAhead][kRanks16][2];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      parts[i] = split + i < splits ? *reinterpret_cast<const float4*>(sums + i * stride)
-                                    : float4{0, 0, 0, 0};
+      for (int i = 0; i < kAhead; ++i)
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-      h.x += parts[i].x, h.y += parts[i].y, h.z += parts[i].z, h.w += parts[i].w;
+        for (int k = 0; k < kRanks16; ++k)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const bool there = split + i < the.splits && rank + 16 * k < the.padded_width;
+            const float* at = from[half] + (split + i) * stride + rank + 16 * k;
+            parts[i][k][half] =
+                there ? *reinterpret_cast<const float4*>(at) : float4{0, 0, 0, 0};
+          }
+      __syncwarp();  // else the compiler moves each load to its use, and they wait one by one
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+#pragma unroll
+        for (int k = 0; k < kRanks16; ++k)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float4 part = parts[i][k][half];
+            float4& sum = h[k][half];
+            sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+          }
+    }
   }
-  return h;
+};
+
+// c, of the two times 8 columns of a thread in two rows, begins with the bias.
+template <typename E>
+__device__ void begin_sums(float (&c)[8][4], const uint4 (&bias)[2]) {
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const uint32_t words[4] = {bias[side].x, bias[side].y, bias[side].z, bias[side].w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 values = unpack<E>(words[i]);
+      c[2 * i][side] = c[2 * i][2 + side] = values.x;
+      c[2 * i + 1][side] = c[2 * i + 1][2 + side] = values.y;
+    }
+  }
 }
 
-// y = base + (c + bias), of the two times 8 columns of a thread in one row.
+// y = base + c, of one row.
 template <typename E, bool kAligned>
 __device__ void write_row(const Slice& slice, int token, int column, const float (&c)[8][4],
-                          int half, const uint4 (&base)[2], const uint4 (&bias)[2]) {
+                          int half, const uint4 (&base)[2]) {
   using Value = typename E::Value;
   Value* y = static_cast<Value*>(slice.y) + int64_t{token} * slice.out;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-    const uint32_t base_words[4] = {base[side].x, base[side].y, base[side].z, base[side].w};
-    const uint32_t bias_words[4] = {bias[side].x, bias[side].y, bias[side].z, bias[side].w};
+    const uint32_t old_words[4] = {base[side].x, base[side].y, base[side].z, base[side].w};
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 old = unpack<E>(base_words[i]), more = unpack<E>(bias_words[i]);
-      words[i] = pack<E>(old.x + (c[2 * i][2 * half + side] + more.x),
-                         old.y + (c[2 * i + 1][2 * half + side] + more.y));
+      const float2 old = unpack<E>(old_words[i]);
+      words[i] = pack<E>(old.x + c[2 * i][2 * half + side], old.y + c[2 * i + 1][2 * half + side]);
     }
     store8<E, kAligned>(y, column + 32 * side, static_cast<int>(slice.out),
                         {words[0], words[1], words[2], words[3]});
@@ -105,40 +139,41 @@ __device__ void expand_tile(const ExpandArguments& the, const Slice& slice, int 
       kept[k].template load<E, kAligned>(b, out - mine, out, rank + 16 * k + 4 * quad, width);
   };
   keep(0);
-  uint4 bias[2];
-  load_row<E, kAligned>(slice.bias, 0, first, out, bias);
   const int any = tile.token(0);
-  const int64_t stride = int64_t{the.tokens} * the.padded_width;
+  int next[2] = {tile.token(group), tile.token(8 + group)};
 
 #pragma unroll 1
   for (int i = 0; i < kTokens16 && 16 * i < tile.count; ++i) {
-    int tokens[2];
+    const int tokens[2] = {next[0], next[1]};
     const float* sums[2];
     uint4 base[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      tokens[half] = tile.token(16 * i + 8 * half + group);
+      next[half] = i + 1 < kTokens16 ? tile.token(16 * i + 16 + 8 * half + group) : -1;
       // Where there is no token, what is made of another's is dropped.
       const int there = tokens[half] < 0 ? any : tokens[half];
       sums[half] = the.sums + int64_t{there} * the.padded_width + 4 * quad;
       load_row<E, kAligned>(slice.base, there, first, out, base[half]);
     }
+    uint4 bias[2];
+    load_row<E, kAligned>(slice.bias, 0, first, out, bias);
+    float c[8][4];
+    begin_sums<E>(c, bias);
     if (i == 0) wait_for_previous();
-    float c[8][4] = {};
 #pragma unroll 1
     for (int rank = 0; rank < width; rank += 16 * kRanks16) {
       if (width > 16 * kRanks16) keep(rank);
+      // Many tokens have one split, and warps enough to wait for each other.
+      Sums<kRanks16, kTokens16 == 1 ? 8 / kRanks16 : 1> loaded;
+      loaded.load(sums, rank, the);
       uint2 h[kRanks16][2];
 #pragma unroll
       for (int k = 0; k < kRanks16; ++k)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float4 sum = {0, 0, 0, 0};
-          if (rank + 16 * k < width)
-            sum = load_h<kTokens16 == 1 ? 8 : 1>(sums[half] + rank + 16 * k, the.splits, stride);
+          const float4 sum = loaded.h[k][half];
           h[k][half] = {pack<E>(sum.x, sum.y), pack<E>(sum.z, sum.w)};
         }
-      __syncwarp();  // else the compiler moves each load to its use, and they wait one by one
 #pragma unroll
       for (int k = 0; k < kRanks16; ++k)
 #pragma unroll
@@ -149,15 +184,16 @@ __device__ void expand_tile(const ExpandArguments& the, const Slice& slice, int 
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (tokens[half] >= 0)
-        write_row<E, kAligned>(slice, tokens[half], first, c, half, base[half], bias);
+        write_row<E, kAligned>(slice, tokens[half], first, c, half, base[half]);
   }
 }
 
 template <typename E, int kTokens16, int kRanks16, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps) expand_kernel(const ExpandArguments the) {
+__global__ void __launch_bounds__(32 * kWarps, kRanks16 > 2 ? 2 : kTokens16 * kRanks16 == 4 ? 4 : 3)
+    expand_kernel(const ExpandArguments the) {
   using Tile = Tile<16 * kTokens16>;
-  int at = blockIdx.x / the.blocks;
-  const int block = blockIdx.x - at * the.blocks;
+  const int block = blockIdx.x;
+  int at = blockIdx.z * gridDim.y + blockIdx.y;
   int index = 0;
 #pragma unroll
   for (int i = 1; i < kMaxSlices; ++i)
@@ -165,7 +201,7 @@ __global__ void __launch_bounds__(32 * kWarps) expand_kernel(const ExpandArgumen
   const Slice& slice = the.slices[index];
   const int warp = (block - the.first_block[index]) * kWarps + threadIdx.x / 32;
   const int column = warp * kColumns;
-  if (column >= slice.out) return wait_for_previous();
+  if (column >= slice.out || at >= the.tiles) return wait_for_previous();
 
   // Routes and base are older than the kernel before this one, which has waited for its own.
   const Routes routes = Routes::in(const_cast<void*>(the.routes), the.rows);
@@ -182,7 +218,10 @@ __global__ void __launch_bounds__(32 * kWarps) expand_kernel(const ExpandArgumen
 
 template <typename E>
 cudaError_t launch_for(const ExpandArguments& the, const Launch& launch) {
-  const dim3 grid(static_cast<unsigned>(launch.tiles * the.blocks));
+  constexpr unsigned kMost = 65535;  // blocks along y
+  const auto tiles = static_cast<unsigned>(launch.tiles);
+  const dim3 grid(static_cast<unsigned>(the.blocks), std::min(tiles, kMost),
+                  (tiles + kMost - 1) / kMost);
   const auto with = [&](auto kernel) {
     return launch_kernel(kernel, grid, 32 * kWarps, 0, launch, the);
   };
