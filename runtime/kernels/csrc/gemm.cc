@@ -1,8 +1,10 @@
 #include "gemm.h"
 
 #include <dlfcn.h>
+#include <link.h>
 
-#include <initializer_list>
+#include <cstring>
+#include <string>
 
 namespace lora::cuda {
 namespace {
@@ -13,11 +15,24 @@ using Gemm = int (*)(void* handle, int transa, int transb, int m, int n, int k, 
                      const void* beta, void* c, int ctype, int ldc, int compute, int algorithm);
 constexpr int kAsIs = 0, kTypeFloat16 = 2, kTypeBFloat16 = 14, kInFloat32 = 68, kDefault = -1;
 
+// The path under which onnxruntime's CUDA provider is loaded, or "": it has no soname to ask for.
+std::string provider() {
+  std::string path;
+  const auto look = [](dl_phdr_info* info, size_t, void* found) {
+    const bool here = std::strstr(info->dlpi_name, "libonnxruntime_providers_cuda.so") != nullptr;
+    if (here) *static_cast<std::string*>(found) = info->dlpi_name;
+    return here ? 1 : 0;
+  };
+  dl_iterate_phdr(look, &path);
+  return path;
+}
+
+// A handle belongs to the library that made it: the provider's own cuBLAS, looked for through the
+// provider; else the one that a process without onnxruntime has loaded.
 Gemm find() {
-  // A handle belongs to the library that made it: that of onnxruntime's provider, looked for
-  // through the provider; else the one that a process without onnxruntime has loaded.
-  for (const char* name : {"libonnxruntime_providers_cuda.so", "libcublas.so.13", "libcublas.so.12"}) {
-    void* library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+  const std::string names[] = {provider(), "libcublas.so.13", "libcublas.so.12"};
+  for (const std::string& name : names) {
+    void* library = name.empty() ? nullptr : dlopen(name.c_str(), RTLD_NOW | RTLD_NOLOAD);
     void* found = library == nullptr ? nullptr : dlsym(library, "cublasGemmEx");
     if (found != nullptr) return reinterpret_cast<Gemm>(found);
   }

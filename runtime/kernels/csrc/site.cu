@@ -20,11 +20,19 @@ bool fits(const Site& site) {
 
 bool multiple_of_16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-bool programmatic_launch() {
-  int device = 0, major = 0;
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// Programmatic dependent launch came with Hopper.
+bool can_be_early() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+
+// The shrink of 64 tokens keeps more sums than the consumer cards' multiprocessors hold.
+bool holds_large_tiles() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) >= 160 << 10;
 }
 
 // Tiles of one slot each that T tokens make at most; `groups` counts the slots, and the base.
@@ -127,6 +135,7 @@ Choice choose(const Site& site, Choice fixed) {
   if (choice.expand_tile == 0) choice.expand_tile = many && (per_row == 1 || per_row > 32) ? 64 : 16;
   // There are no other kernels.
   if (choice.expand_tile == 32 || !aligned_out(site)) choice.expand_tile = 16;
+  if (choice.shrink_tile == 64 && !holds_large_tiles()) choice.shrink_tile = 32;
   if (!aligned_in(site)) choice.shrink_tile = 16;
   if (choice.splits == 0) {
     const int64_t wanted = tokens <= 16 ? 16 : tokens <= 1024 ? 8 : tokens <= 2048 ? 2 : 1;
@@ -143,7 +152,7 @@ size_t scratch_bytes(const Site& site, const Choice& choice) {
 
 const char* compute(const Site& site, const Queue& queue, const Choice& choice, float* scratch) {
   const auto stream = static_cast<cudaStream_t>(queue.stream);
-  const bool early = programmatic_launch();
+  const bool early = can_be_early();
   const bool whole = site.slices[0].weight != nullptr;
   if (!fits(site)) return "a dimension is beyond 2^30";
   const char* failed = nullptr;

@@ -111,7 +111,12 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-constexpr int cudaSuccess = 0, cudaDevAttrComputeCapabilityMajor = 0;
+constexpr int cudaSuccess = 0;
+// Of a Hopper device, each with its value.
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 9,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 227 << 10,
+};
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
 constexpr int cudaLaunchAttributeProgrammaticStreamSerialization = 0;
 struct cudaLaunchAttribute {
@@ -128,7 +133,10 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "failed"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 9, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute;
+  return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
 
