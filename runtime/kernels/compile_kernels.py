@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 FOLDER = Path(__file__).resolve().parent
 ARCHS = "80 86 89 90 100 120"
-CPU_SOURCES = ("ops.cc", "cpu.cc")
+CPU_SOURCES = ("ops.cc", "kernel.cc", "cpu.cc")
 NEEDED = (13, 0)
 """The least nvcc: from here on it knows every target of ARCHS."""
 
