@@ -22,15 +22,16 @@ def kernels(check: ModuleType, emulated: Path) -> Any:
 
 
 def test_routes(check: ModuleType, kernels: Any) -> None:
-    check.check_routes(kernels, [1, 127, 128, 129, 700])
+    check.check_routes(kernels, [1, 127, 128])
+    check.check_routes(kernels, [129, 300], [8, 600])
 
 
 def test_values(check: ModuleType, kernels: Any) -> None:
-    check.check_values(kernels, 16, 80)
+    check.check_values(kernels, 12, 60)
 
 
 def test_a_row_stands_alone(check: ModuleType, kernels: Any) -> None:
-    check.check_alone(kernels, rows=20)
+    check.check_alone(kernels, rows=20, dtypes=[torch.float16])
 
 
 def test_the_library_of_nvcc_runs_on_a_cpu(cuda_library: Path) -> None:

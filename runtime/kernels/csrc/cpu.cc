@@ -135,7 +135,9 @@ void route(const int64_t* slots, int64_t rows, void* memory) {
     routes.slots[row] = adapted ? slots[row] : 0;
     sorted[row] = static_cast<int>(row);
   }
-  const auto key = [&](int row) { return routes.slots[row] > 0 ? routes.slots[row] : kMaxSlots + 1; };
+  const auto key = [&](int row) {
+    return routes.slots[row] > 0 ? routes.slots[row] : kMaxSlots + 1;
+  };
   std::stable_sort(sorted.begin(), sorted.end(),
                    [&](int one, int other) { return key(one) < key(other); });
   int64_t tiles16 = 0, tiles32 = 0, tiles64 = 0;

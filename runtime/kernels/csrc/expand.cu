@@ -115,8 +115,9 @@ __device__ void load_row(const void* matrix, int row, int column, int64_t out,
   for (int side = 0; side < 2; ++side)
     loaded[side] = matrix == nullptr
                        ? uint4{0, 0, 0, 0}
-                       : load8<E, kAligned>(static_cast<const typename E::Value*>(matrix) + row * out,
-                                            column + 32 * side, static_cast<int>(out));
+                       : load8<E, kAligned>(
+                             static_cast<const typename E::Value*>(matrix) + row * out,
+                             column + 32 * side, static_cast<int>(out));
 }
 
 // A warp's columns of one tile. kRanks16: how many times 16 ranks of B it keeps; wider slots are

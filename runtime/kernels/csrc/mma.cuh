@@ -81,7 +81,7 @@ __device__ inline void multiply<BHalf>(float (&c)[4], uint32_t a0, uint32_t a1, 
 
 #endif
 
-// Elements [at, at + 8) of a row of `size`, 0 past its end. Aligned rows have a size that 8 divides.
+// Elements [at, at + 8) of a row of `size`, 0 past its end. 8 divides the size of aligned rows.
 template <typename E, bool kAligned>
 __device__ uint4 load8(const typename E::Value* row, int at, int size) {
   uint4 loaded = {0, 0, 0, 0};

@@ -104,7 +104,8 @@ Op make_op(const char* name, Kind kind, int slices, int element, bool on_cuda) {
   op.output_type = [](const ort::CustomOp* self, size_t) { return as_op(self).element; };
   op.output_count = [](const ort::CustomOp* self) { return as_op(self).outputs(); };
   op.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.input_characteristic = op.output_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.input_characteristic = [](const ort::CustomOp*, size_t) { return 0; };
+  op.output_characteristic = op.input_characteristic;
   op.input_memory = [](const ort::CustomOp*, size_t) { return 0; };
   op.variadic_input_arity = op.variadic_input_homogeneity = [](const ort::CustomOp*) { return 1; };
   op.variadic_output_arity = op.variadic_output_homogeneity = op.variadic_input_arity;

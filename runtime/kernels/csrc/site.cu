@@ -131,8 +131,9 @@ Choice choose(const Site& site, Choice fixed) {
   const bool many = tokens > 1024;
   Choice choice = fixed;
   if (choice.shrink_tile == 0)
-    choice.shrink_tile = many && (per_row == 1 || per_row > 16) ? (site.width > 32 ? 64 : 32) : 16;
-  if (choice.expand_tile == 0) choice.expand_tile = many && (per_row == 1 || per_row > 32) ? 64 : 16;
+    choice.shrink_tile = !many || (per_row > 1 && per_row <= 16) ? 16 : site.width > 32 ? 64 : 32;
+  if (choice.expand_tile == 0)
+    choice.expand_tile = !many || (per_row > 1 && per_row <= 32) ? 16 : 64;
   // There are no other kernels.
   if (choice.expand_tile == 32 || !aligned_out(site)) choice.expand_tile = 16;
   if (choice.shrink_tile == 64 && !holds_large_tiles()) choice.shrink_tile = 32;

@@ -1,6 +1,6 @@
 """The custom-op library with the kernels of loraexport's graphs, for onnxruntime.
 
-    options.register_custom_ops_library(str(loraexport_kernels.library_path()))
+options.register_custom_ops_library(str(loraexport_kernels.library_path()))
 """
 
 from pathlib import Path
