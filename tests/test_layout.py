@@ -83,11 +83,20 @@ SERVE: dict[str, set[str]] = {
 }
 """The same of the server, which imports the runtime, and nothing of the exporter."""
 
-TABLES = {"loraexport": EXPORTER, "loraexport_runtime": RUNTIME, "loraexport_serve": SERVE}
+KERNELS: dict[str, set[str]] = {"version": set(), "": {"version"}}
+"""The same of the kernels' package, which imports nothing of the others."""
+
+TABLES = {
+    "loraexport": EXPORTER,
+    "loraexport_runtime": RUNTIME,
+    "loraexport_serve": SERVE,
+    "loraexport_kernels": KERNELS,
+}
 PLACES = {
     "loraexport": ROOT,
     "loraexport_runtime": ROOT / "runtime",
     "loraexport_serve": ROOT / "runtime/serve",
+    "loraexport_kernels": ROOT / "runtime/kernels",
 }
 
 MOST_LINES = 300

@@ -1,5 +1,6 @@
-"""What is in the three wheels, and that the distributions are of one version."""
+"""What is in the four wheels, and that the distributions are of one version."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import loraexport
+import loraexport_kernels
 import loraexport_runtime
 import loraexport_serve
 
@@ -22,12 +24,17 @@ FOLDERS = {
     "loraexport": ROOT,
     "loraexport_runtime": ROOT / "runtime",
     "loraexport_serve": ROOT / "runtime/serve",
+    "loraexport_kernels": ROOT / "runtime/kernels",
 }
+LIBRARY = "loraexport_kernels/libloraexport_kernels.so"
+"""Compiled, so it is in no folder of sources."""
 
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, zipfile.ZipFile]:
     """The wheels, built of a copy: setuptools writes beside the sources."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
+        pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("wheels")
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
@@ -37,8 +44,15 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, zipfile.ZipFil
         shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--wheel-dir", str(folder)]
-    command += ["./runtime", "./runtime/serve", "."]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    command += ["./runtime", "./runtime/serve", "./runtime/kernels", "."]
+    done = subprocess.run(
+        command,
+        cwd=source,
+        env={**os.environ, "LORAEXPORT_KERNELS_CPU": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return {name: zipfile.ZipFile(next(folder.glob(f"{name}-*.whl"))) for name in FOLDERS}
 
@@ -65,7 +79,8 @@ def test_a_wheel(wheels: dict[str, zipfile.ZipFile], name: str) -> None:
         for path in package.rglob("*")
         if path.is_file() and path.suffix in kept
     }
-    assert set(wheel.namelist()) - info == files
+    compiled = {LIBRARY} if name == "loraexport_kernels" else set()
+    assert set(wheel.namelist()) - info == files | compiled
     assert f"{name}/py.typed" in files
     (licence,) = (entry for entry in info if entry.endswith("/licenses/LICENSE"))
     assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
@@ -77,9 +92,14 @@ def test_a_wheel(wheels: dict[str, zipfile.ZipFile], name: str) -> None:
 
 def test_one_version(wheels: dict[str, zipfile.ZipFile]) -> None:
     version = loraexport_runtime.__version__
-    assert loraexport.__version__ == loraexport_serve.__version__ == version
+    assert {loraexport.__version__, loraexport_serve.__version__} == {version}
+    assert loraexport_kernels.__version__ == version
     assert {metadata(wheel)["Version"] for wheel in wheels.values()} == {version}
-    for link in ("loraexport", "runtime/serve/loraexport_serve"):
+    for link in (
+        "loraexport",
+        "runtime/serve/loraexport_serve",
+        "runtime/kernels/loraexport_kernels",
+    ):
         assert (ROOT / link / "version.py").is_symlink(), "the number stands in the runtime alone"
     for name in FOLDERS:
         assert project(name)["dynamic"] == ["version"]
@@ -95,6 +115,11 @@ def test_one_version(wheels: dict[str, zipfile.ZipFile]) -> None:
 def test_each_takes_the_runtime_of_its_version(name: str, taken: str) -> None:
     pinned = [one for one in project(name)["dependencies"] if "runtime" in one]
     assert pinned == [f"{taken}=={loraexport.__version__}"]
+
+
+def test_the_kernels_are_for_any_python_of_a_platform(wheels: dict[str, zipfile.ZipFile]) -> None:
+    name = Path(str(wheels["loraexport_kernels"].filename)).name
+    assert re.fullmatch(r"loraexport_kernels-[\d.]+-py3-none-linux_\w+\.whl", name), name
 
 
 @pytest.mark.parametrize(

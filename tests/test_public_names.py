@@ -9,6 +9,7 @@ import pytest
 from support.builds import write_one_layer
 
 import loraexport
+import loraexport_kernels
 import loraexport_runtime
 import loraexport_serve
 from loraexport.artifact import mark_verified
@@ -94,12 +95,18 @@ SERVE = {
     "read_settings",
     "serve",
 }
+KERNELS = {"__version__", "library_path", "supported"}
 
 
 @pytest.mark.parametrize(
     ("package", "names"),
-    [(loraexport, EXPORTER), (loraexport_runtime, RUNTIME), (loraexport_serve, SERVE)],
-    ids=["loraexport", "loraexport_runtime", "loraexport_serve"],
+    [
+        (loraexport, EXPORTER),
+        (loraexport_runtime, RUNTIME),
+        (loraexport_serve, SERVE),
+        (loraexport_kernels, KERNELS),
+    ],
+    ids=["loraexport", "loraexport_runtime", "loraexport_serve", "loraexport_kernels"],
 )
 def test_the_names_of_a_package(package: object, names: set[str]) -> None:
     listed = list(package.__all__)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+../../loraexport_runtime/version.py
