@@ -4,7 +4,8 @@ Masked sites add to what the graph computes; augmented ones take the place of it
 moves into their stacks. Parameters of the base that a slot has its own of (the scale of the
 outputs, the bias, a whole weight) have stacks too, which begin with the base's. What a site adds is
 exported from the torch modules that the rest of the project uses, as a function of the graph, which
-is called once for each site and then inlined.
+is called once for each site and then inlined; with kernels what is left of that becomes calls of
+the functions that a library may know (see outline).
 Graph inputs that join: adapter_ids int64 [batch], and the stacks, which need not be fed; with a
 blend adapter_weights float32 [batch, slots], which need not be either.
 """
@@ -16,14 +17,15 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from loraexport_runtime.contract.manifest import PARAMETERS
+from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, PARAMETERS, Function
 
 from ..errors import ExportError
 from ..graphs.behind import bias_behind, take_place
 from ..graphs.products import Graft, Layout, weight_of
 from ..tensors import TORCH_DTYPES
-from .graft_functions import DOMAIN, SiteFunctions, parameters
+from .graft_functions import SiteFunctions, parameters
 from .onnx import WEIGHTS, make_overridable
+from .outline import outline
 
 ADAPTER_IDS = "adapter_ids"
 
@@ -35,7 +37,8 @@ def graft(
     num_slots: int,
     dtype: str,
     blend: bool = False,
-) -> None:
+    kernels: bool = False,
+) -> dict[str, Function]:
     """Put multi-LoRA into a graph, in place.
 
     Args:
@@ -43,6 +46,10 @@ def graft(
             is ahead of these, which is the graph's own.
         dtype: of the sites' inputs and outputs, and of the stacks.
         blend: rows may blend slots.
+        kernels: the LoRA part of sites is to be a call of a function.
+
+    Returns:
+        Layer -> the function that it calls, if it does.
 
     Raises:
         ExportError: torch could not export the LoRA part, or the graph has no input.
@@ -91,9 +98,12 @@ def graft(
         if layer.strategy == "augmented" or layer.stack("weight") is not None:
             _remove(graph, target.nodes)
     InlinePass()(model)
-    del model.opset_imports[DOMAIN]
+    del model.opset_imports[FUNCTION_DOMAIN]
     graph.sort()
+    layers = [target.layer for target in grafts] if kernels else []
+    found = outline(model, layers, num_slots)
     make_overridable(graph, initial)
+    return found
 
 
 def base_rows(grafts: Sequence[Graft], dtype: np.dtype) -> dict[str, np.ndarray]:

@@ -1,4 +1,5 @@
-"""The functions that a graft adds to a graph: what they compute is in graft_modules.py."""
+"""The functions that a graft adds to a graph, until they are inlined: what they compute is in
+graft_modules.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from loraexport_runtime.contract.manifest import PARAMETERS, Layer, Stack
+from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, PARAMETERS, Layer, Stack
 
 from ..graphs.products import Graft
 from ..lora.rows import RowBlend, RowSlots
@@ -15,8 +16,6 @@ from ..lora.strategy import StackSizes
 from .graft_modules import AugmentedSite, Route, Selector, Site
 from .onnx import export_program
 
-DOMAIN = "loraexport"
-"""Of the functions, until they are inlined."""
 _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _ROWS = torch.export.Dim("rows")
 
@@ -38,7 +37,7 @@ class SiteFunctions:
         self._dtype = dtype
         self._opset = opset
         self._numbers: dict[int, int] = {}
-        model.opset_imports[DOMAIN] = 1
+        model.opset_imports[FUNCTION_DOMAIN] = 1
 
     def rows_per_slot(self, layer: Layer) -> int:
         """Of a layer's A and B."""
@@ -70,7 +69,7 @@ class SiteFunctions:
         sizes, size = self._sizes(target.layer), target.layer.in_features
         name, is_flat = f"route_{self._number(sizes)}_{target.layout}", target.layout == "flat"
         name += f"_{size}" * is_flat
-        if (DOMAIN, name, "") not in self._model.functions:
+        if (FUNCTION_DOMAIN, name, "") not in self._model.functions:
             example, shape = self._selector(3)
             arguments, shapes = [example], [shape]
             if is_flat:
@@ -97,7 +96,7 @@ class SiteFunctions:
         name += f"_{target.layout}{''.join(f'_{stack.role}' for stack in parameters(layer))}"
         ys = [node.outputs[0] for node in target.nodes]
         takes_ys = layer.strategy != "augmented" and "weight" not in roles
-        if (DOMAIN, name, "") not in self._model.functions:
+        if (FUNCTION_DOMAIN, name, "") not in self._model.functions:
             self._add(name, *self._example(target, sizes, takes_ys))
         behind = ys if takes_ys else []
         return self._call(name, [target.x, *routes, *stacks, *behind], len(ys))
@@ -135,7 +134,7 @@ class SiteFunctions:
         return site, (*arguments, ys), (*shapes, [row] * len(ys))
 
     def _call(self, name: str, inputs: Sequence[ir.Value], num_outputs: int) -> ir.Node:
-        return ir.Node(DOMAIN, name, inputs, num_outputs=num_outputs)
+        return ir.Node(FUNCTION_DOMAIN, name, inputs, num_outputs=num_outputs)
 
     def _add(self, name: str, module: nn.Module, arguments: Any, shapes: Any) -> None:
         program = export_program(name, module.eval(), arguments, shapes, self._opset)
@@ -146,5 +145,5 @@ class SiteFunctions:
             graph.insert_before(graph[0], constant)
             initializer.replace_all_uses_with(constant.outputs[0])
         graph.initializers.clear()
-        function = ir.Function(DOMAIN, name, "", graph=graph, attributes={})
+        function = ir.Function(FUNCTION_DOMAIN, name, "", graph=graph, attributes={})
         self._model.functions[function.identifier()] = function

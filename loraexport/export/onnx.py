@@ -22,12 +22,15 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
 from torch import nn
 
+from loraexport_runtime.contract.manifest import Function, Layer
+
 from ..bases.layers import LayerModules
 from ..errors import ExportError
 from ..hf.quiet import quiet_models
 from ..tensors import to_torch
 from .example import example_inputs, example_weights, model_label, try_example_rows
 from .fuse import fuse
+from .outline import outline
 
 if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.model import ModelModules
@@ -56,8 +59,16 @@ class _Graph:
     stacks: Mapping[str, np.ndarray]
 
 
-def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
+def export_onnx(
+    modules: LayerModules, dtype: str, path: Path, outlined_slots: int | None = None
+) -> dict[str, Function]:
     """Export a layer and write `path`, with `path`.data beside it from 1 GiB on.
+
+    Args:
+        outlined_slots: of the stacks, where the LoRA part is to be a call of a function.
+
+    Returns:
+        Layer -> the function that it calls, if it does.
 
     Raises:
         ExportError: torch could not export the module.
@@ -79,10 +90,12 @@ def export_onnx(modules: LayerModules, dtype: str, path: Path) -> None:
         output_names=["y"],
         stacks=modules.stacks,
     )
-    _export(graph, path)
+    return _export(graph, path, [layer], outlined_slots)
 
 
-def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
+def export_model_onnx(
+    modules: "ModelModules", name: str, path: Path, outlined_slots: int | None = None
+) -> dict[str, Function]:
     """Export a whole model likewise. Inputs: the model's own, adapter_ids, and the stacks; with a
     blend adapter_weights [batch, slots], which need not be fed either.
 
@@ -116,12 +129,15 @@ def export_model_onnx(modules: "ModelModules", name: str, path: Path) -> None:
         output_names=outputs,
         stacks={**modules.stacks, **defaults},
     )
-    _export(graph, path)
+    return _export(graph, path, modules.layers, outlined_slots)
 
 
-def _export(graph: _Graph, path: Path) -> None:
+def _export(
+    graph: _Graph, path: Path, layers: Sequence[Layer], outlined_slots: int | None
+) -> dict[str, Function]:
     model = _trace(graph)
     fuse(model)
+    found = {} if outlined_slots is None else outline(model, layers, outlined_slots)
     _name_by_role(model.graph, graph.name)
     stacks = {name: ir.Tensor(array, name=name) for name, array in graph.stacks.items()}
     make_overridable(model.graph, stacks)
@@ -133,6 +149,7 @@ def _export(graph: _Graph, path: Path) -> None:
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     external = f"{path.name}.data" if size >= EXTERNAL_DATA_FROM else None
     ir.save(model, path, external_data=external)
+    return found
 
 
 def _trace(graph: _Graph) -> ir.Model:

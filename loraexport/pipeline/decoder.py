@@ -32,7 +32,7 @@ from ..parity.report import Report
 from ..plan.decoder import DecoderPlan
 from ..plan.plan import Plan
 from .files import write_scales
-from .manifest import make_manifest
+from .manifest import make_manifest, marked
 from .progress import Progress
 from .subject import Subject
 
@@ -71,13 +71,14 @@ def export(loaded: LoadedDecoder, folder: Path, progress: Progress) -> Manifest:
     parameters = base_rows(sites, NUMPY_DTYPES[plan.spec.export.dtype])
     stacks = pack_adapters(plan, loaded.base, layers, parameters, loaded.output_scales)
     export = plan.spec.export
-    graft(graph, sites, stacks, plan.num_slots, export.dtype, export.blend)
+    sizes = plan.num_slots, export.dtype
+    found = graft(graph, sites, stacks, *sizes, export.blend, export.kernels)
     save_grafted(graph, folder / decoder.onnx, stacks)
     write_steps(folder / FOLDER)
     write_scales(folder, loaded.output_scales)
     if isinstance(plain_directory(plan), Path):
         loaded.graph.cache_clear()  # the proof takes the Hugging Face model, and memory
-    return make_manifest(plan, loaded.base, decoder, layers)
+    return make_manifest(plan, loaded.base, decoder, marked(plan, layers, found, progress))
 
 
 def prove(subject: Subject[Decoder], loaded: LoadedDecoder | None) -> Report:

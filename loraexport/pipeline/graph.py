@@ -23,7 +23,7 @@ from ..parity.report import Report
 from ..plan.graph import GraphPlan
 from ..plan.plan import Plan
 from .files import copy_tokenizer
-from .manifest import make_manifest
+from .manifest import make_manifest, marked
 from .model import compare
 from .progress import Progress
 from .subject import Subject
@@ -58,9 +58,11 @@ def export(loaded: LoadedGraph, folder: Path, progress: Progress) -> Manifest:
     sites = find_sites(plan, plan.kind, graph, seen.layouts)
     stacks = pack_adapters(plan, loaded.base, [site.layer for site in sites])
     export = plan.spec.export
-    graft(graph, sites, stacks, plan.num_slots, export.dtype, export.blend)
+    sizes = plan.num_slots, export.dtype
+    found = graft(graph, sites, stacks, *sizes, export.blend, export.kernels)
     save_grafted(graph, folder / _FILE, stacks)
-    return make_manifest(plan, loaded.base, Graph(model))
+    layers = [planned.layer for planned in plan.layers]
+    return make_manifest(plan, loaded.base, Graph(model), marked(plan, layers, found, progress))
 
 
 def prove(subject: Subject[Graph], loaded: LoadedGraph | None) -> Report:

@@ -7,7 +7,7 @@ from safetensors.numpy import save
 
 from loraexport_runtime.checking.layers import load_reference
 from loraexport_runtime.contract.kinds import Layers
-from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.contract.manifest import Function, Manifest
 
 from ..bases.adapters import load_adapters
 from ..bases.layers import LayerModules, build_modules, load_layers_base
@@ -19,7 +19,7 @@ from ..parity.layers.reference import make_reference, save_reference
 from ..parity.report import Report
 from ..plan.layers import LayersPlan
 from ..plan.plan import Plan
-from .manifest import make_manifest
+from .manifest import make_manifest, marked
 from .progress import Progress
 from .subject import Subject
 
@@ -41,7 +41,9 @@ def load(plan: Plan[LayersPlan]) -> LoadedLayers:
 
 def export(loaded: LoadedLayers, folder: Path, progress: Progress) -> Manifest:
     """See Recipe."""
-    dtype = loaded.plan.spec.export.dtype
+    plan, dtype = loaded.plan, loaded.plan.spec.export.dtype
+    outlined_slots = plan.num_slots if plan.spec.export.kernels else None
+    found: dict[str, Function] = {}
     for modules in loaded.modules:
         layer = modules.layer
         if layer.torchscript:
@@ -49,10 +51,11 @@ def export(loaded: LoadedLayers, folder: Path, progress: Progress) -> Manifest:
             export_torchscript(layer, modules.segmented, dtype, folder / layer.torchscript)
         if layer.onnx:
             progress(f"export {layer.name} to ONNX ({layer.strategy})")
-            export_onnx(modules, dtype, folder / layer.onnx)
+            found |= export_onnx(modules, dtype, folder / layer.onnx, outlined_slots)
         if layer.base_rows:
             (folder / layer.base_rows).write_bytes(save(modules.base_rows))
-    return make_manifest(loaded.plan, loaded.base, Layers())
+    layers = [modules.layer for modules in loaded.modules]
+    return make_manifest(plan, loaded.base, Layers(), marked(plan, layers, found, progress))
 
 
 def prove(subject: Subject[Layers], loaded: LoadedLayers | None) -> Report:

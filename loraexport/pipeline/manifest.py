@@ -2,20 +2,23 @@
 
 import datetime
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loraexport_runtime.contract.kinds import Kind
 from loraexport_runtime.contract.manifest import (
     FORMAT_VERSION,
     AdapterEntry,
     BaseEntry,
+    Function,
     Layer,
     Manifest,
     ParitySummary,
 )
 
 from ..bases.weights import Base
+from ..export.outline import with_functions
 from ..plan.plan import AnyPlan
+from .progress import Progress
 
 _TOOLS = (
     "loraexport",
@@ -66,6 +69,21 @@ def make_manifest(
         tools=_tool_versions(),
         files={},
     )
+
+
+def marked(
+    plan: AnyPlan, layers: Sequence[Layer], found: Mapping[str, Function], progress: Progress
+) -> Sequence[Layer]:
+    """The layers with the functions that their graphs call, if the spec asks for them.
+
+    Raises:
+        ExportError: it does, and no graph calls one.
+    """
+    if not plan.spec.export.kernels:
+        return layers
+    with_them, said = with_functions(layers, found)
+    progress(said)
+    return with_them
 
 
 def _tool_versions() -> dict[str, str]:

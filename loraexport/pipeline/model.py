@@ -8,7 +8,7 @@ from safetensors.numpy import save
 
 from loraexport_runtime.checking.model import ModelReference, load_reference
 from loraexport_runtime.contract.kinds import Kind, Model
-from loraexport_runtime.contract.manifest import Manifest
+from loraexport_runtime.contract.manifest import Function, Manifest
 
 from ..bases.model import ModelModules, load_model_base
 from ..bases.weights import Base
@@ -25,7 +25,7 @@ from ..parity.report import Report
 from ..plan.model import ModelPlan
 from ..plan.plan import Plan
 from .files import copy_tokenizer, write_scales
-from .manifest import make_manifest
+from .manifest import make_manifest, marked
 from .progress import Progress
 from .subject import Subject
 
@@ -48,7 +48,8 @@ def export(loaded: LoadedModel, folder: Path, progress: Progress) -> Manifest:
     """See Recipe."""
     plan, modules = loaded.plan, loaded.modules
     model = _describe(plan)
-    manifest = make_manifest(plan, loaded.base, model)
+    layers = [planned.layer for planned in plan.layers]
+    found: dict[str, Function] = {}
     lower_case = plan.kind.tail is not None and plan.kind.tail.lower_case
     copy_tokenizer(plan.kind.directory, folder, model, progress, lower_case)
     failed: dict[str, ExportError] = {}
@@ -59,16 +60,17 @@ def export(loaded: LoadedModel, folder: Path, progress: Progress) -> Manifest:
         except ExportError as error:
             failed["torchscript"] = error
     if model.onnx:
-        progress(f"export the model to ONNX ({manifest.layers[0].strategy})")
+        progress(f"export the model to ONNX ({layers[0].strategy})")
+        slots = plan.num_slots if plan.spec.export.kernels else None
         try:
-            export_model_onnx(modules, plan.spec.name, folder / model.onnx)
+            found = export_model_onnx(modules, plan.spec.name, folder / model.onnx, slots)
         except ExportError as error:
             failed["onnx"] = error
     _raise_failed(failed, plan.spec.formats)
-    for path in {layer.base_rows for layer in manifest.layers if layer.base_rows}:
+    for path in {layer.base_rows for layer in layers if layer.base_rows}:
         (folder / path).write_bytes(save(modules.base_rows))
     write_scales(folder, modules.output_scales)
-    return manifest
+    return make_manifest(plan, loaded.base, model, marked(plan, layers, found, progress))
 
 
 def _raise_failed(failed: Mapping[str, ExportError], formats: Sequence[str]) -> None:

@@ -24,8 +24,8 @@ def choose_strategy(
     """The strategy of a layer, and why.
 
     `auto` takes what costs least on the GPU that `tune` names (see costs.py): of a whole model or
-    a decoder masked or augmented, which share their mask, of a single layer chunked too. On a CPU
-    masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
+    a decoder masked or augmented, which share their mask, of a single layer chunked too, but for
+    kernels. On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
     requested, tune, tokens = spec.export.strategy, spec.export.tune, spec.typical_tokens
     if spec.export.blend:
@@ -48,7 +48,7 @@ def choose_strategy(
     size = BYTES_PER_VALUE[spec.export.dtype]
     shape = LayerShape(tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
     candidates: list[Strategy] = ["augmented", "masked"]
-    if spec.base.kind == "layers":
+    if spec.base.kind == "layers" and not spec.export.kernels:
         candidates.append("chunked")
     extra = {candidate: added(costs, candidate, shape) for candidate in candidates}
     best, *costlier = sorted(candidates, key=lambda candidate: extra[candidate])

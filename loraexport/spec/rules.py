@@ -87,6 +87,7 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
             if is_so:
                 message, hint = f"packed beside {setting}", "remove one of the two"
                 problems.append(Problem(lines[place], dotted(place), message, hint))
+    problems += _kernel_keys(export, lines)
     strategy = _get(export, "strategy")
     if _get(export, "blend") is True and strategy not in (None, "auto", "masked"):
         message = f"{quoted(strategy)} cannot blend slots"
@@ -94,6 +95,25 @@ def _model_keys(data: Any, lines: Lines) -> list[Problem]:
         place = ("export", "strategy")
         problems.append(Problem(lines[place], dotted(place), message, hint))
     return problems
+
+
+def _kernel_keys(export: Any, lines: Lines) -> list[Problem]:
+    """What has no function that a kernel could take."""
+    strategy, formats = _get(export, "strategy"), _get(export, "formats")
+    beside = {
+        "blend": _get(export, "blend") is True,
+        f"strategy {quoted(strategy)}": strategy in ("segmented", "chunked"),
+        "formats without onnx": isinstance(formats, list) and "onnx" not in formats,
+    }
+    if _get(export, "kernels") is not True:
+        return []
+    place = ("export", "kernels")
+    hint = "remove one of the two: functions are of ONNX, of masked and augmented sites"
+    return [
+        Problem(lines[place], dotted(place), f"kernels beside {setting}", hint)
+        for setting, is_so in beside.items()
+        if is_so
+    ]
 
 
 def _reserved_names(adapters: list[Any], lines: Lines) -> list[Problem]:

@@ -202,6 +202,11 @@ class ExportSpec(_Model):
     blend: bool = Field(
         False, description="all but layers: a row may use several adapters, each with its weight"
     )
+    kernels: bool = Field(
+        False,
+        description="the LoRA part of linear sites as calls of ONNX functions with stock operators"
+        " for bodies, which the kernels of loraexport-kernels take where a host has them",
+    )
     packed: bool = Field(
         False,
         description="whole models of texts: compute them without their padding, which no CUDA graph"

@@ -102,6 +102,7 @@ NEEDS = {
     "kubectl apply -f examples/serve/deploy/kubernetes.yaml": "a cluster",
     "pip install ./runtime": "a package index",
     "pip install ./runtime .": "a package index",
+    "pip install ./runtime/kernels": "a package index",
     "pip install ./runtime ./runtime/serve": "a package index",
     "pip install --no-deps ./runtime": "a package index",
     "pip install -r runtime/requirements-cpu.txt": "a package index",

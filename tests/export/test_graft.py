@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.optimized import open_optimized
 
 from loraexport.bases.decoder import fit_stacks
 from loraexport.errors import BaseModelError, ExportError
@@ -366,6 +368,38 @@ def test_a_stack_that_is_fed_takes_the_place_of_the_graphs(grafted: Grafted) -> 
     found, plain = grafted.run(IDS, (1, 2, 1, 2), **none), grafted.run(IDS, (0, 0, 0, 0))
     for name in OUTPUTS:
         np.testing.assert_array_equal(found[name], plain[name])
+
+
+def test_sites_as_calls_of_functions(grafted: Grafted, tmp_path: Path) -> None:
+    """Those of one product, and augmented ones; the same bits by the same operators."""
+    strategy = grafted.layers["matmul"].strategy
+    model = _whole().model(OUTPUTS)
+    asked = [_layer(name, case.sites, strategy=strategy) for name, case in CASES.items()]
+    grafts = [fit_stacks(one, SLOTS) for one in find_grafts(model.graph, asked)]
+    stacks = {}
+    for seed, one in enumerate(grafts):
+        stacks |= _fill(one.layer, seed)[0]
+    found = graft(model, grafts, stacks, SLOTS, "float32", kernels=True)
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    paths = [tmp_path / "plain.onnx", tmp_path / "called.onnx"]
+    for one, path in zip((grafted.proto, proto), paths, strict=True):
+        onnx.save(one, path)
+    (plain, operators), (called, kept) = map(open_optimized, paths)
+    assert kept == operators
+    masked = dict.fromkeys(("gemm", "gemm-plain", "nbits"), "LoraAdd")
+    of_one = ("matmul", "matmul-add", "packed")
+    if strategy == "masked":  # two products beside one A have no function
+        assert found == masked | dict.fromkeys(of_one, "LoraAdd")
+    else:
+        joined = {"split": "LoraLinear3", "slices": "LoraLinear2"}
+        assert found == masked | joined | dict.fromkeys(of_one, "LoraLinear")
+    routes = [node for node in proto.graph.node if node.op_type == "Route"]
+    assert len(routes) == 2  # of rows, and of flat tokens
+    for ids, slots in ((IDS, [2, 0, 1, 2]), (IDS[:1, :1], [1])):
+        feeds = {"input_ids": ids, "adapter_ids": np.array(slots)}
+        ys, expected = called.run(None, feeds), plain.run(None, feeds)
+        assert [y.tobytes() for y in ys] == [y.tobytes() for y in expected]
 
 
 def _small() -> Hand:

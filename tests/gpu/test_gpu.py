@@ -37,6 +37,7 @@ from loraexport_runtime.checking.check import check_artifact
 from loraexport_runtime.checking.decoder import compare_tokens
 from loraexport_runtime.checking.decoder_cases import load_reference
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, stored_tolerance
+from loraexport_runtime.device.cuda_libraries import compute_capability, load_cuda_libraries
 from loraexport_runtime.device.dtypes import NUMPY_DTYPES
 from loraexport_runtime.device.memory import host_value
 from loraexport_runtime.generation.load import load_generator
@@ -625,3 +626,8 @@ def test_captured_images(tmp_path: Path, replayed: list[int]) -> None:
         difference = to_numpy(torch.from_dlpack(on_device)) - found["last_hidden_state"]
         assert np.abs(difference).max() <= _ERRORS["float16"]
     assert len(replayed) == 6
+
+
+def test_the_capability_of_a_device() -> None:
+    load_cuda_libraries()
+    assert compute_capability(0) == torch.cuda.get_device_capability(0)

@@ -250,6 +250,15 @@ def test_auto(
     assert why.startswith(reason)
 
 
+def test_auto_leaves_out_what_kernels_cannot_take(project: Project) -> None:
+    export = {"kernels": True, "tune": {"tokens": 65536}}
+    strategy, why = choose_strategy(
+        "linear", read_spec(project.spec(export=export)), 512, 16, 4096, 4096
+    )
+    assert strategy in ("masked", "augmented")
+    assert "chunked" not in why
+
+
 def test_auto_by_the_costs_of_another_gpu(project: Project) -> None:
     """Where kernels cost nothing and bytes much, a narrow output is better added than joined."""
     costs = {"device": "slow memory", "launch": 0.0, "gbyte": 1000.0, "gflop": 1.0}

@@ -1,11 +1,14 @@
 """Settings come of a file, variables and flags; every problem is told, with its line."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+import loraexport_runtime
+from loraexport_runtime.errors import ArtifactError
 from loraexport_serve import ModelSettings, Settings, SettingsError, read_settings
 from loraexport_serve.auth import read_keys
 from loraexport_serve.cli import main
@@ -13,6 +16,7 @@ from loraexport_serve.config.flags import make_parser
 from loraexport_serve.config.reader import read_models
 from loraexport_serve.config.schema import models_of
 from loraexport_serve.errors import ApiError
+from loraexport_serve.hosts import opening
 
 FILE = """
 models:
@@ -199,3 +203,33 @@ def test_the_command_says_what_is_wrong(
     monkeypatch.setenv("LORAEXPORT_PORT", "x")
     assert main(["a"]) == 2
     assert "LORAEXPORT_PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("server", "model", "asked"),
+    [
+        ("auto", None, "auto"),
+        ("required", None, True),
+        ("never", None, False),
+        ("never", "required", True),
+        ("required", "auto", "auto"),
+    ],
+)
+def test_kernels_of_a_model_go_before_the_servers(
+    monkeypatch: pytest.MonkeyPatch, small: Path, server: str, model: str | None, asked: object
+) -> None:
+    """What `load` is asked for; single layers are refused once they are open."""
+    given: list[object] = []
+
+    def load(path: str, providers: list[str], **options: Any) -> Any:
+        given.append(options["kernels"])
+        return loraexport_runtime.load(path, providers)
+
+    monkeypatch.setattr(opening, "load", load)
+    one = msgspec.convert({"path": str(small), "kernels": model}, ModelSettings)
+    settings = read_settings(None, {"LORAEXPORT_KERNELS": server}, {"models": {"a": str(small)}})
+    with pytest.raises(ArtifactError, match="it holds single layers"):
+        asyncio.run(opening.open_host("a", one, settings))
+    assert given == [asked]
+    with pytest.raises(SettingsError, match="kernels"):
+        read_settings(None, {}, {"models": {"a": str(small)}, "kernels": "on"})

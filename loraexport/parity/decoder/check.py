@@ -23,6 +23,7 @@ from loraexport_runtime.checking.decoder_cases import DecoderReference
 from loraexport_runtime.checking.decoder_steps import Logits, open_runner
 from loraexport_runtime.checking.model import BASE, Mix, slots_of
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Comparison, label_of
+from loraexport_runtime.checking.ways import ways
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
@@ -64,10 +65,10 @@ def check_decoder(
         )
     pairs = normalise_providers(providers) if providers else []
     for pair in pairs:
-        run = open_runner(folder, manifest, decoder, pair)
-        name = f"onnx-{label_of(pair[0])}"
-        rows += compare_logits(name, run, manifest, reference, tolerance)
-        rows += compare_alone(name, run, manifest, reference, tolerance)
+        for label, kernels in ways(manifest, pair, skipped):
+            run = open_runner(folder, manifest, decoder, pair, kernels)
+            rows += compare_logits(f"onnx-{label}", run, manifest, reference, tolerance)
+            rows += compare_alone(f"onnx-{label}", run, manifest, reference, tolerance)
     for pair in pairs:
         for name, engine in open_generators(folder, manifest, decoder, pair, skipped):
             rows += compare_tokens(name, engine, manifest, reference, tolerance)

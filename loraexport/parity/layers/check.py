@@ -17,7 +17,8 @@ from loraexport_runtime.checking.layers import (
     compare_layers,
     open_runner,
 )
-from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Comparison, label_of
+from loraexport_runtime.checking.rows import LAYER_TOLERANCES, Comparison
+from loraexport_runtime.checking.ways import ways
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.manifest import Layer, Manifest
 from loraexport_runtime.device.providers import CPU, normalise_providers
@@ -85,7 +86,8 @@ def _implementations(
     if not pairs:
         skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"
     for pair in pairs:
-        yield f"onnx-{label_of(pair[0])}", open_runner(folder, manifest, pair)
+        for label, kernels in ways(manifest, pair, skipped):
+            yield f"onnx-{label}", open_runner(folder, manifest, pair, kernels)
         if pair[0] == CPU:
             yield "onnx-cpu-plain", _plain_runner(folder, manifest)
 

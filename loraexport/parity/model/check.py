@@ -19,7 +19,8 @@ from loraexport_runtime.checking.model import (
     compare_model,
     open_runner,
 )
-from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Comparison, label_of
+from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Comparison
+from loraexport_runtime.checking.ways import ways
 from loraexport_runtime.contract.files import resolve
 from loraexport_runtime.contract.kinds import Model
 from loraexport_runtime.contract.manifest import Manifest
@@ -119,7 +120,8 @@ def _implementations(
     if not pairs:
         skipped["onnx"] = f"{manifest.needs_cuda}, and no CUDA is here"
     for pair in pairs:
-        yield f"onnx-{label_of(pair[0])}", open_runner(folder, manifest, model, pair)
+        for label, kernels in ways(manifest, pair, skipped):
+            yield f"onnx-{label}", open_runner(folder, manifest, model, pair, kernels)
         if pair[0] == CPU:
             yield "onnx-cpu-plain", _plain_runner(resolve(folder, model.onnx), manifest, model)
 

@@ -91,9 +91,9 @@ def _run_kind(
 ) -> list[Comparison]:
     match manifest.kind:
         case Layers():
-            return layers.check_stored(folder, manifest, providers)
+            return layers.check_stored(folder, manifest, providers, skipped)
         case (Model() as whole) | Graph(whole):
-            return model.check_stored(folder, manifest, whole, providers)
+            return model.check_stored(folder, manifest, whole, providers, skipped)
         case Decoder() as generates:
             return decoder.check_stored(folder, manifest, generates, providers, skipped)
 

@@ -29,6 +29,7 @@ from .rows import (
     slot_names,
     stored_tolerance,
 )
+from .ways import ways
 
 ROWS_ALONE = "rows alone"
 """The site of a report's row that holds mixed batches to their rows alone."""
@@ -58,9 +59,10 @@ def check_stored(
     for provider in providers:
         for engine, session in open_generators(folder, manifest, decoder, provider, skipped):
             rows += compare_tokens(engine, session, manifest, reference, tolerance)
-        run, name = open_runner(folder, manifest, decoder, provider), label_of(provider[0])
-        rows += compare_logits(f"onnx-{name}", run, manifest, reference, tolerance)
-        rows += compare_alone(f"onnx-{name}", run, manifest, reference, tolerance)
+        for label, kernels in ways(manifest, provider, skipped):
+            run = open_runner(folder, manifest, decoder, provider, kernels)
+            rows += compare_logits(f"onnx-{label}", run, manifest, reference, tolerance)
+            rows += compare_alone(f"onnx-{label}", run, manifest, reference, tolerance)
     return rows
 
 
@@ -84,14 +86,18 @@ def open_generators(
     provider: tuple[str, dict[str, Any]],
     skipped: dict[str, str],
 ) -> Iterator[tuple[str, TextGenerator]]:
-    """The runtime's engine, and on CUDA the same with captured steps."""
+    """The runtime's engine, and on CUDA the same with captured steps; with kernels too."""
     device = label_of(provider[0])
-    engines = {f"onnx-engine-{device}": False}
-    if device == "cuda":
-        engines["onnx-captured-cuda"] = True
-    for name, captures in engines.items():
+    engines = {}
+    for label, kernels in ways(manifest, provider, skipped):
+        engines[f"onnx-engine-{label}"] = False, kernels
+        if device == "cuda":
+            engines[f"onnx-captured-{label}"] = True, kernels
+    for name, (captures, kernels) in engines.items():
         try:
-            generator = TextGenerator(folder, manifest, decoder, [provider], cuda_graphs=captures)
+            generator = TextGenerator(
+                folder, manifest, decoder, [provider], cuda_graphs=captures, kernels=kernels
+            )
         except ProviderError as error:
             if device == "cpu":
                 raise

@@ -12,6 +12,7 @@ from ..contract.genai_config import read_genai_config
 from ..contract.kinds import Decoder
 from ..contract.manifest import Manifest
 from ..device.dtypes import FLOAT_TYPES, NUMPY_DTYPES, ONNX_TYPES
+from ..device.kernels import choose_kernels
 from ..device.memory import host_value
 from ..device.ort_session import open_session
 from ..generation.rope import READ_LENGTHS, tokens_until_reread
@@ -40,10 +41,15 @@ vocabulary]."""
 
 
 def open_runner(
-    folder: Path, manifest: Manifest, decoder: Decoder, provider: tuple[str, dict[str, Any]]
+    folder: Path,
+    manifest: Manifest,
+    decoder: Decoder,
+    provider: tuple[str, dict[str, Any]],
+    kernels: bool = False,
 ) -> Logits:
     """The graph with its own stacks, as the engines have it; they give tokens, not logits."""
-    session = open_session(resolve(folder, decoder.onnx), [provider], {}, None)
+    library = choose_kernels(kernels, manifest, [provider]).library
+    session = open_session(resolve(folder, decoder.onnx), [provider], {}, None, library)
     config, slots = read_decoder_config(folder, decoder), manifest.num_slots
     return _Runner(session, manifest.dtype, decoder, config, slots).run
 

@@ -15,11 +15,11 @@ from .rows import (
     Comparison,
     Tolerance,
     compare,
-    label_of,
     slot_names,
     stored_tolerance,
 )
 from .stored import SOURCE, read_stored
+from .ways import ways
 
 MIXED = "mixed"
 
@@ -120,9 +120,12 @@ def load_reference(folder: Path, manifest: Manifest) -> Reference:
     return Reference(SOURCE, cases, inputs, expected)
 
 
-def open_runner(folder: Path, manifest: Manifest, provider: tuple[str, dict[str, Any]]) -> Run:
+def open_runner(
+    folder: Path, manifest: Manifest, provider: tuple[str, dict[str, Any]], kernels: bool
+) -> Run:
     """The artifact's own session on a provider, every segment by its adapter's name."""
-    session, names = LayersSession(folder, manifest, [provider], None), slot_names(manifest)
+    session = LayersSession(folder, manifest, [provider], None, kernels=kernels)
+    names = slot_names(manifest)
 
     def run(layer: Layer, x: np.ndarray, case: Case) -> np.ndarray:
         segments = [(names.get(slot), length) for slot, length in case.segments]
@@ -133,9 +136,12 @@ def open_runner(folder: Path, manifest: Manifest, provider: tuple[str, dict[str,
 
 
 def check_stored(
-    folder: Path, manifest: Manifest, providers: Sequence[tuple[str, dict[str, Any]]]
+    folder: Path,
+    manifest: Manifest,
+    providers: Sequence[tuple[str, dict[str, Any]]],
+    skipped: dict[str, str],
 ) -> list[Comparison]:
-    """Run the stored cases on every provider.
+    """Run the stored cases on every provider, with kernels too where they can run.
 
     Raises:
         ArtifactError: there are none, or they are damaged.
@@ -145,9 +151,9 @@ def check_stored(
     tolerance = stored_tolerance(manifest, LAYER_TOLERANCES)
     rows = []
     for provider in providers:
-        run = open_runner(folder, manifest, provider)
-        name = f"onnx-{label_of(provider[0])}"
-        rows += compare_layers(name, run, manifest, reference, tolerance)
+        for label, kernels in ways(manifest, provider, skipped):
+            run = open_runner(folder, manifest, provider, kernels)
+            rows += compare_layers(f"onnx-{label}", run, manifest, reference, tolerance)
     return rows
 
 

@@ -19,11 +19,11 @@ from .rows import (
     Comparison,
     Tolerance,
     compare,
-    label_of,
     slot_names,
     stored_tolerance,
 )
 from .stored import SOURCE, read_stored
+from .ways import ways
 
 Inputs = dict[str, np.ndarray]
 Outputs = dict[str, np.ndarray]
@@ -185,10 +185,14 @@ def load_reference(folder: Path, manifest: Manifest, model: Model) -> ModelRefer
 
 
 def open_runner(
-    folder: Path, manifest: Manifest, model: Model, provider: tuple[str, dict[str, Any]]
+    folder: Path,
+    manifest: Manifest,
+    model: Model,
+    provider: tuple[str, dict[str, Any]],
+    kernels: bool,
 ) -> Run:
     """The artifact's own session on a provider, every row by its adapters' names."""
-    session = ModelSession(folder, manifest, model, [provider], None)
+    session = ModelSession(folder, manifest, model, [provider], None, kernels=kernels)
     names = slot_names(manifest)
 
     def run(inputs: Inputs, case: RowCase) -> Outputs:
@@ -211,8 +215,9 @@ def check_stored(
     manifest: Manifest,
     model: Model,
     providers: Sequence[tuple[str, dict[str, Any]]],
+    skipped: dict[str, str],
 ) -> list[Comparison]:
-    """Run the stored cases on every provider.
+    """Run the stored cases on every provider, with kernels too where they can run.
 
     Raises:
         ArtifactError: there are none, or they are damaged.
@@ -222,9 +227,9 @@ def check_stored(
     tolerance = stored_tolerance(manifest, MODEL_TOLERANCES)
     rows = []
     for provider in providers:
-        run = open_runner(folder, manifest, model, provider)
-        name = f"onnx-{label_of(provider[0])}"
-        rows += compare_model(name, run, manifest, model, reference, tolerance)
+        for label, kernels in ways(manifest, provider, skipped):
+            run = open_runner(folder, manifest, model, provider, kernels)
+            rows += compare_model(f"onnx-{label}", run, manifest, model, reference, tolerance)
     return rows
 
 

@@ -24,7 +24,7 @@ from .kinds import (
     TensorEntry,
 )
 from .listed import ListedFiles
-from .manifest import Layer, Manifest
+from .manifest import FUNCTION_DOMAIN, Layer, Manifest
 from .onnx_file import TENSOR_TYPES, OnnxFile, TensorType, read_onnx
 
 _BLEND = "adapter_weights"
@@ -97,7 +97,8 @@ class _Checked:
         self._check_values("output", model.outputs, self._graph.outputs)
 
     def check_stacks(self, layers: Sequence[Layer], dtype: str, exact: bool = False) -> None:
-        """Every stack is an initializer of this shape and dtype that may be overridden.
+        """Every stack is an initializer of this shape and dtype that may be overridden, and every
+        function is there.
 
         Args:
             exact: and every such initializer is a stack: loads would leave another as it is.
@@ -106,6 +107,10 @@ class _Checked:
         more = self._graph.inputs.keys() & self._graph.initializers.keys() - names - {_BLEND}
         if exact and more:
             raise self._refuse(f"its initializer {min(more)!r} can be overridden, and is no stack")
+        for layer in layers:
+            function = FUNCTION_DOMAIN, layer.function
+            if layer.function and function not in self._graph.functions:
+                raise self._refuse(f"it has no function {layer.function!r}")
         for stack in (stack for layer in layers for stack in layer.stacks):
             kind = self._graph.initializers.get(stack.name)
             if kind is None or stack.name not in self._graph.inputs:

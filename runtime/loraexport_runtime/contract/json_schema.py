@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any, Literal, get_args, get_origin
 
-from .json_values import field_hints, union_members
+from .json_values import field_hints, optional_fields, union_members
 from .manifest import FORMAT_VERSION, Manifest
 
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -70,7 +70,7 @@ def _object(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         **described,
         "type": "object",
         "properties": properties,
-        "required": list(properties),
+        "required": [name for name in properties if name not in optional_fields(kind)],
         "additionalProperties": False,
     }
 

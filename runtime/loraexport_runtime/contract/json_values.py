@@ -12,6 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..errors import quoted
 
+OPTIONAL = {"optional": True}
+"""The metadata of a field that may be left out, and is where it has its default: one that joined a
+format which readers know."""
 _MAX_INTEGER = 2**63 - 1
 """What other languages read as an integer, and numpy and onnxruntime take."""
 
@@ -27,12 +30,17 @@ def parse(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = field_hints(kind)
         _check_object(value, where)
-        missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
+        required = set(hints) - set(optional_fields(kind))
+        missing, unknown = sorted(required - set(value)), sorted(set(value) - set(hints))
         if missing:
             raise ValueError(f"{where}: key {missing[0]!r} is missing")
         if unknown:
             raise ValueError(f"{where}: unknown key {unknown[0]!r}")
-        values = {key: parse(hint, value[key], f"{where}.{key}") for key, hint in hints.items()}
+        values = {
+            key: parse(hint, value[key], f"{where}.{key}")
+            for key, hint in hints.items()
+            if key in value
+        }
         return kind(**values)  # type: ignore[operator]
     if origin is Literal:
         if value not in args:
@@ -69,7 +77,16 @@ def dump(kind: Any, value: Any) -> Any:
     """A value of the annotated type -> what `parse` takes."""
     origin, args = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return {key: dump(hint, getattr(value, key)) for key, hint in field_hints(kind).items()}
+        left_out = {
+            name
+            for name, default in optional_fields(kind).items()
+            if getattr(value, name) == default
+        }
+        return {
+            key: dump(hint, getattr(value, key))
+            for key, hint in field_hints(kind).items()
+            if key not in left_out
+        }
     if union_members(kind):
         return {value.tag: dump(type(value), value)}
     if origin in (typing.Union, types.UnionType):
@@ -85,6 +102,12 @@ def field_hints(kind: Any) -> dict[str, Any]:
     """The fields of a dataclass and their types."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def optional_fields(kind: Any) -> dict[str, Any]:
+    """The fields of a dataclass that may be left out, and what they are then."""
+    fields = dataclasses.fields(kind)
+    return {field.name: field.default for field in fields if field.metadata == OPTIONAL}
 
 
 def union_members(kind: Any) -> dict[str, Any]:

@@ -8,15 +8,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..errors import ArtifactError, quoted
 from . import format4
 from .files import MANIFEST_FILE, FileEntry, difference, require_pinned, resolve
 from .foreign import read_bounded, reason
-from .json_values import dump, parse, strict_json
+from .json_values import OPTIONAL, dump, parse, strict_json
 from .kinds import Decoder, Graph, Kind, Model, Packed, TensorEntry, is_dimension, packed_of
 from .naming import Naming
 from .seal import MAX_MANIFEST, is_sealed
@@ -32,6 +32,11 @@ MAX_SIZE = 2**31 - 1
 """Of a dimension: far above any vocabulary."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
+Function = Literal["LoraAdd", "LoraLinear", "LoraLinear2", "LoraLinear3"]
+FUNCTIONS: tuple[Function, ...] = get_args(Function)
+"""For which a library of the host may have kernels."""
+FUNCTION_DOMAIN = "loraexport"
+"""Of these functions, and of the one that routes for them."""
 DType = Literal["float32", "float16", "bfloat16"]
 ParityStatus = Literal["passed", "deferred", "failed"]
 
@@ -105,6 +110,9 @@ class Layer:
     onnx: str | None
     """Path of the ONNX graph inside the artifact; None if the spec asks for none."""
     torchscript: str | None
+    function: Function | None = field(default=None, metadata=OPTIONAL)
+    """The ONNX function of domain `loraexport` that the graph calls for its LoRA; None: it has
+    stock operators there."""
 
     @property
     def input_name(self) -> str:
@@ -260,6 +268,11 @@ class Manifest:
     parity: ParitySummary
     tools: dict[str, str]
     files: dict[str, FileEntry]
+
+    @property
+    def functions(self) -> frozenset[Function]:
+        """Those that its graphs call."""
+        return frozenset(layer.function for layer in self.layers if layer.function is not None)
 
     @property
     def needs_cuda(self) -> str | None:

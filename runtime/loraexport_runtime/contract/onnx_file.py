@@ -60,6 +60,8 @@ class OnnxFile:
     """As written, wherever in the file."""
     external: dict[str, External] = field(default_factory=dict)
     """Of those initializers that lie in files beside this one."""
+    functions: frozenset[tuple[str, str]] = frozenset()
+    """Domain and name of each."""
 
 
 def read_onnx(file: Path, error: type[LoraexportError], hint: str = "") -> OnnxFile:
@@ -81,15 +83,18 @@ def read_onnx(file: Path, error: type[LoraexportError], hint: str = "") -> OnnxF
 
 def _read_model(view: memoryview) -> OnnxFile:
     values: dict[int, dict[str, TensorType]] = {5: {}, 11: {}, 12: {}}
-    locations = set()
+    locations, functions = set(), set()
     external = {}
     for number, graph in _messages(view):
+        if number == 25:
+            texts = {place: text for place, text in _messages(graph) if place in (1, 10)}
+            functions.add((str(texts.get(10, b""), "utf-8"), str(texts.get(1, b""), "utf-8")))
         for place, message in _messages(graph) if number == 7 else ():
             if place in values:
                 name, kind = _tensor(message) if place == 5 else _value(message)
                 values[place][name] = kind
-                if place == 5 and (where := _external(message)) is not None:
-                    external[name] = where
+                if place == 5 and (found := _external(message)) is not None:
+                    external[name] = found
     waiting, num_messages = [("model", view)], 0
     while waiting:
         kind_name, content = waiting.pop()
@@ -104,7 +109,8 @@ def _read_model(view: memoryview) -> OnnxFile:
                 raise ValueError(f"more than {MAX_MESSAGES:,} nodes, attributes and tensors")
             if number in children:
                 waiting.append((children[number], part))
-    return OnnxFile(values[11], values[12], values[5], frozenset(locations), external)
+    where = frozenset(locations)
+    return OnnxFile(values[11], values[12], values[5], where, external, frozenset(functions))
 
 
 def _tensor(view: memoryview) -> tuple[str, TensorType]:

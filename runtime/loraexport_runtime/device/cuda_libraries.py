@@ -65,6 +65,17 @@ def free_memory(index: int) -> int:
     return free.value if status == 0 else 0
 
 
+def compute_capability(index: int) -> tuple[int, int]:
+    """Of a device, (9, 0) for instance; call it once the device is known to be there."""
+    cudart = ctypes.CDLL(f"libcudart.so.{_cuda_major()}")
+    numbers = []
+    for attribute in (75, 76):  # cudaDevAttrComputeCapabilityMajor and Minor
+        number = ctypes.c_int(0)
+        cudart.cudaDeviceGetAttribute(ctypes.byref(number), attribute, index)
+        numbers.append(number.value)
+    return numbers[0], numbers[1]
+
+
 def _needed() -> tuple[str, ...]:
     """In this order: each one needs those before it."""
     major = _cuda_major()

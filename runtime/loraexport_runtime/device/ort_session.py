@@ -47,11 +47,15 @@ def open_session(
     providers: list[tuple[str, dict[str, Any]]],
     initializers: Mapping[str, ort.OrtValue],
     threads: int | None,
+    library: Path | None = None,
 ) -> ort.InferenceSession:
     """An InferenceSession that runs on the providers asked for, over the caller's initializers.
 
     The initializers replace the graph's own of that name without a copy: what is written into
     them later is seen by the next run.
+
+    Args:
+        library: of kernels, to register (see kernels.py).
 
     Raises:
         ProviderError: a provider cannot run here. onnxruntime alone falls back to the CPU.
@@ -60,6 +64,8 @@ def open_session(
     options = quiet_options(threads)
     for name, value in initializers.items():
         options.add_initializer(name, value)
+    if library is not None:
+        _register(options, library)
     names = [name for name, _ in providers]
     try:
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
@@ -83,6 +89,16 @@ def open_session(
                 " says, so that loaded adapters would have no effect; build the artifact again"
             )
     return session
+
+
+def _register(options: ort.SessionOptions, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise ProviderError(
+            f"{library}: onnxruntime {ort.__version__} cannot take these kernels: {error}. Install"
+            " loraexport-kernels again, or pass kernels=False"
+        ) from error
 
 
 def _missing(provider: str, fallback_reason: str) -> str:

@@ -17,6 +17,7 @@ from ..contract.kinds import Decoder
 from ..contract.listed import ListedFiles
 from ..contract.manifest import Manifest
 from ..device import providers as devices
+from ..device.kernels import Kernels, choose_kernels
 from ..device.ort_session import require_device
 from ..errors import ClosedError, InputError
 from ..slots.admission import AdmissionQueue
@@ -76,6 +77,7 @@ class RequestEngine:
         self.folder, self.ends = folder, ends
         self.rows, self.length, self.vocabulary = runner.rows, runner.length, runner.vocabulary
         self._slots, self._most_weight = slots, runner.most_weight
+        self._kernels = runner.kernels.said
         self._open_text, self._open_grammar = open_text, open_grammar
         self._queue = AdmissionQueue[Answer](most_queued, most_queued_tokens)
         subject, how = f"the generator of {folder}", "open the artifact again"
@@ -155,6 +157,7 @@ class RequestEngine:
             slots_held=slots.slots_held,
             pages=slots.pages,
             evictions=slots.evictions,
+            kernels=self._kernels,
         )
 
     def close(self) -> None:
@@ -243,6 +246,7 @@ class GenerationEngine(HostsAdapters, RequestEngine):
         providers: list[tuple[str, dict[str, Any]]],
         *,
         capture: bool = False,
+        kernels: Kernels = "auto",
         rows: int | None = None,
         length: int | None = None,
         **options: Any,
@@ -250,6 +254,7 @@ class GenerationEngine(HostsAdapters, RequestEngine):
         """
         Args:
             capture: the steps as CUDA graphs, each when it is first needed, or by `warm_up`.
+            kernels: as of `load`.
             rows: answers at the same time; default: 8 on a CPU and 32 on CUDA, or as many as half
                 of the free memory holds.
             length: tokens of a prompt and its answer; default: the model's context, or less.
@@ -268,9 +273,9 @@ class GenerationEngine(HostsAdapters, RequestEngine):
         steps = None
         if decoder.steps is not None:
             steps = StepFiles(*(resolve(folder, path) for path in decoder.steps.files()))
-        runner = Runner(
-            where, providers, capture, stacks, rows, length, guard, decoder.reread_length, steps
-        )
+        choice = choose_kernels(kernels, manifest, providers)
+        sizes = rows, length, guard, decoder.reread_length, steps
+        runner = Runner(where, providers, capture, stacks, *sizes, choice)
         files = ListedFiles(folder, manifest.files)
         grammars = GrammarReader(files, decoder.folder, runner.vocabulary, ends)
         super().__init__(

@@ -9,6 +9,7 @@ from ..contract.artifact import open_artifact
 from ..contract.kinds import Decoder
 from ..contract.manifest import Manifest
 from ..device import providers as devices
+from ..device.kernels import Kernels
 from ..errors import ArtifactError
 from .engine import MOST_QUEUED, MOST_QUEUED_TOKENS
 from .generator import TextGenerator
@@ -21,6 +22,7 @@ def load_generator(
     providers: Sequence[devices.Provider] = (devices.CPU,),
     *,
     cuda_graphs: bool = False,
+    kernels: Kernels = "auto",
     rows: int | None = None,
     length: int | None = None,
     most_queued: int = MOST_QUEUED,
@@ -35,6 +37,7 @@ def load_generator(
         providers: as of `load`: `"cpu"`, or `"cuda"` with options if need be.
         cuda_graphs: capture each decode step as a CUDA graph, when it is first needed or by
             `warm_up`; there is one for 1, 2, 4, … rows.
+        kernels: as of `load`.
         rows: answers at the same time; default: 8 on a CPU and 32 on CUDA, or as many as half of
             the free memory holds.
         length: tokens of a prompt and its answer, together; default: the model's context, or less
@@ -63,6 +66,7 @@ def load_generator(
                     decoder,
                     pairs,
                     cuda_graphs,
+                    kernels=kernels,
                     rows=rows,
                     length=length,
                     most_queued=most_queued,

@@ -56,3 +56,5 @@ class GenerationStats:
     """Adapters that were copied from host memory into a slot for an answer."""
     evictions: int
     """Adapters that left their slot for another one."""
+    kernels: str
+    """What computes the sites: stock operators and why, or which kernels."""

@@ -15,6 +15,7 @@ from ..contract.files import resolve
 from ..contract.manifest import Layer, Manifest, Stack
 from ..device.binding import empty_output, run_bound
 from ..device.dtypes import NUMPY_DTYPES
+from ..device.kernels import Kernels
 from ..device.memory import dtype_of, host_view, shape_of
 from ..device.ort_session import open_session
 from ..errors import ArtifactError, InputError, SegmentsError, UnknownLayerError
@@ -44,13 +45,15 @@ class LayersSession(ArtifactSession, Mapping[str, "LayerSession"]):
         providers: list[tuple[str, dict[str, Any]]],
         threads: int | None,
         cuda_graphs: bool = False,
+        kernels: Kernels = "auto",
     ) -> None:
-        super().__init__(folder, manifest, providers, cuda_graphs)
+        super().__init__(folder, manifest, providers, cuda_graphs, kernels)
         self._layers = {}
         for layer in manifest.layers:
             stacks = {stack.name: self._host.stack(stack.name) for stack in layer.stacks}
             path = _graph_path(folder, layer)
-            graph = open_session(path, self._providers, stacks, threads)
+            library = self._kernels.library
+            graph = open_session(path, self._providers, stacks, threads, library)
             self._layers[layer.name] = LayerSession(
                 layer, self._host, self._gate, graph, self._device, self._replays
             )

@@ -10,6 +10,7 @@ from ..contract.artifact import open_artifact
 from ..contract.kinds import Decoder, Graph, Layers, Model
 from ..contract.manifest import Manifest
 from ..device import providers as devices
+from ..device.kernels import Kernels
 from ..errors import ArtifactError
 from .layers import LayersSession
 from .model import ModelSession
@@ -23,6 +24,7 @@ def load(
     *,
     threads: int | None = None,
     cuda_graphs: bool = False,
+    kernels: Kernels = "auto",
     allow_unverified: bool = False,
     digest: str | None = None,
 ) -> LayersSession | ModelSession:
@@ -37,15 +39,19 @@ def load(
         threads: onnxruntime's intra-op threads per layer; default: its own choice.
         cuda_graphs: `warm_up` captures CUDA graphs, which later runs replay. Such a session makes
             one run at a time, whatever the number of threads.
+        kernels: "auto" takes the kernels of loraexport-kernels on CUDA, where it is installed and
+            the artifact was built with export.kernels; True makes it an error where they cannot be
+            taken, and takes those of the CPU; False takes stock operators. `stats` says which.
         allow_unverified: open an artifact whose parity failed or is still deferred.
         digest: open no other artifact than that whose manifest.json has this sha256.
 
     Raises:
         ArtifactError: a file is missing or damaged, parity has not passed, or the manifest has
             another digest.
-        InputError: `digest` is no sha256, or `threads` no number of threads.
+        InputError: `digest` is no sha256, `threads` no number of threads, or `kernels` none of
+            the three.
         ProviderError: a provider cannot run here; onnxruntime alone would fall back silently. Or
-            CUDA graphs were asked for where there are none.
+            CUDA graphs or kernels were asked for where there are none.
     """
     folder, pairs = Path(path), devices.normalise_providers(providers)
     devices.check_cuda_graphs(pairs, cuda_graphs)
@@ -54,7 +60,7 @@ def load(
     session = open_artifact(
         folder,
         allow_unverified,
-        lambda manifest: make_session(folder, manifest, pairs, threads, cuda_graphs),
+        lambda manifest: make_session(folder, manifest, pairs, threads, cuda_graphs, kernels),
         digest,
     )
     _LOG.info(
@@ -74,6 +80,7 @@ def load_layers(
     *,
     threads: int | None = None,
     cuda_graphs: bool = False,
+    kernels: Kernels = "auto",
     allow_unverified: bool = False,
     digest: str | None = None,
 ) -> LayersSession:
@@ -87,6 +94,7 @@ def load_layers(
         providers,
         threads=threads,
         cuda_graphs=cuda_graphs,
+        kernels=kernels,
         allow_unverified=allow_unverified,
         digest=digest,
     )
@@ -101,6 +109,7 @@ def load_model(
     *,
     threads: int | None = None,
     cuda_graphs: bool = False,
+    kernels: Kernels = "auto",
     allow_unverified: bool = False,
     digest: str | None = None,
 ) -> ModelSession:
@@ -114,6 +123,7 @@ def load_model(
         providers,
         threads=threads,
         cuda_graphs=cuda_graphs,
+        kernels=kernels,
         allow_unverified=allow_unverified,
         digest=digest,
     )
@@ -128,6 +138,7 @@ def make_session(
     providers: list[tuple[str, dict[str, Any]]],
     threads: int | None,
     cuda_graphs: bool = False,
+    kernels: Kernels = "auto",
 ) -> LayersSession | ModelSession:
     """The session that fits an artifact's kind; checks no file (see `load`).
 
@@ -138,9 +149,10 @@ def make_session(
     """
     match manifest.kind:
         case Layers():
-            return LayersSession(folder, manifest, providers, threads, cuda_graphs)
+            return LayersSession(folder, manifest, providers, threads, cuda_graphs, kernels)
         case (Model() as model) | Graph(model):
-            return ModelSession(folder, manifest, model, providers, threads, cuda_graphs)
+            sizes = threads, cuda_graphs, kernels
+            return ModelSession(folder, manifest, model, providers, *sizes)
         case Decoder():
             raise ArtifactError(
                 f"{folder}: its kind is 'decoder'; open it with loraexport_runtime.load_generator()"

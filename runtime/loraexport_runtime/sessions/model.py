@@ -17,6 +17,7 @@ from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
 from ..device.dtypes import NUMPY_DTYPES
+from ..device.kernels import Kernels
 from ..device.memory import dtype_of, shape_of
 from ..device.ort_session import open_session
 from ..errors import ArtifactError, InputError, ProviderError
@@ -44,6 +45,7 @@ class ModelSession(ArtifactSession):
         providers: list[tuple[str, dict[str, Any]]],
         threads: int | None,
         cuda_graphs: bool = False,
+        kernels: Kernels = "auto",
     ) -> None:
         if model.onnx is None:
             raise ArtifactError(
@@ -63,11 +65,11 @@ class ModelSession(ArtifactSession):
                 f"{folder}: {manifest.needs_cuda}; pass providers=['cuda'], or build with export:"
                 " {tune: {device: cpu}}, or without export.packed"
             )
-        super().__init__(folder, manifest, providers, cuda_graphs)
+        super().__init__(folder, manifest, providers, cuda_graphs, kernels)
         every = (stack.name for layer in manifest.layers for stack in layer.stacks)
         stacks = {name: self._host.stack(name) for name in every}
         self._session: ort.InferenceSession | None = open_session(
-            resolve(folder, model.onnx), self._providers, stacks, threads
+            resolve(folder, model.onnx), self._providers, stacks, threads, self._kernels.library
         )
         headless = [layer.name for layer in manifest.layers if not layer.in_base]
         self._headless = headless[0] if headless else None

@@ -10,6 +10,7 @@ from typing import Any, Self
 from ..buckets.replays import Replays, check_capturable
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
+from ..device.kernels import Kernels, choose_kernels
 from ..device.ort_session import require_device
 from ..slots.gate import Gate
 from ..slots.host import AdapterHost
@@ -38,12 +39,14 @@ class ArtifactSession(HostsAdapters, ABC):
         manifest: Manifest,
         providers: list[tuple[str, dict[str, Any]]],
         cuda_graphs: bool,
+        kernels: Kernels,
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._device = devices.session_device(providers[0])
         for provider in providers:
             require_device(devices.session_device(provider))
+        self._kernels = choose_kernels(kernels, manifest, providers)
         self._replays = Replays(capture=self._device[0] == "cuda") if cuda_graphs else None
         if self._replays is not None:
             check_capturable(manifest)
@@ -85,6 +88,7 @@ class ArtifactSession(HostsAdapters, ABC):
             run_seconds=counts.run_seconds,
             bucket_hits=0 if replays is None else replays.num_hits,
             bucket_misses=0 if replays is None else replays.num_misses,
+            kernels=self._kernels.said,
         )
 
     def close(self) -> None:

@@ -28,3 +28,5 @@ class SessionStats:
     """Runs that took a bucket which `warm_up` had made; always 0 without `cuda_graphs`."""
     bucket_misses: int
     """Runs that fitted into no bucket, of a session with `cuda_graphs`."""
+    kernels: str
+    """What computes the sites: stock operators and why, or which kernels."""

@@ -155,6 +155,15 @@ class TestCudaLibraries:
         monkeypatch.setattr(cuda_libraries.ctypes, "CDLL", lambda name: library)
         assert cuda_libraries.missing_device(index) == problem
 
+    def test_what_a_device_can(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def read(number: Any, attribute: int, index: int) -> int:
+            number._obj.value = {75: 9, 76: index}[attribute]
+            return 0
+
+        library = SimpleNamespace(cudaDeviceGetAttribute=read)
+        monkeypatch.setattr(cuda_libraries.ctypes, "CDLL", lambda name: library)
+        assert cuda_libraries.compute_capability(0) == (9, 0)
+
     @pytest.mark.parametrize("version", ["", "none"])
     def test_a_build_that_does_not_say_its_cuda(
         self, monkeypatch: pytest.MonkeyPatch, version: str

@@ -26,6 +26,7 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.sessions.load import make_session
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
+ON_CPU = "stock operators: on a CPU kernels are taken by kernels=True alone"
 X = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
 SITES = {"blocks.0.q": (32, 32), "blocks.0.v": (32, 16), "blocks.0.up": (32, 48)}
 
@@ -237,7 +238,7 @@ def test_close_under_load(tenants: Path) -> None:
 
 
 def test_stats(session: lr.LayersSession) -> None:
-    assert session.stats() == lr.SessionStats(2, 0, 0, 0, 0, 0.0, 0, 0.0, 0, 0)
+    assert session.stats() == lr.SessionStats(2, 0, 0, 0, 0, 0.0, 0, 0.0, 0, 0, ON_CPU)
     layer = session["up"]
     layer.run(X, segments=[("sql", 2), (None, 1), ("sql", 1)])
     layer.run(X, segments=[("chat", 4)])

@@ -15,6 +15,7 @@ from ...adapters.packing import lowest
 from ...contract.genai_config import read_genai_config
 from ...device import providers as devices
 from ...device.dtypes import NUMPY_DTYPES
+from ...device.kernels import STOCK, KernelChoice
 from ...device.ort_session import open_session
 from ...errors import ProviderError
 from ...slots.lease import RowUse
@@ -93,6 +94,7 @@ class Runner:
         reread_length: int | None = None,
         steps: StepFiles | None = None,
         threads: int | None = None,
+        kernels: KernelChoice = STOCK,
     ) -> None:
         """
         Args:
@@ -103,6 +105,7 @@ class Runner:
             reread_length: see rope.py.
             steps: the artifact's; None: it has none, and the host chooses the tokens.
             threads: of the host; None: onnxruntime's own choice.
+            kernels: what computes the sites.
 
         Raises:
             InputError: rows or length are not of this model.
@@ -125,7 +128,7 @@ class Runner:
             )
         try:
             file = folder / decoder["filename"] if steps is None else steps.step
-            session = open_session(file, pairs, stacks, threads)
+            session = open_session(file, pairs, stacks, threads, kernels.library)
         except ProviderError as error:
             if not capture:
                 raise
@@ -135,7 +138,7 @@ class Runner:
         self._graph: DecoderGraph = read_decoder_graph(
             session, decoder, device, capture, has_next=steps is not None
         )
-        graph = self._graph
+        graph, self.kernels = self._graph, kernels
         require_cache(folder, device, graph.cache_dtype)
         self.vocabulary = graph.vocabulary
         self.most_weight: float | None = None

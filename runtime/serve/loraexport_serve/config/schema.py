@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 Level = Literal["debug", "info", "warning", "error"]
+Kernels = Literal["auto", "required", "never"]
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]
@@ -29,6 +30,9 @@ class ModelSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Meta(description="batches of an encoder at the same time; default: 2 on a CPU, else 1"),
     ] = None
     cuda_graphs: Annotated[bool, Meta(description="capture what `warm_up` names, or steps")] = False
+    kernels: Annotated[
+        Kernels | None, Meta(description="of loraexport-kernels; default: the server's `kernels`")
+    ] = None
     allow_unverified: Annotated[
         bool, Meta(description="serve an artifact whose parity failed or is deferred")
     ] = False
@@ -80,6 +84,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Path | None, Meta(description="PEM file; clients have to show a certificate of it")
     ] = None
     device: Annotated[Literal["cpu", "cuda"], Meta(description="of every artifact")] = "cpu"
+    kernels: Annotated[
+        Kernels, Meta(description="of loraexport-kernels; auto: on CUDA, where they can be taken")
+    ] = "auto"
     allow_adapter_updates: Annotated[
         bool, Meta(description="serve /v1/load_lora_adapter and /v1/unload_lora_adapter")
     ] = False

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loraexport_runtime import ModelSession, load, load_generator
 from loraexport_runtime.contract.kinds import Decoder
@@ -18,12 +19,15 @@ from .host import Host
 _LOG = logging.getLogger(__name__)
 _WARM_UP = ((1, 8), (8, 32))
 """Rows and tokens that an encoder runs ahead of traffic where its settings say nothing."""
+_KERNELS: dict[str, Literal["auto"] | bool] = {"auto": "auto", "required": True, "never": False}
+"""A setting -> what `load` takes."""
 
 
 @dataclass(frozen=True)
 class _Options:
     providers: list[str]
     cuda_graphs: bool
+    kernels: Literal["auto"] | bool
     allow_unverified: bool
     digest: str | None
 
@@ -35,7 +39,8 @@ async def open_host(name: str, model: ModelSettings, server: Settings) -> Host:
         LoraexportError: it cannot be opened, or not served.
     """
     device = model.device or server.device
-    options = _Options([device], model.cuda_graphs, model.allow_unverified, model.digest)
+    kernels = _KERNELS[model.kernels or server.kernels]
+    options = _Options([device], model.cuda_graphs, kernels, model.allow_unverified, model.digest)
     manifest = await asyncio.to_thread(Manifest.read, Path(model.path), model.digest)
     host = await asyncio.to_thread(_open, name, manifest, model, server, options)
     try:
@@ -64,6 +69,7 @@ def _open(
             model.path,
             options.providers,
             cuda_graphs=options.cuda_graphs,
+            kernels=options.kernels,
             rows=model.rows,
             length=model.length,
             most_queued=server.max_queued,
@@ -77,6 +83,7 @@ def _open(
         options.providers,
         threads=threads_of(model, server),
         cuda_graphs=options.cuda_graphs,
+        kernels=options.kernels,
         allow_unverified=options.allow_unverified,
         digest=options.digest,
     )
