@@ -275,7 +275,7 @@ class GenerationEngine(HostsAdapters, RequestEngine):
             steps = StepFiles(*(resolve(folder, path) for path in decoder.steps.files()))
         choice = choose_kernels(kernels, manifest, providers)
         sizes = rows, length, guard, decoder.reread_length, steps
-        runner = Runner(where, providers, capture, stacks, *sizes, choice)
+        runner = Runner(where, providers, capture, stacks, *sizes, kernels=choice)
         files = ListedFiles(folder, manifest.files)
         grammars = GrammarReader(files, decoder.folder, runner.vocabulary, ends)
         super().__init__(
