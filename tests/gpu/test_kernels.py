@@ -1,15 +1,24 @@
 """The library of runtime/kernels in onnxruntime's CUDA provider: values, graphs, lone rows."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from support.builds import write_model_project, write_tenants
+from support.decoders import FAMILIES, make_prompts, write_decoder
 from support.kernels import Graph, assert_right, inputs_of, make_model, random_site
+
+import loraexport_runtime as lr
+from loraexport.pipeline.build import build
+from loraexport_runtime.checking.check import check_artifact
 
 KERNELS = Path(__file__).resolve().parents[2] / "runtime/kernels"
 pytestmark = [
@@ -93,3 +102,43 @@ def test_a_captured_graph_sees_new_slots(library: Path) -> None:
         values["slots"].update_inplace(slots.astype(np.int64))
         session.run_with_iobinding(binding)
         assert_right(site.changed(slots=slots.astype(np.int64)), [y.numpy()])
+
+
+# Artifacts, with the package as it is installed
+
+
+@pytest.fixture
+def installed(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    shutil.copytree(KERNELS / "loraexport_kernels", tmp_path / "site/loraexport_kernels")
+    shutil.copyfile(library, tmp_path / "site/loraexport_kernels/libloraexport_kernels.so")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    yield
+    sys.modules.pop("loraexport_kernels", None)
+
+
+@pytest.mark.parametrize("strategy", ["masked", "augmented"])
+@pytest.mark.parametrize("write", [write_tenants, write_model_project, write_decoder])
+def test_artifacts(
+    write: Callable[..., Path], strategy: str, installed: None, tmp_path: Path
+) -> None:
+    """Both ways are proven; captured sizes and steps give what plain ones give."""
+    export = {"dtype": "float16", "kernels": True, "formats": ["onnx"], "strategy": strategy}
+    changes: dict[str, Any] = {"export": export}
+    if write is write_decoder:
+        changes["parity"] = {"tolerance": 0.05}
+    arguments = (FAMILIES["Llama"],) if write is write_decoder else ()
+    artifact, _ = build(write(tmp_path, *arguments, **changes), tmp_path / "out")
+    report = check_artifact(artifact, ["cuda"])
+    assert not report.failures
+    assert {row.implementation for row in report.rows} >= {"onnx-cuda", "onnx-cuda-kernels"}
+    if write is write_decoder:
+        opened = [
+            lr.load_generator(artifact, ["cuda"], cuda_graphs=captured, kernels=True, rows=4)
+            for captured in (True, False)
+        ]
+        runner: Any = opened[1].engine._worker._runner
+        runner.step_rows = opened[0].engine._worker._runner.step_rows
+        names = ["first", None, "second"]
+        tokens = [one.greedy(make_prompts(5, 9, 7), names, 12) for one in opened]
+        assert np.array_equal(*tokens)
+        assert opened[0].engine.stats().kernels.startswith("loraexport-kernels")
