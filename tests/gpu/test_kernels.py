@@ -140,5 +140,5 @@ def test_artifacts(
         runner.step_rows = opened[0].engine._worker._runner.step_rows
         names = ["first", None, "second"]
         tokens = [one.greedy(make_prompts(5, 9, 7), names, 12) for one in opened]
-        assert np.array_equal(*tokens)
+        assert np.array_equal(tokens[0], tokens[1])
         assert opened[0].engine.stats().kernels.startswith("loraexport-kernels")
