@@ -34,6 +34,7 @@ def installed(request: pytest.FixtureRequest, home: Home) -> Iterator[None]:
         shutil.copyfile(library, folder / "loraexport_kernels/libloraexport_kernels.so")
 
     folder = home.once("installed-kernels", install)
+    sys.modules.pop("loraexport_kernels", None)  # of another test's, which is not built
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))

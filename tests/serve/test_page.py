@@ -127,9 +127,10 @@ def test_a_person_sees_a_server_live(guarded: Server, browser: Browser) -> None:
     before = browser.evaluate(f"({_ANSWERS})()")
     guarded.post("/v1/embeddings", key=CLIENT, model="tiny", input="hello")
     browser.wait(f"({_ANSWERS})() === {before + 1}")
-    (latency,) = _rows(browser, "latencies")[1:]
-    assert latency[:2] == ["tiny", "a whole answer"]
-    assert all(0 < float(value) <= 120 for value in latency[2:])
+    latencies = _rows(browser, "latencies")[1:]
+    named = [["tiny", "a whole answer"], ["tiny", "in the queue"]]
+    assert [latency[:2] for latency in latencies] == named
+    assert all(0 <= float(value) <= 120 for latency in latencies for value in latency[2:])
 
 
 @pytest.mark.slow
