@@ -1,4 +1,4 @@
-"""Compile csrc/ into the library: with nvcc for CUDA and the CPU, or with a C++ compiler for the CPU alone.
+"""Compile csrc/ into the library: with nvcc, or for a CPU alone with a C++ compiler.
 
     python compile_kernels.py OUT.so
 

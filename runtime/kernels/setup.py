@@ -8,7 +8,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from compile_kernels import CompileError, compile_library  # noqa: E402
+from compile_kernels import CompileError, compile_library
 
 
 class BuildLibrary(build_py):

@@ -16,7 +16,6 @@ from plain import Choice, Kernels, Site
 
 LAYERS, SIZE = 8, 4096
 CELLS = [(8, 8), (8, 64), (8, 512), (8, 4096), (32, 64), (128, 128), (128, 8192)]
-TILES = {8: (16, 16), 64: (16, 16), 512: (16, 16), 4096: (32, 64)}
 
 
 def replayed(work: Callable[[], object]) -> float:
@@ -120,8 +119,8 @@ def variants(tokens: int) -> Sequence[tuple[int, int, int, int]]:
     if tokens <= 1024:
         found = [(0, 0, splits, 1) for splits in (4, 8, 16)]
         return [*found, (32, 0, 8, 1), (32, 0, 4, 1), (0, 64, 0, 1), (0, 0, 0, 2), (0, 0, 0, 3)]
-    found = [(shrink, 64, splits, 3) for shrink in (16, 32) for splits in (1, 2, 4)]
-    return [*found, (0, 16, 1, 3), (0, 16, 2, 3), (0, 0, 0, 1), (0, 0, 0, 2)]
+    found = [(shrink, 64, splits, 1) for shrink in (16, 32) for splits in (1, 2, 4)]
+    return [*found, (0, 16, 1, 1), (0, 16, 2, 1), (0, 0, 0, 2), (0, 0, 0, 3)]
 
 
 def main() -> None:
