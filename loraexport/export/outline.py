@@ -77,6 +77,7 @@ def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[st
         model.opset_imports[FUNCTION_DOMAIN] = 1
         model.ir_version = max(model.ir_version, IR_VERSION)
         RemoveUnusedNodesPass()(model)
+        model.graph.sort()  # a Route may stand behind a site that came later among the layers
     return found
 
 

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
 from support.adapters import write_adapter
@@ -16,13 +18,13 @@ from support.optimized import open_optimized
 from loraexport.bases.adapters import load_adapters
 from loraexport.bases.layers import build_modules, load_layers_base
 from loraexport.bases.model import load_model_base
-from loraexport.errors import ExportError
+from loraexport.errors import ExportError, SpecError
 from loraexport.export.functions import function
 from loraexport.export.onnx import export_model_onnx, export_onnx
 from loraexport.export.outline import outline, with_functions
 from loraexport.plan.plan import make_plan
 from loraexport.spec.reader import read_spec
-from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, Function, Layer
+from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, Function, Layer, Stack
 
 SLOTS = 2
 Export = Callable[[Path, int | None], dict[str, Function]]
@@ -177,6 +179,57 @@ def test_what_is_said_of_the_layers(tmp_path: Path) -> None:
     assert said == "1 of 1 layers call functions that kernels may take"
 
 
+SHARED = """
+<ir_version: 10, opset_import: ["" : 23]>
+g (float[n, 4] x, int64[n] ids, float[2, 4] A1, float[2, 4] B1, float[2, 4] A2, float[2, 4] B2)
+    => (float[n, 4] z)
+    <int64[1] one = {1}, int64[1, 2] owners = {1, 2}, float zero = {0}> {
+    slots1 = Unsqueeze(ids, one)
+    own1 = Equal(slots1, owners)
+    h1 = Gemm<transB = 1>(x, A1)
+    own_h1 = Where(own1, h1, zero)
+    y = Gemm(own_h1, B1, x)
+    slots2 = Unsqueeze(ids, one)
+    own2 = Equal(slots2, owners)
+    h2 = Gemm<transB = 1>(y, A2)
+    own_h2 = Where(own2, h2, zero)
+    z = Gemm(own_h2, B2, y)
+}
+"""
+
+
+def test_equal_slots_are_routed_once_ahead_of_all(tmp_path: Path) -> None:
+    """Though the last of the sites is the first of the layers."""
+    layer, _ = layer_export(tmp_path, "masked", "up")
+    layers = [
+        replace(
+            layer,
+            name=number,
+            stacks=(
+                Stack(f"A{number}", "lora_A", (2, 4), 1, 0, 0),
+                Stack(f"B{number}", "lora_B", (2, 4), 1, 0, 0),
+            ),
+        )
+        for number in "21"
+    ]
+    model = ir.from_proto(onnx.parser.parse_model(SHARED))
+    assert outline(model, layers, SLOTS) == {"1": "LoraAdd", "2": "LoraAdd"}
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    assert calls(proto) == [("Route", ""), ("LoraAdd", ""), ("LoraAdd", "")]
+    assert len(proto.graph.node) == 3
+    random = np.random.default_rng(0)
+    feeds: dict[str, Any] = {name: random.standard_normal((2, 4)) for name in ("A1", "B1", "A2")}
+    feeds |= {"B2": random.standard_normal((2, 4)), "x": random.standard_normal((3, 4))}
+    feeds = {name: value.astype(np.float32) for name, value in feeds.items()}
+    feeds["ids"] = np.array([2, 0, 1])
+    ys = []
+    for one in (onnx.parser.parse_model(SHARED), proto):
+        onnx.save(one, tmp_path / "shared.onnx")
+        ys.append(open_optimized(tmp_path / "shared.onnx")[0].run(None, feeds)[0].tobytes())
+    assert ys[0] == ys[1]
+
+
 def test_a_graph_of_an_old_opset() -> None:
     with pytest.raises(ExportError, match="the graph is of opset 17, and functions take 18"):
         function("Route", "", 17)
@@ -206,7 +259,5 @@ def test_a_strategy_of_another_form_is_left_alone(tmp_path: Path) -> None:
 def test_settings_that_exclude_each_other(
     project: Project, export: dict[str, Any], problem: str
 ) -> None:
-    from loraexport.errors import SpecError
-
     with pytest.raises(SpecError, match=problem):
         read_spec(project.spec(export=export | {"kernels": True}))
