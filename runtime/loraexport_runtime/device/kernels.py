@@ -22,7 +22,8 @@ _PACKAGE, _DISTRIBUTION = "loraexport_kernels", "loraexport-kernels"
 _CUDA_DTYPES = ("float16", "bfloat16")
 
 Kernels = Literal["auto"] | bool
-"""auto: on CUDA, where they can; True: an error says why they cannot; False: stock operators."""
+"""auto: on CUDA, where they can and are proven for the artifact; True: an error says why they
+cannot; False: stock operators."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def choose_kernels(
         why = "on a CPU kernels are taken by kernels=True alone"
     else:
         why = why_no_kernels(manifest, device)
+    if why is None and asked == "auto" and not _is_proven(manifest, device[0]):
+        why = (
+            "its proof did not run with kernels on CUDA; build it where they are, or pass"
+            " kernels=True once `check` has passed here"
+        )
     if why is None:
         choice = _take(manifest, device[0])
     elif asked is True:
@@ -92,9 +98,13 @@ def why_no_kernels(manifest: Manifest, device: tuple[str, int]) -> str | None:
     return None
 
 
+def _is_proven(manifest: Manifest, device: str) -> bool:
+    return f"onnx-{device}-kernels" in manifest.parity.checked
+
+
 def _take(manifest: Manifest, device: str) -> KernelChoice:
     version = getattr(importlib.import_module(_PACKAGE), "__version__", "of no version")
-    is_proven = f"onnx-{device}-kernels" in manifest.parity.checked
+    is_proven = _is_proven(manifest, device)
     proof = "proven in its build" if is_proven else "not proven in its build: see check"
     return KernelChoice(_library(), f"{_DISTRIBUTION} {version}, {proof}")
 

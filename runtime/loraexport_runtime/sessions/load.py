@@ -40,8 +40,8 @@ def load(
         cuda_graphs: `warm_up` captures CUDA graphs, which later runs replay. Such a session makes
             one run at a time, whatever the number of threads.
         kernels: "auto" takes the kernels of loraexport-kernels on CUDA, where it is installed and
-            the artifact was built with export.kernels; True makes it an error where they cannot be
-            taken, and takes those of the CPU; False takes stock operators. `stats` says which.
+            the artifact, built with export.kernels, was proven with them there; True takes them,
+            those of the CPU too, or is an error; False takes stock operators. `stats` says which.
         allow_unverified: open an artifact whose parity failed or is still deferred.
         digest: open no other artifact than that whose manifest.json has this sha256.
 

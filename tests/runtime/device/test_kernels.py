@@ -72,17 +72,21 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_takes_them(
     manifest: Manifest, package: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Of itself those that the artifact's proof has run."""
     said = "loraexport-kernels 1.2, not proven in its build: see check"
     with caplog.at_level(logging.INFO, logger="loraexport_runtime"):
-        for asked in ("auto", True):
-            choice = choose_kernels(asked, manifest, CUDA)  # type: ignore[arg-type]
-            assert choice == KernelChoice(package / "library.so", said)
-    assert caplog.messages == [f"the sites of tiny run on {said}"] * 2
+        choice = choose_kernels(True, manifest, CUDA)
+        assert choice == KernelChoice(package / "library.so", said)
+    assert caplog.messages == [f"the sites of tiny run on {said}"]
+    choice = choose_kernels("auto", manifest, CUDA)
+    assert choice.library is None
+    assert choice.said.startswith("stock operators: its proof did not run with kernels on CUDA; ")
     checked = (*manifest.parity.checked, "onnx-cuda-kernels")
     proven = replace(manifest, parity=replace(manifest.parity, checked=checked))
-    assert (
-        choose_kernels("auto", proven, CUDA).said == "loraexport-kernels 1.2, proven in its build"
-    )
+    for asked in ("auto", True):
+        choice = choose_kernels(asked, proven, CUDA)  # type: ignore[arg-type]
+        said = "loraexport-kernels 1.2, proven in its build"
+        assert choice == KernelChoice(package / "library.so", said)
 
 
 @pytest.mark.usefixtures("package")
