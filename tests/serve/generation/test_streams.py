@@ -20,6 +20,7 @@ from loraexport_serve import ModelSettings, Settings
 from loraexport_serve.auth import Keys
 from loraexport_serve.routes.common import Body
 from loraexport_serve.routes.endpoint import Call, post
+from loraexport_serve.routes.generation import events
 from loraexport_serve.routes.generation.events import Events
 from loraexport_serve.service import Phase, Service
 
@@ -154,3 +155,12 @@ def test_an_error_is_the_last_event(failure: Exception, code: str) -> None:
     assert (first, second, rest) == ('data: {"a":1}', 'data: {"b":2}', "")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
     assert "/a/path" not in last
+
+
+def test_an_event_is_one_line() -> None:
+    """Also to a client that splits lines at every mark that Unicode has for it."""
+    value = {"text": "a\u2028b\u2029c\x85d\ne\x0bf\x1cg\u20ac"}
+    event = events._event(value).decode()
+    assert event.endswith("\n\n")
+    (line,) = event.removesuffix("\n\n").splitlines()
+    assert json.loads(line.removeprefix("data: ")) == value

@@ -12,6 +12,9 @@ from ...gone import ClientGoneError, unless_gone
 from ..endpoint import Call
 
 _ENCODER = msgspec.json.Encoder()
+_SEPARATORS = [(mark.encode(), b"\\u%04x" % ord(mark)) for mark in "\u0085\u2028\u2029"]
+"""A line ends there for clients that split what is decoded already, such as httpx; with what JSON
+has for them."""
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -54,4 +57,7 @@ class Events(Response):
 
 
 def _event(value: Any) -> bytes:
-    return b"data: " + _ENCODER.encode(value) + b"\n\n"
+    text = _ENCODER.encode(value)
+    for separator, escaped in _SEPARATORS:
+        text = text.replace(separator, escaped)
+    return b"data: " + text + b"\n\n"
