@@ -19,6 +19,7 @@ PACKAGES = ("loraexport", "runtime/loraexport_runtime", "runtime/serve/loraexpor
 LEAST = 95.0
 FOREIGN = {
     "runtime/serve/loraexport_serve/ray.py": "Ray's replicas; tests/serve/test_ray.py",
+    "runtime/serve/loraexport_serve/triton/model.py": "Triton, as a copy; tests/serve/test_triton*",
 }
 """Who runs it, and which tests."""
 
