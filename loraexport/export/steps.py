@@ -61,9 +61,10 @@ def add_tail(graph: ir.Graph, input_names: Collection[str]) -> None:
     wide = nodes.add("Cast", [last], "wide", to=ir.DataType.FLOAT)
     likeliest = nodes.add("ArgMax", [wide], "likeliest", axis=1)
     axis = nodes.add("Constant", [], "axis", value_ints=[1])
-    is_none = nodes.add("IsNaN", [nodes.add("ReduceSum", [wide, axis], "sum")], "is_none")
+    total = nodes.add("ReduceSum", [wide, axis], "total")
+    is_number = nodes.add("Equal", [total, total], "is_number")  # NaN is not equal to itself
     no_token = nodes.add("Constant", [], "no_token", value_int=NO_TOKEN)
-    chosen = nodes.add("Where", [is_none, no_token, likeliest], outputs["input_ids"])
+    chosen = nodes.add("Where", [is_number, likeliest, no_token], outputs["input_ids"])
     given = {"input_ids": chosen}
     zero = nodes.add("Constant", [], "zero", value_int=0)
     # 0, but not before the tokens are there
