@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from loraexport_runtime.contract.kinds import ADAPTER_WEIGHTS
 from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, PARAMETERS, Function
 
 from ..errors import ExportError
@@ -24,7 +25,7 @@ from ..graphs.behind import bias_behind, take_place
 from ..graphs.products import Graft, Layout, weight_of
 from ..tensors import TORCH_DTYPES
 from .graft_functions import SiteFunctions, parameters
-from .onnx import WEIGHTS, make_overridable
+from .onnx import make_overridable
 from .outline import outline
 
 ADAPTER_IDS = "adapter_ids"
@@ -69,9 +70,11 @@ def graft(
     functions = SiteFunctions(model, num_slots, TORCH_DTYPES[dtype], opset, blend)
     first, selector = graph[0], adapter_ids
     if blend:
-        weights = _input(WEIGHTS, [shape[0], num_slots], ir.DataType.FLOAT)
+        weights = _input(ADAPTER_WEIGHTS, [shape[0], num_slots], ir.DataType.FLOAT)
         graph.inputs.append(weights)
-        initial[WEIGHTS] = ir.Tensor(np.zeros((1, num_slots), np.float32), name=WEIGHTS)
+        initial[ADAPTER_WEIGHTS] = ir.Tensor(
+            np.zeros((1, num_slots), np.float32), name=ADAPTER_WEIGHTS
+        )
         call = functions.selector(adapter_ids, weights)
         graph.insert_before(first, call)
         selector = call.outputs[0]

@@ -22,6 +22,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, NameFixPass
 from torch import nn
 
+from loraexport_runtime.contract.kinds import ADAPTER_WEIGHTS
 from loraexport_runtime.contract.manifest import Function, Layer
 
 from ..bases.layers import LayerModules
@@ -36,7 +37,6 @@ if TYPE_CHECKING:  # transformers is for whole models only
     from ..bases.model import ModelModules
 
 OPSET = 23
-WEIGHTS = "adapter_weights"
 EXTERNAL_DATA_FROM = 1 << 30
 """Bytes of initializers from which on they go to a file beside the graph (protobuf: 2 GiB)."""
 
@@ -117,8 +117,8 @@ def export_model_onnx(
     defaults = {}
     if modules.blend_slots is not None:
         arguments = (*arguments, example_weights(adapter_ids, modules.blend_slots))
-        shapes, names = (*shapes, {0: dynamic["batch"]}), [*names, WEIGHTS]
-        defaults[WEIGHTS] = np.zeros((1, modules.blend_slots), np.float32)
+        shapes, names = (*shapes, {0: dynamic["batch"]}), [*names, ADAPTER_WEIGHTS]
+        defaults[ADAPTER_WEIGHTS] = np.zeros((1, modules.blend_slots), np.float32)
     graph = _Graph(
         name=name,
         label=model_label(name, modules),
@@ -260,10 +260,10 @@ def _role(node: ir.Node) -> str:
 def make_overridable(graph: ir.Graph, stacks: Mapping[str, ir.TensorProtocol]) -> None:
     """Give each stack, an input so far, its initial value: then it need not be fed, but may be."""
     for value in graph.inputs:
-        if value.name == WEIGHTS:
+        if value.name == ADAPTER_WEIGHTS:
             # No weights for anyone, one row for the whole batch: by another name than `batch`, as
             # onnxruntime takes dimensions of one name to be equal.
-            value.shape = ir.Shape(["weight_rows", stacks[WEIGHTS].numpy().shape[1]])
+            value.shape = ir.Shape(["weight_rows", stacks[ADAPTER_WEIGHTS].numpy().shape[1]])
         if value.name is not None and value.name in stacks:
             value.const_value = stacks[value.name]
             graph.register_initializer(value)

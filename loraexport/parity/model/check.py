@@ -22,7 +22,7 @@ from loraexport_runtime.checking.model import (
 from loraexport_runtime.checking.rows import MODEL_TOLERANCES, Comparison
 from loraexport_runtime.checking.ways import ways
 from loraexport_runtime.contract.files import resolve
-from loraexport_runtime.contract.kinds import Model
+from loraexport_runtime.contract.kinds import ADAPTER_WEIGHTS, Model
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import CPU, normalise_providers
 from loraexport_runtime.errors import LoraexportError, shorten
@@ -163,7 +163,7 @@ def _plain_runner(path: Path, manifest: Manifest, model: Model) -> Run:
         feeds = {**inputs, "adapter_ids": case.adapter_ids}
         weights = case.adapter_weights(manifest.num_slots)
         if model.blend and weights.any():  # an input that need not be fed
-            feeds["adapter_weights"] = weights
+            feeds[ADAPTER_WEIGHTS] = weights
         return dict(zip(outputs, graph.run(outputs, feeds), strict=True))
 
     return run

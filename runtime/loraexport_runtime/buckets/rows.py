@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..contract.kinds import Model, TensorEntry, sequence_of
+from ..contract.kinds import ADAPTER_WEIGHTS, Model, TensorEntry, sequence_of
 from ..device.binding import run_bound
 from ..device.memory import device_value
 from ..errors import InputError
@@ -138,7 +138,7 @@ class RowBuckets:
             whole_weights = np.zeros((len(ids), self._num_slots), np.float32)
             if weights is not None:
                 whole_weights[:batch] = weights
-            bucket.write("adapter_weights", whole_weights)
+            bucket.write(ADAPTER_WEIGHTS, whole_weights)
 
     def _make(self, rows: int, tokens: int) -> Bucket:
         """A bucket whose every row is valid: its first token, at least, is not masked."""
@@ -147,7 +147,7 @@ class RowBuckets:
         }
         inputs["adapter_ids"] = ([rows], "int64")
         if self._model.blend:
-            inputs["adapter_weights"] = ([rows, self._num_slots], "float32")
+            inputs[ADAPTER_WEIGHTS] = ([rows, self._num_slots], "float32")
         outputs = {
             output.name: (output.sizes(rows, tokens), output.dtype)
             for output in self._model.outputs

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from ..contract.files import resolve
 from ..contract.genai_config import read_genai_config
-from ..contract.kinds import Decoder
+from ..contract.kinds import ADAPTER_WEIGHTS, Decoder
 from ..contract.manifest import Manifest
 from ..device.dtypes import FLOAT_TYPES, NUMPY_DTYPES, ONNX_TYPES
 from ..device.kernels import choose_kernels
@@ -159,7 +159,7 @@ class _Runner:
         inputs = {name: host_value(array, "int64") for name, array in feeds.items()}
         weights = weights_of(rows, self._num_slots)
         if self._decoder.blend and weights.any():  # an input that need not be fed
-            inputs["adapter_weights"] = host_value(weights, "float32")
+            inputs[ADAPTER_WEIGHTS] = host_value(weights, "float32")
         past = zip(self._past, cache, strict=True)
         inputs |= {name: host_value(array, self._dtype) for name, array in past}
         binding = self._session.io_binding()

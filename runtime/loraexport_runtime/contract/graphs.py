@@ -13,6 +13,7 @@ from ..errors import ArtifactError
 from .files import resolve
 from .genai_config import GENAI_CONFIG, check_cache, read_genai_config
 from .kinds import (
+    ADAPTER_WEIGHTS,
     GOES_ON,
     LENGTHS,
     PLACES,
@@ -27,8 +28,6 @@ from .listed import ListedFiles
 from .manifest import FUNCTION_DOMAIN, Layer, Manifest
 from .onnx_file import TENSOR_TYPES, OnnxFile, TensorType, read_onnx
 
-_BLEND = "adapter_weights"
-"""An input that need not be fed: zeros stand for it."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -104,7 +103,9 @@ class _Checked:
             exact: and every such initializer is a stack: loads would leave another as it is.
         """
         names = {stack.name for layer in layers for stack in layer.stacks}
-        more = self._graph.inputs.keys() & self._graph.initializers.keys() - names - {_BLEND}
+        more = self._graph.inputs.keys() & self._graph.initializers.keys() - names - {
+            ADAPTER_WEIGHTS
+        }
         if exact and more:
             raise self._refuse(f"its initializer {min(more)!r} can be overridden, and is no stack")
         for layer in layers:
@@ -155,7 +156,7 @@ class _Checked:
 
 def _control(kind: Model | Decoder) -> tuple[str, ...]:
     """The inputs that say what each row uses."""
-    return ("adapter_ids", *([_BLEND] if kind.blend else []))
+    return ("adapter_ids", *([ADAPTER_WEIGHTS] if kind.blend else []))
 
 
 def _read(files: ListedFiles, path: str) -> OnnxFile:

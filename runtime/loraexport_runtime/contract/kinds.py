@@ -138,6 +138,9 @@ class Model:
         return [path for path in (self.onnx, self.torchscript) if path]
 
 
+ADAPTER_WEIGHTS = "adapter_weights"
+"""An input of graphs whose rows may blend, float32 [rows, slots]; it need not be fed, and zeros
+stand for it."""
 ROWS = "loraexport/rows"
 """An input, int64 [rows]: each row's last token among the batch * n of the logits."""
 LENGTHS = "loraexport/lengths"

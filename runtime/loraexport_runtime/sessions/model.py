@@ -12,7 +12,7 @@ from ..adapters.packing import lowest
 from ..buckets.padding import sample_inputs
 from ..buckets.rows import RowBuckets, read_sizes
 from ..contract.files import resolve
-from ..contract.kinds import Model, sequence_of
+from ..contract.kinds import ADAPTER_WEIGHTS, Model, sequence_of
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
@@ -169,7 +169,7 @@ class ModelSession(ArtifactSession):
         assert self._session is not None, "the gate lets nobody in once it is closed"
         control = {"adapter_ids": adapter_ids}
         if weights is not None:
-            control["adapter_weights"] = weights
+            control[ADAPTER_WEIGHTS] = weights
         run = run_bound if self._replays is None else self._replays.run_plain
         return run(
             self._session,

@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from ...contract.kinds import ADAPTER_WEIGHTS
 from ...device.dtypes import FLOAT_TYPES, ONNX_TYPES
 from ...errors import ArtifactError
 from ..rope import READ_LENGTHS
 from .next_inputs import next_inputs
-
-ADAPTER_WEIGHTS = "adapter_weights"
-"""An input of graphs whose rows may blend, float32 [rows, slots], that need not be fed."""
 
 
 @dataclass(frozen=True)

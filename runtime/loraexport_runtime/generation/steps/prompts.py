@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ...contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
+from ...contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
 from ...device.dtypes import ONNX_TYPES
 from ...device.memory import host_value
 from ...device.providers import graph_options
 from ...slots.lease import BASE_USE, RowUse
 from ..rope import READ_LENGTHS
 from .cache import Cache
-from .decoder_graph import ADAPTER_WEIGHTS, DecoderGraph
+from .decoder_graph import DecoderGraph
 from .step import bind_rows, blend_weights, dtype_of, mask
 
 _LOG = logging.getLogger(__name__)

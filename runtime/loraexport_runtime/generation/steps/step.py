@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ...contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
+from ...contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
 from ...device.dlpack import rows_view
 from ...device.dtypes import ONNX_TYPES
 from ...device.providers import graph_options
 from ...slots.lease import BASE_USE, RowUse
 from .cache import Cache
-from .decoder_graph import ADAPTER_WEIGHTS, DecoderGraph
+from .decoder_graph import DecoderGraph
 
 
 class RowInputs:
