@@ -72,9 +72,8 @@ def graft(
     if blend:
         weights = _input(ADAPTER_WEIGHTS, [shape[0], num_slots], ir.DataType.FLOAT)
         graph.inputs.append(weights)
-        initial[ADAPTER_WEIGHTS] = ir.Tensor(
-            np.zeros((1, num_slots), np.float32), name=ADAPTER_WEIGHTS
-        )
+        zeros = np.zeros((1, num_slots), np.float32)
+        initial[ADAPTER_WEIGHTS] = ir.Tensor(zeros, name=ADAPTER_WEIGHTS)
         call = functions.selector(adapter_ids, weights)
         graph.insert_before(first, call)
         selector = call.outputs[0]

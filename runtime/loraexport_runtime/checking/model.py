@@ -13,6 +13,7 @@ from ..contract.manifest import Manifest
 from ..device.dtypes import NUMPY_DTYPES
 from ..sessions.model import ModelSession
 from ..slots.batch import RowAdapters as Names
+from ..slots.batch import weight_rows
 from .rows import (
     MODEL_TOLERANCES,
     CasePart,
@@ -81,11 +82,7 @@ def slots_of(rows: Sequence[Mix]) -> np.ndarray:
 
 def weights_of(rows: Sequence[Mix], num_slots: int) -> np.ndarray:
     """adapter_weights float32 [batch, slots]; 0 but for rows that blend."""
-    weights = np.zeros((len(rows), num_slots), np.float32)
-    for index, row in enumerate(rows):
-        for slot, weight in () if _is_plain(row) else row:
-            weights[index, slot - 1] = weight
-    return weights
+    return weight_rows([() if _is_plain(row) else row for row in rows], num_slots)
 
 
 def blended_rows(slots: Sequence[int], base: Sequence[Mix]) -> tuple[Mix, ...]:

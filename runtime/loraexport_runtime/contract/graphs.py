@@ -102,10 +102,8 @@ class _Checked:
         Args:
             exact: and every such initializer is a stack: loads would leave another as it is.
         """
-        names = {stack.name for layer in layers for stack in layer.stacks}
-        more = self._graph.inputs.keys() & self._graph.initializers.keys() - names - {
-            ADAPTER_WEIGHTS
-        }
+        known = {ADAPTER_WEIGHTS, *(stack.name for layer in layers for stack in layer.stacks)}
+        more = self._graph.inputs.keys() & self._graph.initializers.keys() - known
         if exact and more:
             raise self._refuse(f"its initializer {min(more)!r} can be overridden, and is no stack")
         for layer in layers:

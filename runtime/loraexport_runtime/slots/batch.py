@@ -147,16 +147,22 @@ def row_arrays(
     """`adapter_ids int64 [batch]`, and `adapter_weights float32 [batch, slots]` if a row blends."""
     if are_plain(rows):
         return np.array([slots[name] for name in rows], dtype=np.int64), None
-    adapter_ids = np.zeros(len(rows), dtype=np.int64)
+    ids = [0 if isinstance(row, Mapping) else slots[row] for row in rows]
+    shares = [
+        [(slots[name], weight) for name, weight in row.items()] if isinstance(row, Mapping) else []
+        for row in rows
+    ]
+    blends = any(isinstance(row, Mapping) for row in rows)
+    return np.array(ids, dtype=np.int64), weight_rows(shares, num_slots) if blends else None
+
+
+def weight_rows(rows: Sequence[Iterable[tuple[int, float]]], num_slots: int) -> np.ndarray:
+    """`adapter_weights float32 [batch, slots]` of rows of (slot, weight)."""
     weights = np.zeros((len(rows), num_slots), dtype=np.float32)
     for index, row in enumerate(rows):
-        if isinstance(row, Mapping):
-            for name, weight in row.items():
-                weights[index, slots[name] - 1] = weight
-        else:
-            adapter_ids[index] = slots[row]
-    blends = any(isinstance(row, Mapping) for row in rows)
-    return adapter_ids, weights if blends else None
+        for slot, weight in row:
+            weights[index, slot - 1] = weight
+    return weights
 
 
 def is_weight(weight: Any) -> bool:

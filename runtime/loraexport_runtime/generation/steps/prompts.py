@@ -16,11 +16,12 @@ from ...contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
 from ...device.dtypes import ONNX_TYPES
 from ...device.memory import host_value
 from ...device.providers import graph_options
+from ...slots.batch import weight_rows
 from ...slots.lease import BASE_USE, RowUse
 from ..rope import READ_LENGTHS
 from .cache import Cache
 from .decoder_graph import DecoderGraph
-from .step import bind_rows, blend_weights, dtype_of, mask
+from .step import bind_rows, dtype_of, mask
 
 _LOG = logging.getLogger(__name__)
 _SIZES = (32, 64, 128, 256, 512)
@@ -89,7 +90,7 @@ def _prompt_feeds(
     }
     feeds = {name: array for name, array in feeds.items() if name in graph.inputs}
     if graph.blend_slots is not None:
-        feeds[ADAPTER_WEIGHTS] = blend_weights(uses, graph.blend_slots)
+        feeds[ADAPTER_WEIGHTS] = weight_rows([use.weights for use in uses], graph.blend_slots)
     if graph.takes_lengths:
         feeds[READ_LENGTHS] = np.array(wholes, dtype=np.int64)
     return feeds

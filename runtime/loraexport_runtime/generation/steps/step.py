@@ -10,6 +10,7 @@ from ...contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
 from ...device.dlpack import rows_view
 from ...device.dtypes import ONNX_TYPES
 from ...device.providers import graph_options
+from ...slots.batch import weight_rows
 from ...slots.lease import BASE_USE, RowUse
 from .cache import Cache
 from .decoder_graph import DecoderGraph
@@ -65,7 +66,7 @@ class RowInputs:
             array = np.array(values[name], dtype=np.int64).reshape(1, -1)
             self._view(name, row, row + 1).update_inplace(array)
         if self._blend_slots is not None:
-            weights = blend_weights([use], self._blend_slots)
+            weights = weight_rows([use.weights], self._blend_slots)
             self._view(ADAPTER_WEIGHTS, row, row + 1).update_inplace(weights)
 
     def advance(self, tokens: np.ndarray) -> None:
@@ -150,15 +151,6 @@ def bind_rows(
         binding.bind_output(graph.present[name], *place)
     place = (*graph.device, ONNX_TYPES[graph.logits_dtype], list(shape), logits)
     binding.bind_output("logits", *place)
-
-
-def blend_weights(uses: Sequence[RowUse], num_slots: int) -> np.ndarray:
-    """float32 [rows, slots]: what each row takes of every slot beside its own."""
-    weights = np.zeros((len(uses), num_slots), np.float32)
-    for row, use in enumerate(uses):
-        for slot, weight in use.weights:
-            weights[row, slot - 1] = weight
-    return weights
 
 
 def dtype_of(name: str) -> str:
