@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..errors import ArtifactError, quoted
 from . import format4
@@ -33,7 +33,6 @@ MAX_SIZE = 2**31 - 1
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
 Function = Literal["LoraAdd", "LoraLinear", "LoraLinear2", "LoraLinear3"]
-FUNCTIONS: tuple[Function, ...] = get_args(Function)
 """For which a library of the host may have kernels."""
 FUNCTION_DOMAIN = "loraexport"
 """Of these functions, and of the one that routes for them."""

@@ -20,12 +20,8 @@ _PARTS = 128
 """The most parts that a row is cut into."""
 
 
-class TopTokens:
-    """logits [batch, n, vocabulary] -> the highest of every row, from the highest down.
-
-    To draw from them: the likeliest alone comes from the decoder's graph itself (next_inputs.py).
-    Not captured: replays of a second CUDA graph of TopK gave tokens that no row had.
-    """
+class _OfLogits:
+    """A small graph over logits [batch, n, vocabulary] that lie on a device."""
 
     def __init__(
         self,
@@ -38,8 +34,22 @@ class TopTokens:
         # One thread: no second pool of threads that spin beside the decoder's.
         self._session = open_session(file, providers, {}, 1)
         self._device = session_device(providers[0])
-        self._dtype = dtype
-        self._vocabulary = vocabulary
+        self._dtype, self._vocabulary = dtype, vocabulary
+
+    def _bind(self, address: int, shape: Sequence[int]) -> Any:
+        """A binding whose logits lie there."""
+        binding = self._session.io_binding()
+        place = (*self._device, ONNX_TYPES[self._dtype], list(shape), address)
+        binding.bind_input("logits", *place)
+        return binding
+
+
+class TopTokens(_OfLogits):
+    """logits [batch, n, vocabulary] -> the highest of every row, from the highest down.
+
+    To draw from them: the likeliest alone comes from the decoder's graph itself (next_inputs.py).
+    Not captured: replays of a second CUDA graph of TopK gave tokens that no row had.
+    """
 
     def bind(
         self, address: int, shape: Sequence[int], rows: np.ndarray, num: int
@@ -51,9 +61,7 @@ class TopTokens:
             rows: int64 [m], into the batch * n rows of the logits.
             num: how many of each.
         """
-        binding = self._session.io_binding()
-        place = (*self._device, ONNX_TYPES[self._dtype], list(shape), address)
-        binding.bind_input("logits", *place)
+        binding = self._bind(address, shape)
         parts = max(divisor for divisor in range(1, _PARTS + 1) if self._vocabulary % divisor == 0)
         width = self._vocabulary // parts
         per_part = min(num, width)
@@ -71,21 +79,8 @@ class TopTokens:
         return BoundTopTokens(self._session, binding, (len(rows), num), inputs)
 
 
-class RowLogits:
+class RowLogits(_OfLogits):
     """logits [batch, n, vocabulary] on a device -> some of their rows on the host, float32."""
-
-    def __init__(
-        self,
-        file: Path,
-        dtype: str,
-        vocabulary: int,
-        providers: list[tuple[str, dict[str, Any]]],
-    ) -> None:
-        """`file`: of the graph."""
-        self._session = open_session(file, providers, {}, 1)
-        self._device = session_device(providers[0])
-        self._dtype = dtype
-        self._vocabulary = vocabulary
 
     def read(self, memory: ort.OrtValue, shape: Sequence[int], rows: np.ndarray) -> np.ndarray:
         """float32 [m, vocabulary].
@@ -94,9 +89,7 @@ class RowLogits:
             memory, shape: of the logits on the device.
             rows: int64 [m], into the batch * n rows of the logits.
         """
-        binding = self._session.io_binding()
-        place = (*self._device, ONNX_TYPES[self._dtype], list(shape), memory.data_ptr())
-        binding.bind_input("logits", *place)
+        binding = self._bind(memory.data_ptr(), shape)
         binding.bind_ortvalue_input("rows", host_value(np.ascontiguousarray(rows), "int64"))
         wide = np.empty((len(rows), self._vocabulary), np.float32)
         binding.bind_output("wide", "cpu", 0, ONNX_TYPES["float32"], wide.shape, wide.ctypes.data)

@@ -2,14 +2,13 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from loraexport_runtime.contract.strict_yaml import Lines, Problem, dotted
 from loraexport_runtime.errors import quoted
 
-S = TypeVar("S", bound=msgspec.Struct)
 Location = tuple[str | int, ...]
 
 
