@@ -61,14 +61,29 @@ async def _unload(call: Call[UnloadBody]) -> Response:
     body = call.body
     if not body.lora_name:
         raise bad_input("'lora_name' needs to be provided to unload a LoRA adapter.")
-    hosts = list(call.service.catalog)
-    if body.model is not None or len(hosts) == 1:
-        hosts = [call.service.catalog.named(body.model)]
-    having = [host for host in hosts if host.has(body.lora_name)]
+    name = body.lora_name
+    await unload_adapter(call.service, name, body.model, shown=name, advice="name one as model")
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def unload_adapter(
+    service: Service, name: str, model: str | None, *, shown: str, advice: str
+) -> None:
+    """Have the artifact forget an adapter, or the one that has it.
+
+    Args:
+        model: the artifact; None: whichever.
+        shown: what the client called the adapter.
+        advice: what to do where several artifacts have it.
+
+    Raises:
+        ApiError: 404 or 400: none has it, or several.
+    """
+    hosts = list(service.catalog) if model is None else [service.catalog.named(model)]
+    having = [host for host in hosts if host.has(name)]
     if not having:
-        raise not_found(f"The lora adapter '{body.lora_name}' cannot be found.")
+        raise not_found(f"The lora adapter '{shown}' cannot be found.")
     if len(having) > 1:
-        raise bad_input(f"Several artifacts have an adapter '{body.lora_name}'; name one as model.")
+        raise bad_input(f"Several artifacts have an adapter '{name}'; {advice}.")
     with having[0].use():
-        await call.service.updates.unload(having[0], body.lora_name)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+        await service.updates.unload(having[0], name)

@@ -15,6 +15,7 @@ from ..hosts.host import Host
 from ..hosts.places import find_below
 from ..hosts.updates import bad_input, not_found
 from ..service import Service
+from .adapters import unload_adapter
 from .common import Body, ModelName
 from .endpoint import Call, Json, get, post
 
@@ -131,14 +132,9 @@ async def _unload(call: Call[None]) -> Response:
     """Forget an adapter, `artifact:adapter` where several artifacts have it."""
     given = call.request.path_params["name"]
     model, has_model, name = given.rpartition(":")
-    hosts = [call.service.catalog.named(model)] if has_model else list(call.service.catalog)
-    having = [host for host in hosts if host.has(name)]
-    if not having:
-        raise not_found(f"The lora adapter '{given}' cannot be found.")
-    if len(having) > 1:
-        raise bad_input(f"Several artifacts have an adapter '{name}'; name artifact:adapter.")
-    with having[0].use():
-        await call.service.updates.unload(having[0], name)
+    where = model if has_model else None
+    advice = "name artifact:adapter"
+    await unload_adapter(call.service, name, where, shown=given, advice=advice)
     return Json(Done(f"LoRA adapter '{name}' is unloaded", name, _lora_id(name)))
 
 
