@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loraexport_runtime.checking.rows import describe_failure, largest
 from loraexport_runtime.contract.graphs import check_graphs
-from loraexport_runtime.contract.manifest import cuda_reason
+from loraexport_runtime.contract.manifest import Manifest, cuda_reason
 
-from ..artifact import staging
+from ..artifact import Staging, staging
 from ..errors import ParityError, UsageError
 from ..plan.model import ModelPlan
 from ..plan.plan import AnyPlan, make_plan
@@ -43,16 +43,8 @@ def build(
 
     _require_onnx_device(plan, has_cuda)
     _require_memory(plan)
-    recipe = RECIPES[plan.kind.tag]
     with staging(out, spec.name) as stage:
-        (stage.folder / "graphs").mkdir()
-        for adapter in plan.adapters:
-            copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
-        (stage.folder / "spec.yaml").write_text(portable(spec).to_yaml(), encoding="utf-8")
-
-        progress("read weights")
-        loaded = recipe.load(plan)
-        manifest = stage.list_files(recipe.export(loaded, stage.folder, progress))
+        loaded, manifest = export(plan, stage, progress)
         check_graphs(stage.folder, manifest)
         progress("verify")
         providers = default_providers(manifest)
@@ -65,7 +57,7 @@ def build(
             torchscript=True,
             keep_cases=True,
         )
-        report = recipe.prove(subject, loaded)
+        report = RECIPES[plan.kind.tag].prove(subject, loaded)
         (stage.folder / "parity/parity.json").write_text(report.to_json(), encoding="utf-8")
         (stage.folder / "parity/parity.md").write_text(report.to_markdown(), encoding="utf-8")
 
@@ -75,6 +67,22 @@ def build(
         progress("publish")
         stage.publish(manifest)
     return stage.target, report
+
+
+def export(plan: AnyPlan, stage: Staging, progress: Progress) -> tuple[Any, Manifest]:
+    """Write all that an artifact holds but its proof; give what the recipe has loaded for that, and
+    the manifest."""
+    from .recipe import RECIPES
+
+    recipe = RECIPES[plan.kind.tag]
+    (stage.folder / "graphs").mkdir()
+    for adapter in plan.adapters:
+        copy_adapter(adapter, stage.folder / "adapters" / adapter.name)
+    spec = portable(plan.spec)
+    (stage.folder / "spec.yaml").write_text(spec.to_yaml(), encoding="utf-8")
+    progress("read weights")
+    loaded = recipe.load(plan)
+    return loaded, stage.list_files(recipe.export(loaded, stage.folder, progress))
 
 
 def _require_memory(plan: AnyPlan) -> None:
