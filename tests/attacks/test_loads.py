@@ -1,14 +1,12 @@
 """A small part of `scripts/fuzz --loads`; and that it finds wrong tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 from fuzzing.loads import LoadsResult, run_loads
 from support.decoders import write_tenants
+from support.faults import forget_writes
 from support.home import Home
-
-from loraexport_runtime.slots.host import AdapterHost
 
 PATIENCE_S = 120.0
 
@@ -36,16 +34,7 @@ def test_tokens_of_another_adapter_are_found(
     cycle: Callable[[int], LoadsResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fourth write of a slot does not happen."""
-    write, count = AdapterHost._write_slot, 0
-
-    def forget(host: AdapterHost, slot: int, blocks: Mapping[str, np.ndarray]) -> None:
-        nonlocal count
-        count += 1
-        # Those are whole that the requests alone run with.
-        if count <= 8 or count % 4:
-            write(host, slot, blocks)
-
-    monkeypatch.setattr(AdapterHost, "_write_slot", forget)
+    forget_writes(monkeypatch, whole=8)  # those that the requests alone run with
     result = cycle(5000)
     assert result.wrong > 0
     assert "tokens of" in result.findings[0]

@@ -2,15 +2,14 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from fuzzing.threads import Result, run_threads, write_versions
+from support.faults import forget_writes
 
 from loraexport_runtime.slots.fair_queue import FairQueue
-from loraexport_runtime.slots.host import AdapterHost
 
 SCRIPT = Path(__file__).parents[2] / "scripts/fuzz"
 PATIENCE_S = 120.0
@@ -38,15 +37,7 @@ def test_rows_of_another_adapter_are_found(
     stress: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every fourth write of a slot does not happen."""
-    write, count = AdapterHost._write_slot, 0
-
-    def forget(host: AdapterHost, slot: int, blocks: Mapping[str, np.ndarray]) -> None:
-        nonlocal count
-        count += 1
-        if count % 4:
-            write(host, slot, blocks)
-
-    monkeypatch.setattr(AdapterHost, "_write_slot", forget)
+    forget_writes(monkeypatch)
     result = stress(50_000)
     assert result.wrong > 0
     assert "rows of" in result.findings[0]
