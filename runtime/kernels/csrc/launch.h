@@ -7,22 +7,23 @@
 
 namespace lora::cuda {
 
-struct ShrinkArguments {
+struct SiteArguments {
   const void* routes;
+  int rows, per_row, chunks;
+  int tokens, slots, width;
+  int padded_width;  // W up to a multiple of 16
+};
+
+struct ShrinkArguments : SiteArguments {
   const void* x;
   const void* a;
   float* sums;  // [splits, T, padded_width]
-  int rows, per_row, chunks;
-  int tokens, in, slots, width;
-  int padded_width;  // W up to a multiple of 16
-  int parts;         // of 32 along `in` that a split has
+  int in;
+  int parts;  // of 32 along `in` that a split has
 };
 
-struct ExpandArguments {
-  const void* routes;
+struct ExpandArguments : SiteArguments {
   const float* sums;
-  int rows, per_row, chunks;
-  int tokens, slots, width, padded_width;
   int splits;
   bool all;   // base rows are written too
   int tiles;  // of the grid

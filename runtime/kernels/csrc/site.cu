@@ -59,22 +59,28 @@ bool has_bias(const Site& site) {
                      [](const Slice& slice) { return slice.bias != nullptr; });
 }
 
-cudaError_t shrink(const Site& site, const Choice& choice, float* sums, cudaStream_t stream,
-                   bool early) {
-  const int per_row = static_cast<int>(site.tokens / site.rows);
-  ShrinkArguments the{};
+// What both kernels are told of a site, cut into tiles of so many tokens.
+template <typename Arguments>
+Arguments arguments_of(const Site& site, int tile) {
+  Arguments the{};
   the.routes = site.routes;
-  the.x = site.x;
-  the.a = site.a;
-  the.sums = sums;
   the.rows = static_cast<int>(site.rows);
-  the.per_row = per_row;
-  the.chunks = up(per_row, choice.shrink_tile);
+  the.per_row = static_cast<int>(site.tokens / site.rows);
+  the.chunks = up(the.per_row, tile);
   the.tokens = static_cast<int>(site.tokens);
-  the.in = static_cast<int>(site.in);
   the.slots = static_cast<int>(site.slots);
   the.width = static_cast<int>(site.width);
   the.padded_width = 16 * up(site.width, 16);
+  return the;
+}
+
+cudaError_t shrink(const Site& site, const Choice& choice, float* sums, cudaStream_t stream,
+                   bool early) {
+  auto the = arguments_of<ShrinkArguments>(site, choice.shrink_tile);
+  the.x = site.x;
+  the.a = site.a;
+  the.sums = sums;
+  the.in = static_cast<int>(site.in);
   the.parts = up(up(site.in, 32), choice.splits);
   const int64_t tiles = most_tiles(site, choice.shrink_tile, site.slots);
   return launch_shrink(site.element, the,
@@ -83,17 +89,8 @@ cudaError_t shrink(const Site& site, const Choice& choice, float* sums, cudaStre
 
 cudaError_t expand(const Site& site, const Choice& choice, const float* sums, cudaStream_t stream,
                    bool early) {
-  const int per_row = static_cast<int>(site.tokens / site.rows);
-  ExpandArguments the{};
-  the.routes = site.routes;
+  auto the = arguments_of<ExpandArguments>(site, choice.expand_tile);
   the.sums = sums;
-  the.rows = static_cast<int>(site.rows);
-  the.per_row = per_row;
-  the.chunks = up(per_row, choice.expand_tile);
-  the.tokens = static_cast<int>(site.tokens);
-  the.slots = static_cast<int>(site.slots);
-  the.width = static_cast<int>(site.width);
-  the.padded_width = 16 * up(site.width, 16);
   the.splits = choice.splits;
   the.num_slices = site.num_slices;
   the.all = choice.order == kBaseLast || has_bias(site);
