@@ -47,7 +47,12 @@ def test_the_readme_is_short() -> None:
 
 def test_the_architecture_has_a_line_for_each_folder() -> None:
     described = [row[0].strip("`") for row in read_table("docs/architecture.md")]
-    packages = ("loraexport", "runtime/loraexport_runtime", "runtime/serve/loraexport_serve")
+    packages = (
+        "loraexport",
+        "runtime/loraexport_runtime",
+        "runtime/serve/loraexport_serve",
+        "runtime/kernels/loraexport_kernels",
+    )
     folders = {
         f"{path.parent.relative_to(ROOT).as_posix()}/"
         for package in packages
