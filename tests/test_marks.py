@@ -9,7 +9,7 @@ TESTS = Path(__file__).parent
 RECIPES = {
     "layers": "tests/pipeline/test_specs.py::test_spec_builds_and_serves_a_mixed_batch[quickstart]",
     "model": "tests/pipeline/test_specs.py::test_spec_builds_and_serves_a_mixed_batch[minilm]",
-    "graph": "tests/pipeline/test_specs.py::test_spec_builds_and_serves_a_mixed_batch[minilm-onnx]",
+    "graph": "tests/bases/test_graph.py::test_a_mixed_batch_is_what_peft_gives[dynamo]",
     "decoder": "tests/parity/test_decoder.py::test_a_family[Llama]",
 }
 """Kind of base -> a test that builds, proves and serves one."""

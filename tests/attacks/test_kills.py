@@ -83,9 +83,9 @@ class TestKilled:
     @pytest.mark.parametrize(
         ("stage", "delay"),
         [
-            ("read weights", 0.0),
+            pytest.param("read weights", 0.0, marks=pytest.mark.slow),
             pytest.param("export up to ONNX", 0.0, marks=pytest.mark.slow),
-            ("export up to ONNX", 0.7),
+            pytest.param("export up to ONNX", 0.7, marks=pytest.mark.slow),
             pytest.param("verify", 0.0, marks=pytest.mark.slow),
             pytest.param("verify", 0.05, marks=pytest.mark.slow),
             ("publish", 0.0),

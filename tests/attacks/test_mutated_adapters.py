@@ -161,33 +161,38 @@ def header_of(entry: str, count: int) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
 
 
+def config_of(**fields: object) -> bytes:
+    return json.dumps({"peft_type": "LORA", **fields}).encode()
+
+
 EMPTY = '"t{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
-LARGE: dict[str, tuple[str, bytes]] = {
-    "a_header_of_many_tensors": (WEIGHTS_FILE, header_of(EMPTY, 300_000)),
-    "a_header_of_small_objects": (WEIGHTS_FILE, header_of('"{}":{{}}', 2_000_000)),
-    "a_header_of_numbers": (WEIGHTS_FILE, header_of('"{}":1', 3_000_000)),
-    "a_deep_header": (WEIGHTS_FILE, struct.pack("<Q", 200_006) + b'{"a":' + b"[" * 200_001),
-    "a_deep_config": (CONFIG_FILE, b'{"peft_type":' + b"[" * 900 + b"]" * 900 + b"}"),
+LARGE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "a_header_of_many_tensors": (WEIGHTS_FILE, lambda: header_of(EMPTY, 300_000)),
+    "a_header_of_small_objects": (WEIGHTS_FILE, lambda: header_of('"{}":{{}}', 2_000_000)),
+    "a_header_of_numbers": (WEIGHTS_FILE, lambda: header_of('"{}":1', 3_000_000)),
+    "a_deep_header": (
+        WEIGHTS_FILE,
+        lambda: struct.pack("<Q", 200_006) + b'{"a":' + b"[" * 200_001,
+    ),
+    "a_deep_config": (CONFIG_FILE, lambda: b'{"peft_type":' + b"[" * 900 + b"]" * 900 + b"}"),
     "a_config_of_many_patterns": (
         CONFIG_FILE,
-        json.dumps(
-            {"peft_type": "LORA", "rank_pattern": {f"{i}(q|v)": 2 for i in range(99_999)}}
-        ).encode(),
+        lambda: config_of(rank_pattern={f"{i}(q|v)": 2 for i in range(99_999)}),
     ),
-    "a_config_of_5_MiB": (CONFIG_FILE, b'{"peft_type": "LORA"}' + b" " * 5 * 2**20),
-    "a_long_number": (CONFIG_FILE, b'{"peft_type": "LORA", "r": ' + b"9" * 100_000 + b"}"),
-    "many_modules_to_save": (
+    "a_config_of_5_MiB": (CONFIG_FILE, lambda: config_of() + b" " * 5 * 2**20),
+    "a_long_number": (
         CONFIG_FILE,
-        json.dumps({"peft_type": "LORA", "modules_to_save": ["x"] * 300_000}).encode(),
+        lambda: b'{"peft_type": "LORA", "r": ' + b"9" * 100_000 + b"}",
     ),
+    "many_modules_to_save": (CONFIG_FILE, lambda: config_of(modules_to_save=["x"] * 300_000)),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_ones(tmp_path: Path, name: str) -> None:
     folder = write_adapter(tmp_path / "adapter", SITES, rank=2)
-    file, content = LARGE[name]
-    (folder / file).write_bytes(content)
+    file, make = LARGE[name]
+    (folder / file).write_bytes(make())
     with pytest.raises(LoraexportError, match=file), bounded():
         read_adapter(folder)
 

@@ -370,7 +370,13 @@ def test_a_folder_without_the_window_that_it_speaks_of(tmp_path: Path) -> None:
         build(build_folder(tmp_path, "Mistral", "fp32"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("options", [(), ("accuracy_level=0",)], ids=["default", "as they are"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="default"),
+        pytest.param(("accuracy_level=0",), id="as they are", marks=pytest.mark.slow),
+    ],
+)
 def test_a_folder_in_int4(options: tuple[str, ...], tmp_path: Path) -> None:
     """As the builder makes it by default its products take activations rounded to 8 bits: held to
     the same graph, by limits that say so."""

@@ -43,7 +43,7 @@ def test_a_bert_has_one_addend_for_all_layers(tmp_path: Path) -> None:
     assert all("attention/self" in str(node.name) for node in nodes["MultiHeadAttention"])
 
 
-@pytest.mark.parametrize("strategy", ["augmented", "masked"])
+@pytest.mark.parametrize("strategy", [pytest.param("augmented", marks=pytest.mark.slow), "masked"])
 def test_the_operators_behind_a_site_take_its_bias_along(tmp_path: Path, strategy: str) -> None:
     """So does onnxruntime's layer norm, and an augmented stack those of q, k and v."""
     changes = {"sites": "all-linear", "export": {"formats": ["onnx"], "strategy": strategy}}

@@ -46,7 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         pytest.param(
             "without-prompt", "sentence_embedding", ("batch", "32"), marks=pytest.mark.slow
         ),
-        ("last-token", "sentence_embedding", ("batch", "8")),
+        pytest.param("last-token", "sentence_embedding", ("batch", "8"), marks=pytest.mark.slow),
         pytest.param("left", "sentence_embedding", ("batch", "40"), marks=pytest.mark.slow),
         pytest.param("reranker", "scores", ("batch", "1"), marks=pytest.mark.slow),
     ],

@@ -136,6 +136,7 @@ def test_an_adapter_of_weight_0_that_overflows_does_not_reach_a_row(
     assert after[:5].tobytes() == before[:5].tobytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_weight_0_that_overflows_in_float16_does_not_reach_a_row(
     world: World, tmp_path: Path
 ) -> None:

@@ -49,8 +49,8 @@ def generator(artifact: Path) -> TextGenerator:
     return load_generator(artifact)
 
 
-FAST = ("Llama", "Qwen2")
-"""Families whose artifacts other tests take too."""
+FAST = ("Llama",)
+"""The family whose artifact other tests take too."""
 IMPLEMENTATIONS = ("peft", "onnx-cpu", "onnx-engine-cpu", "onnx-genai-cpu")
 
 

@@ -94,7 +94,11 @@ def test_adapters_of_different_features_take_turns_in_one_slot(world: World) -> 
             "roberta/lora_bias",
             "brings a bias, for which this artifact has no place; add bias to fe",
         ),
-        ("gpt2/head", r"brings 'lm_head', trained whole .*, add features: \[heads\] to the spec"),
+        pytest.param(
+            "gpt2/head",
+            r"brings 'lm_head', trained whole .*, add features: \[heads\] to the spec",
+            marks=pytest.mark.slow,
+        ),
         ("llama/wide_head", "needs a build with an adapter whose head is as wide"),
         (
             "roberta/plain",

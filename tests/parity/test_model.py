@@ -96,7 +96,9 @@ def test_verify_refuses_another_base(artifact: Path, tmp_path: Path) -> None:
         verify_artifact(artifact, Manifest.read(artifact), other)
 
 
-@pytest.mark.parametrize("fault", ["scaling", "slot", "transposed"])
+@pytest.mark.parametrize(
+    "fault", [pytest.param("scaling", marks=pytest.mark.slow), "slot", "transposed"]
+)
 def test_planted_faults_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     pack, assemble = transformers_module.pack, transformers_module.assemble
 
@@ -180,7 +182,7 @@ def test_float16(tmp_path: Path) -> None:
     assert {row.implementation for row in report.rows} >= {"torchscript-cpu", "onnx-cpu"}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_images_in_a_narrow_dtype(tmp_path: Path, dtype: str) -> None:
     """The graphs take pixels in their own dtype, and the stored cases keep them so."""
     formats = ["torchscript", "onnx"]

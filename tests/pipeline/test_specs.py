@@ -16,7 +16,7 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.generation.load import load_generator
 
 ROOT = Path(__file__).resolve().parents[2]
-SLOW = {"minilm-packed", "sharded", "fused-qkv"}
+SLOW = {"minilm-onnx", "minilm-packed", "sharded", "fused-qkv"}
 """Their kinds, and what is theirs alone, have tests of their own."""
 SPECS = [
     pytest.param(spec, marks=[pytest.mark.slow] if spec.stem in SLOW else [], id=spec.stem)

@@ -15,7 +15,11 @@ from support.home import Home
 import loraexport_runtime as lr
 from loraexport_runtime.slots import onnx_adapter
 
-CASES = [("masked", "float32"), ("augmented", "float16"), ("chunked", "float32")]
+CASES = [
+    ("masked", "float32"),
+    ("augmented", "float16"),
+    pytest.param("chunked", "float32", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")
