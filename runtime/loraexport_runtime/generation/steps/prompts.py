@@ -150,7 +150,7 @@ class PromptGraph:
 
 class PromptGraphs:
     """The captured graphs for prompts, each made when it is first needed, and the row that they
-    read into; none where nothing is captured, or the graph asks how long the whole text is."""
+    read into; none where nothing is captured."""
 
     def __init__(
         self, graph: DecoderGraph, length: int, guard: AbstractContextManager[Any]
@@ -160,8 +160,7 @@ class PromptGraphs:
             length: of the rows for which prompts are read.
             guard: held while a graph is captured.
         """
-        is_fixed = graph.capture and not graph.takes_lengths
-        self.sizes = tuple(size for size in _SIZES if is_fixed and size <= length)
+        self.sizes = tuple(size for size in _SIZES if graph.capture and size <= length)
         self._graph, self._guard = graph, guard
         self._made: dict[int, PromptGraph] = {}
         self._row: tuple[Cache, ort.OrtValue] | None = None
