@@ -1,7 +1,8 @@
 """The graphs by which the runtime generates, written beside a decoder's own.
 
-The step's is the decoder's, of the same weights, with nodes behind its logits that give what the
-next step takes; two small ones bring the logits of rows, and the highest of them, to the host.
+The step's is the decoder's, of the same weights, with logits after chosen tokens alone, and nodes
+behind them that give what the next step takes; two small ones bring the logits of rows, and the
+highest of them, to the host.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,15 +12,17 @@ from typing import Any
 import onnx_ir as ir
 
 from loraexport_runtime.contract.genai_config import read_genai_config
-from loraexport_runtime.contract.kinds import GOES_ON, LENGTHS, PLACES, ROWS
+from loraexport_runtime.contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
 from loraexport_runtime.generation.steps.files import StepFiles
 from loraexport_runtime.generation.steps.next_inputs import NO_TOKEN, next_inputs
 
 from ..errors import BaseModelError
+from ..graphs.output_layer import OutputLayer, find_output_layer
+from .graft import ADAPTER_IDS
 
 _OPSET, _IR_VERSION = 17, 8
 """Of the small graphs."""
-_LENGTH = "loraexport/length"
+_LENGTH, _TOLD = "loraexport/length", "loraexport/told"
 
 
 def write_steps(folder: Path) -> StepFiles:
@@ -38,9 +41,11 @@ def write_steps(folder: Path) -> StepFiles:
 
 
 def add_tail(graph: ir.Graph, input_names: Collection[str]) -> None:
-    """Put the nodes behind a decoder's logits [batch, n, vocabulary].
+    """Put the nodes ahead of a decoder's output layer, and behind its logits.
 
-    tokens [rows, 1] = ArgMax(Gather(Flatten(logits), ROWS)), or -1 where one of these is NaN;
+    x' [rows, told, hidden] = Gather(Flatten(x [batch, n, hidden]), ROWS), so that the output layer,
+    a large part of a small model, computes what is asked of it and not every token of a prompt;
+    tokens [rows, 1] = ArgMax(logits[:, -1]), or -1 where one of these is NaN;
     lengths = LENGTHS + GOES_ON; mask [rows, length] = PLACES < lengths;
     positions [rows, 1] = lengths - 1.
 
@@ -51,13 +56,14 @@ def add_tail(graph: ir.Graph, input_names: Collection[str]) -> None:
         input_names: what the graph takes.
     """
     outputs = next_inputs(input_names)
-    rows = _value(ROWS, ir.DataType.INT64, [ROWS])
+    rows = _value(ROWS, ir.DataType.INT64, [ROWS, _TOLD])
     lengths = _value(LENGTHS, ir.DataType.INT64, [ROWS, 1])
     goes_on = _value(GOES_ON, ir.DataType.INT64, [ROWS, 1])
     places = _value(PLACES, ir.DataType.INT64, [1, _LENGTH])
+    _choose_tokens(graph, find_output_layer(graph, (ADAPTER_IDS, ADAPTER_WEIGHTS)), rows)
     nodes = _Nodes("loraexport/")
-    flat = nodes.add("Flatten", [_logits(graph)], "flat", axis=2)
-    last = nodes.add("Gather", [flat, rows], "last")
+    end = nodes.add("Constant", [], "end", value_int=-1)
+    last = nodes.add("Gather", [_logits(graph), end], "last", axis=1)
     wide = nodes.add("Cast", [last], "wide", to=ir.DataType.FLOAT)
     likeliest = nodes.add("ArgMax", [wide], "likeliest", axis=1)
     axis = nodes.add("Constant", [], "axis", value_ints=[1])
@@ -85,6 +91,30 @@ def add_tail(graph: ir.Graph, input_names: Collection[str]) -> None:
     graph.inputs.extend([rows, lengths, goes_on, places])
     graph.extend(nodes.nodes)
     graph.outputs.extend(given[name] for name in outputs)
+
+
+def _choose_tokens(graph: ir.Graph, layer: OutputLayer, rows: ir.Value) -> None:
+    """Let an output layer see the tokens `rows` alone; where none was found, cut its logits."""
+    x, logits = layer.x, _logits(graph)
+    maker = x.producer()
+    assert maker is not None, "the graph computes it"
+    nodes = _Nodes("loraexport/")
+    flat = nodes.add("Flatten", [x], "flat", axis=2)
+    chosen = nodes.add("Gather", [flat, rows], "chosen")
+    chosen.type = x.type
+    graph.insert_after(maker, nodes.nodes)
+    assert logits.shape is not None, "a graph's output has a shape"
+    shape = ir.Shape([ROWS, _TOLD, logits.shape[2]])
+    for node in layer.nodes:
+        for index, value in enumerate(node.inputs):
+            if value is x:
+                node.replace_input_with(index, chosen)
+        for value in node.outputs:
+            value.shape = None  # it was that of every token
+    (chosen if x is logits else logits).shape = shape
+    if x is logits:
+        x.name, chosen.name = "loraexport/every_logits", x.name
+        graph.outputs[list(graph.outputs).index(x)] = chosen
 
 
 def row_logits_model(dtype: ir.DataType) -> ir.Model:

@@ -77,6 +77,9 @@ def test_a_family(name: str, home: Home) -> None:
         assert short < length < beyond
         assert crosses < length
         assert length < crosses + STEPS, "it does not cross while it generates"
+    step = onnx.load(artifact / manifest.kind.folder / "step.onnx", load_external_data=False)
+    (flat,) = [node for node in step.graph.node if node.name == "loraexport/flat"]
+    assert "norm" in flat.input[0], "the output layer computes every token of a prompt"
     moved = [row for row in logits if row["adapter"] != "base"]
     assert all(abs(row["gain"] - 1) < 1e-3 and row["moved"] > 0.05 for row in moved)
 

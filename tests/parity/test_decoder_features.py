@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.builds import Project
@@ -244,6 +245,9 @@ def test_layers_of_the_vocabulary(family: str, home: Home) -> None:
     """LoRA on the table, and tables and output layers of an adapter's own; Gemma's are one tensor,
     and its table has a factor."""
     artifact = home.artifact(write_features, family, ENDS)
+    step = onnx.load(artifact / "generator/step.onnx", load_external_data=False)
+    (flat,) = [node for node in step.graph.node if node.name == "loraexport/flat"]
+    assert "norm" in flat.input[0], "the output layers compute every token of a prompt"
     rows = _report(artifact)
     assert {row["implementation"] for row in rows} >= {"peft", "onnx-cpu", "onnx-engine-cpu"}
     assert max(row["error"] for row in rows) < 1e-4

@@ -42,8 +42,7 @@ class TimedRunner(Runner):
     def read(self, *arguments: Any) -> PromptRead:
         begin = time.perf_counter()
         read = super().read(*arguments)
-        tokens = len(read.lengths) * read.width
-        self.runs.reads.append((tokens, time.perf_counter() - begin))
+        self.runs.reads.append((read.num_tokens, time.perf_counter() - begin))
         return read
 
 

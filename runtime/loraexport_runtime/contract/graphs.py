@@ -28,6 +28,7 @@ from .listed import ListedFiles
 from .manifest import FUNCTION_DOMAIN, Layer, Manifest
 from .onnx_file import TENSOR_TYPES, OnnxFile, TensorType, read_onnx
 
+_TOLD = TensorEntry(ROWS, "int64", ("rows", "told"))
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -61,7 +62,7 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
             if decoder.steps is not None:
                 step = _Checked(folder / decoder.steps.step, _read(files, decoder.steps.step))
                 step.check_stacks(manifest.layers, manifest.dtype)
-                step.check_inputs((*_control(decoder), ROWS, LENGTHS, GOES_ON, PLACES))
+                step.check_step(decoder)
                 for path in (decoder.steps.top_tokens, decoder.steps.row_logits):
                     _Checked(folder / path, _read(files, path)).check_inputs(("logits", "rows"))
             config = _check_folder(files, decoder)
@@ -94,6 +95,11 @@ class _Checked:
             raise self._refuse("it takes or gives nothing")
         self._check_values("input", model.inputs, self._graph.inputs)
         self._check_values("output", model.outputs, self._graph.outputs)
+
+    def check_step(self, decoder: Decoder) -> None:
+        """Its inputs beside the decoder's."""
+        self.check_inputs((*_control(decoder), ROWS, LENGTHS, GOES_ON, PLACES))
+        self._check_values("input", [_TOLD], self._graph.inputs)  # earlier builds had [rows]
 
     def check_stacks(self, layers: Sequence[Layer], dtype: str, exact: bool = False) -> None:
         """Every stack is an initializer of this shape and dtype that may be overridden, and every

@@ -142,7 +142,8 @@ ADAPTER_WEIGHTS = "adapter_weights"
 """An input of graphs whose rows may blend, float32 [rows, slots]; it need not be fed, and zeros
 stand for it."""
 ROWS = "loraexport/rows"
-"""An input, int64 [rows]: each row's last token among the batch * n of the logits."""
+"""An input, int64 [rows, told]: the tokens of each row, among the batch * n that are read, after
+which there are logits. The last of them gives the row's next token."""
 LENGTHS = "loraexport/lengths"
 """An input, int64 [rows, 1]: the tokens of each row, with those that are read now."""
 GOES_ON = "loraexport/goes_on"

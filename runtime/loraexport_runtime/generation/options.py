@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, quoted
+from .request import read_count, read_stop
 from .text.defaults import MAX_NEW_TOKENS, GenerationDefaults
 
 _CHOSEN = (
@@ -44,11 +45,10 @@ class Options:
 
     def check(self) -> None:
         """Raise InputError for a value that is none."""
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        stop = self.stop or ()
-        if isinstance(stop, str) or not all(isinstance(end, str) and end for end in stop):
-            raise InputError(f"stop is {stop!r}; expected a list of texts, none of them empty")
+        for name, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("seed", 0)):
+            if (value := getattr(self, name)) is not None:
+                read_count(name, value, least)
+        read_stop(() if self.stop is None else self.stop)
         arguments = self.template_arguments or {}
         if not isinstance(arguments, Mapping) or {"messages", "tools", "documents"} & {*arguments}:
             raise InputError(
@@ -81,7 +81,7 @@ class Options:
                 least = defaults.min_new_tokens or max(0, defaults.min_length - len(prompt))
                 least = min(least, limit)
             # Rows with one prompt and one seed draw tokens of their own.
-            seed = None if self.seed is None else self.seed + (row << 32)
+            seed = None if self.seed is None else int(self.seed) + (row << 32)
             more = {"max_tokens": limit, "min_tokens": least, "seed": seed}
             requests.append(common | more)
         return requests
@@ -98,7 +98,7 @@ class Options:
         whole = None if limit else defaults.max_length
         limits = []
         for index, prompt in enumerate(tokens):
-            count = limit or MAX_NEW_TOKENS
+            count = int(limit or MAX_NEW_TOKENS)
             if whole is not None:
                 count = min(count, whole - len(prompt))
             if count < 1:

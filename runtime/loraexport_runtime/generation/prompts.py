@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import InputError
 from .options import Options
+from .request import read_tokens
 from .text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -24,36 +25,26 @@ class PromptReader:
         Raises:
             BatchError: a prompt cannot be run.
         """
-        return [
-            self._check(self._encode(prompt, index, options), index)
-            for index, prompt in enumerate(prompts)
-        ]
+        every = []
+        for index, prompt in enumerate(prompts):
+            tokens = self._encode(prompt, index, options)
+            every.append(read_tokens(f"prompts[{index}]", tokens, self._vocabulary))
+            if not every[-1]:
+                raise InputError(f"prompts[{index}] has no tokens")
+        return every
 
-    def _encode(self, prompt: Any, index: int, options: Options) -> list[int]:
+    def _encode(self, prompt: Any, index: int, options: Options) -> Any:
+        """The tokens of a text or a chat; whatever else it is."""
         has_template = self._tokenizer.has_chat_template
         if isinstance(prompt, str):
             if not (options.chat and has_template):
                 return self._tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
-        elif not (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
-            return [int(token) for token in prompt]
+        elif not (isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping)):
+            return prompt
         if not has_template:
             raise InputError(
                 f"prompts[{index}] is a chat, but the tokenizer has no chat template; give text"
             )
         arguments = options.template_arguments or {}
         return self._tokenizer.encode_chat(prompt, options.tools, options.documents, **arguments)
-
-    def _check(self, tokens: list[int], index: int) -> list[int]:
-        if not tokens:
-            raise InputError(f"prompts[{index}] has no tokens")
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-            column, token = next(
-                (column, token)
-                for column, token in enumerate(tokens)
-                if not 0 <= token < self._vocabulary
-            )
-            raise InputError(
-                f"prompts[{index}]: token {column} is {token}; expected 0 to {self._vocabulary - 1}"
-            )
-        return tokens

@@ -16,6 +16,7 @@ from loraexport_runtime.generation.engine import GenerationEngine
 from loraexport_runtime.generation.handle import Generation, GenerationHandle
 from loraexport_runtime.generation.loop import rows as row_module
 from loraexport_runtime.generation.request import GenerationRequest
+from loraexport_runtime.generation.steps.prompts import PromptGraph
 
 pytestmark = pytest.mark.slow
 WINDOWS = ("Mistral", "Phi-3", "Gemma 2", "Qwen2 with windows")
@@ -96,6 +97,21 @@ def test_parts_and_reuse_give_what_whole_texts_give(
     got = send(engine, longer[:30], NAMES[5 % 3]).result(DEADLINE)
     assert got.reused_tokens == 28
     check(whole, engine, longer[:30], NAMES[5 % 3], got)
+
+
+def test_prompts_of_fixed_sizes(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured on CUDA: filled up, on both sides of longrope's length, and the first part
+    of a longer text."""
+    monkeypatch.setattr(PromptGraph, "release", lambda graph: None)  # CUDA's
+    artifact = home.artifact(write_family, "Phi-3.5")
+    whole, prompts = Whole(artifact), make_prompts(7, 12, 13, 30, 40)
+    with open_engine(artifact, rows=3, quota=32) as engine:
+        graphs = engine._worker._runner.prompts
+        graphs.sizes = (16, 32)
+        for at, prompt in enumerate(prompts):
+            name = NAMES[at % 3]
+            check(whole, engine, prompt, name, send(engine, prompt, name).result(DEADLINE))
+        assert set(graphs._made) == {16, 32}
 
 
 def test_no_prefix_of_other_factors_is_reused(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
-"""The nodes that the driven engine puts behind a decoder's logits: that they are ONNX, and that a
-step leaves the next one's inputs in the memory of its own, on a decoder without layers."""
+"""The nodes that a step's graph has beside the decoder's: that they are ONNX, that the output layer
+gets the chosen tokens alone, and that a step leaves the next one's inputs in the memory of its own,
+on a decoder without layers."""
 
+import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.decoders import write_family
 from support.home import Home
+from support.manifests import list_again
 
 import loraexport_runtime as lr
 from loraexport.export.steps import add_tail
@@ -119,7 +122,7 @@ def test_a_step_leaves_the_inputs_of_the_next(
     lengths, goes_on = np.array([3, 1, 7, 4]), np.array([1, 1, 1, 0])
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (4, 7))
     inputs, step, _logits = _step(graph, 4, dtype)
-    memory, cache = graph.allocate([4, 7, VOCABULARY], dtype), Cache(graph, 4, LENGTH)
+    memory, cache = graph.allocate([4, 1, VOCABULARY], dtype), Cache(graph, 4, LENGTH)
     prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     wholes = [len(prompt) for prompt in prompts]
     read = read_prompts(graph, cache, 0, prompts, [BASE_USE] * 4, 0, wholes, memory.data_ptr())
@@ -152,6 +155,20 @@ def test_a_step_leaves_the_inputs_of_the_next(
             assert own["attention_mask"].tolist() == mask.astype(int).tolist()
 
 
+def test_logits_of_the_last_token_or_of_all(tmp_path: Path) -> None:
+    tables = _tables(0)
+    graph = _open(_write_model(tmp_path / "model.onnx", "float32", tables, ()), "float32", ())
+    cache, prompts = Cache(graph, 2, LENGTH), [np.array([3, 9, 1, 4]), np.array([7, 2])]
+    for rows, tells_all in ((2, False), (1, True), (1, False)):
+        told = 4 if tells_all else 1
+        memory = graph.allocate([rows, told, VOCABULARY], "float32")
+        of = prompts[:rows], [BASE_USE] * rows, 0, [4, 2][:rows], memory.data_ptr(), tells_all
+        tokens = read_prompts(graph, cache, 0, *of)
+        wanted = tables["of_token"][[prompt[-told:] for prompt in prompts[:rows]]]
+        assert np.array_equal(memory.numpy(), wanted)
+        assert tokens.tolist() == wanted[:, -1].argmax(axis=1).tolist()
+
+
 def test_the_lower_of_two_tokens_that_are_equally_likely(tmp_path: Path) -> None:
     tables = _tables(0)
     tables["of_token"][:] = 0.0
@@ -181,7 +198,7 @@ def test_a_model_with_the_tail_is_onnx(tmp_path: Path, masks: tuple[str, ...]) -
     onnx.checker.check_model(merged)
     # It infers the types and shapes that the outputs say they have.
     onnx.shape_inference.infer_shapes(merged, check_type=True, strict_mode=True)
-    _check(merged, onnx.load(path), masks)
+    _check(merged, onnx.load(path), masks, {"logits": "loraexport/every_logits"})
 
 
 def test_a_decoder_with_the_tail(home: Home) -> None:
@@ -191,21 +208,53 @@ def test_a_decoder_with_the_tail(home: Home) -> None:
     merged, alone = (
         onnx.load(folder / name, load_external_data=False) for name in ("step.onnx", "model.onnx")
     )
-    _check(merged, alone, taken)
+    _check(merged, alone, taken, {})
+    (flat,) = [node for node in merged.graph.node if node.name == "loraexport/flat"]
+    (norm,) = [node for node in merged.graph.node if flat.input[0] in node.output]
+    assert norm.op_type == "SkipSimplifiedLayerNormalization"
+    product = next(node for node in merged.graph.node if "loraexport/chosen" in node.input)
+    assert product.op_type == "MatMul"
+    assert "lm_head" in product.name
     for one, other in zip(merged.graph.initializer, alone.graph.initializer, strict=True):
         assert one == other, "the weights are of the same file"
 
 
-def _check(merged: onnx.ModelProto, alone: onnx.ModelProto, taken: Collection[str]) -> None:
-    added = merged.graph.node[len(alone.graph.node) :]
-    assert list(map(_brief, merged.graph.node[: len(alone.graph.node)])) == list(
-        map(_brief, alone.graph.node)
-    )
+def test_a_step_graph_of_an_earlier_build_is_refused(home: Home, tmp_path: Path) -> None:
+    """It had logits after every token."""
+    artifact = tmp_path / "artifact"
+    shutil.copytree(home.artifact(write_family, "Llama"), artifact)
+    file = artifact / "generator/step.onnx"
+    model = onnx.load(file, load_external_data=False)
+    (rows,) = [value for value in model.graph.input if value.name == ROWS]
+    del rows.type.tensor_type.shape.dim[1:]
+    file.write_bytes(model.SerializeToString())
+    list_again(artifact, "generator")
+    match = r"step\.onnx: its input 'loraexport/rows' is not \['rows', 'told'\].* build it again"
+    with pytest.raises(lr.ArtifactError, match=match):
+        lr.load_generator(artifact)
+
+
+def _check(
+    merged: onnx.ModelProto,
+    alone: onnx.ModelProto,
+    taken: Collection[str],
+    renamed: dict[str, str],
+) -> None:
+    """All nodes are there as they were, but that some of them take the chosen tokens."""
+    added = [node for node in merged.graph.node if node.name.startswith("loraexport/")]
+    kept = [node for node in merged.graph.node if not node.name.startswith("loraexport/")]
+    (flat,) = [node for node in added if node.name == "loraexport/flat"]
+    for one, other in zip(kept, alone.graph.node, strict=True):
+        assert _brief(one) == _brief(other)
+        assert list(one.output) == [renamed.get(name, name) for name in other.output]
+        given = [flat.input[0] if name == "loraexport/chosen" else name for name in one.input]
+        assert given == list(other.input)
     assert list(merged.opset_import) == list(alone.opset_import)
     assert merged.graph.name == alone.graph.name
     known = {one.name for one in (*alone.graph.input, *alone.graph.initializer)}
     known |= {name for node in alone.graph.node for name in node.output}
     new = [name for node in added for name in node.output] + [ROWS, LENGTHS, GOES_ON, PLACES]
+    new = [name for name in [*new, *renamed.values()] if name not in renamed]
     assert len({*known, *new}) == len(known) + len(new)
     outputs = next_inputs(taken)
     given = [*(one.name for one in alone.graph.output), *outputs.values()]
@@ -216,7 +265,7 @@ def _check(merged: onnx.ModelProto, alone: onnx.ModelProto, taken: Collection[st
 
 
 def _brief(node: onnx.NodeProto) -> tuple[Any, ...]:
-    return node.name, node.op_type, list(node.input), list(node.output), len(node.attribute)
+    return node.name, node.op_type, len(node.attribute)
 
 
 def _ancestors(nodes: Sequence[onnx.NodeProto], name: str) -> set[str]:

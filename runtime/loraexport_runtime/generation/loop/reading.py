@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from .jobs import Answer
 from .rows import Row, Rows
 
-MOST_RUNS = 4
-"""In a round, whatever is left of the quota: the shortest one launches all kernels."""
+MOST_RUNS, MOST_SINGLE_RUNS = 4, 16
+"""In a round, whatever is left of the quota: on a device the shortest run launches all kernels, and
+short prompts are read together; on a CPU, where each is read alone, it reads all weights."""
 PATIENCE = 4
 """So many shorter prompts may be read before a longer one that came earlier."""
 
@@ -23,6 +24,8 @@ class PromptOrder:
         self._rows = rows
         self._quota = quota
         self._joins = joins
+        self._least = -(-quota // (MOST_RUNS if joins else MOST_SINGLE_RUNS))
+        """What a run counts of the quota at least."""
 
     def round(self) -> Iterator[list[Row[Answer]]]:
         """What is read before the next steps, run by run, until the quota is used up. A run is a
@@ -31,7 +34,7 @@ class PromptOrder:
         left = self._quota
         while left > 0 and (rows := self._next(left)):
             width = max(self.chunk_end(row) - row.num_read for row in rows)
-            left -= max(len(rows) * width, -(-self._quota // MOST_RUNS))
+            left -= max(len(rows) * width, self._least)
             yield rows
 
     def _next(self, left: int) -> list[Row[Answer]]:

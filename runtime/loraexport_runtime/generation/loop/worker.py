@@ -193,17 +193,17 @@ class Worker:
 
     def _read(self, rows: Sequence[Row[Answer]]) -> None:
         """One chunk of one prompt, or some short prompts of neighbouring rows."""
-        chunks, uses = [], []
+        chunks, uses, wholes = [], [], []
         for row in rows:
             answer = row.user
             assert answer is not None, "it has a prompt"
             assert answer.job.lease is not None, "it was admitted"
             chunks.append(answer.prompt[row.num_read : self._prompts.chunk_end(row)])
             uses.append(answer.job.lease.use)
-        past = rows[0].num_read
+            wholes.append(len(answer.prompt))
+        past, reports = rows[0].num_read, any(row.user and row.user.reports for row in rows)
         try:
-            wholes = [len(row.user.prompt) for row in rows if row.user is not None]
-            read = self._runner.read(rows[0].index, chunks, uses, past, wholes)
+            read = self._runner.read(rows[0].index, chunks, uses, past, wholes, reports)
         except Exception as error:
             for row in rows:
                 self._leave(row, error=step_error(error))

@@ -33,6 +33,9 @@ class DecoderGraph:
     head_size: int
     logits_dtype: str
     vocabulary: int
+    tells_all: bool = False
+    """Whether it has logits after every token that it reads, and not those of ROWS alone: the
+    decoder's own graph, of which an artifact of format 4 has no other."""
     takes_lengths: bool = False
     """Whether a part of a prompt can be read as the whole (see rope.py)."""
     blend_slots: int | None = None
@@ -89,6 +92,7 @@ def read_decoder_graph(
         session=session,
         device=device,
         capture=capture,
+        tells_all=not has_next,
         takes_lengths=READ_LENGTHS in optional,
         blend_slots=None if weights is None else int(weights.shape[1]),
         inputs=(frozenset(inputs) - frozenset(present)) | blended,

@@ -37,6 +37,7 @@ def read_prompts(
     past: int,
     wholes: Sequence[int],
     logits: int,
+    tells_all: bool = False,
 ) -> np.ndarray:
     """Read tokens into neighbouring rows; the likeliest token after each, int64 [m], if the graph
     gives it, else 0.
@@ -46,18 +47,20 @@ def read_prompts(
         prompts: int64 [n] of each row; padded on the right, where they differ.
         past: how many tokens the row has already; 0 for more than one row.
         wholes: the length of the text that each is a part of.
-        logits: the address for [m, n, vocabulary] on the device.
+        logits: the address for [m, told, vocabulary] on the device.
+        tells_all: one row's logits after all of its n tokens, and not after the last one alone.
     """
     rows, longest = len(prompts), max(map(len, prompts))
     assert rows == 1 or past == 0, "several rows are read from their beginning"
+    told = longest if tells_all or graph.tells_all else 1
     binding = graph.session.io_binding()
-    for name, array in _prompt_feeds(graph, prompts, uses, past, wholes, longest).items():
+    for name, array in _prompt_feeds(graph, prompts, uses, past, wholes, longest, told).items():
         binding.bind_ortvalue_input(name, host_value(array, dtype_of(name)))
     chosen = np.zeros((rows, 1), dtype=np.int64)
     if graph.next:
         place = ("cpu", 0, ONNX_TYPES["int64"], chosen.shape, chosen.ctypes.data)
         binding.bind_output(graph.next["input_ids"], *place)
-    bind_rows(graph, binding, cache, row, rows, [rows, longest, graph.vocabulary], logits)
+    bind_rows(graph, binding, cache, row, rows, [rows, told, graph.vocabulary], logits)
     options = graph_options(-1) if graph.capture else None
     graph.session.run_with_iobinding(binding, options)
     binding.synchronize_outputs()
@@ -71,8 +74,10 @@ def _prompt_feeds(
     past: int,
     wholes: Sequence[int],
     width: int,
+    told: int = 1,
 ) -> dict[str, np.ndarray]:
-    """What the graph takes of prompts that are filled up to `width` tokens on the right."""
+    """What the graph takes of prompts that are filled up to `width` tokens on the right; `told`: so
+    many tokens at the end of each have logits."""
     rows, lengths = len(prompts), np.array([len(prompt) for prompt in prompts])
     ids = np.zeros((rows, width), dtype=np.int64)
     for index, prompt in enumerate(prompts):
@@ -83,7 +88,7 @@ def _prompt_feeds(
         "attention_mask": mask(ends, past + width),
         "position_ids": np.tile(past + np.arange(width), (rows, 1)),
         "adapter_ids": np.array([use.slot for use in uses], dtype=np.int64),
-        ROWS: np.arange(rows) * width + lengths - 1,
+        ROWS: (np.arange(rows) * width + lengths)[:, None] + np.arange(-told, 0),
         LENGTHS: ends,
         GOES_ON: np.ones_like(ends),
         PLACES: np.arange(past + width)[None],
@@ -107,7 +112,7 @@ class PromptGraph:
         """
         Args:
             cache: of one row, of so many tokens at least.
-            logits: memory for [1, tokens, vocabulary] at least.
+            logits: memory for [1, 1, vocabulary].
         """
         self.tokens, self.cache, self.logits = tokens, cache, logits
         self._graph = graph
@@ -122,7 +127,7 @@ class PromptGraph:
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output(graph.next["input_ids"], self._chosen)
-        shape = [1, tokens, graph.vocabulary]
+        shape = [1, 1, graph.vocabulary]
         bind_rows(graph, binding, cache, 0, 1, shape, int(logits.data_ptr()))
         self._binding = binding
 
@@ -145,7 +150,7 @@ class PromptGraph:
 
 class PromptGraphs:
     """The captured graphs for prompts, each made when it is first needed, and the row that they
-    read into; none where nothing is captured, or the graph asks how long the whole text is."""
+    read into; none where nothing is captured."""
 
     def __init__(
         self, graph: DecoderGraph, length: int, guard: AbstractContextManager[Any]
@@ -155,8 +160,7 @@ class PromptGraphs:
             length: of the rows for which prompts are read.
             guard: held while a graph is captured.
         """
-        is_fixed = graph.capture and not graph.takes_lengths
-        self.sizes = tuple(size for size in _SIZES if is_fixed and size <= length)
+        self.sizes = tuple(size for size in _SIZES if graph.capture and size <= length)
         self._graph, self._guard = graph, guard
         self._made: dict[int, PromptGraph] = {}
         self._row: tuple[Cache, ort.OrtValue] | None = None
@@ -172,8 +176,8 @@ class PromptGraphs:
         if tokens in self._made:
             return self._made[tokens]
         if self._row is None:
-            size = self.sizes[-1] * self._graph.vocabulary
-            logits = self._graph.allocate([size], self._graph.logits_dtype)
+            size = [1, 1, self._graph.vocabulary]
+            logits = self._graph.allocate(size, self._graph.logits_dtype)
             self._row = Cache(self._graph, 1, self.sizes[-1]), logits
         made = PromptGraph(self._graph, *self._row, tokens)
         with self._guard:

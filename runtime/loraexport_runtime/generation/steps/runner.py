@@ -40,7 +40,10 @@ class PromptRead:
 
     likeliest: np.ndarray
     """int64 [m]: after each prompt."""
-    lengths: tuple[int, ...]
+    num_tokens: int
+    """That were read, those that fill prompts up counted too."""
+    told: tuple[int, ...]
+    """There are logits after so many tokens of each prompt: its last one, or all."""
     width: int
     rows: RowLogits | HostLogits
     memory: ort.OrtValue
@@ -48,11 +51,11 @@ class PromptRead:
 
     def places(self, at: int) -> np.ndarray:
         """int64 [n]: where the logits of one of the prompts lie."""
-        return at * self.width + np.arange(self.lengths[at])
+        return at * self.width + np.arange(self.told[at])
 
     def logits(self, places: np.ndarray) -> np.ndarray:
         """float32 [m, vocabulary]; until the next prompts are read."""
-        shape = [len(self.lengths), self.width, self.vocabulary]
+        shape = [len(self.told), self.width, self.vocabulary]
         return self.rows.read(self.memory, shape, places)
 
 
@@ -223,25 +226,30 @@ class Runner:
         uses: Sequence[RowUse],
         past: int,
         wholes: Sequence[int],
+        tells_all: bool = False,
     ) -> PromptRead:
         """Read tokens into a row, or from their beginning into rows that lie side by side.
 
         Args:
             wholes: of how many tokens the texts are that these are parts of.
+            tells_all: logits after all tokens of the one prompt, and not after its last one alone.
         """
-        width = max(map(len, prompts))
-        lengths = tuple(map(len, prompts))
-        captured = self.prompts.find(prompts, past)
+        width, num = max(map(len, prompts)), len(prompts)
+        captured = None if tells_all else self.prompts.find(prompts, past)
         if captured is not None:
             chosen = np.array([captured.run(prompts[0], uses[0], wholes[0])])
             self.cache.copy(0, row, width, captured.cache)
-            of = captured.tokens, self._wide, captured.logits, self.vocabulary
-            return PromptRead(chosen, lengths, *of)
-        memory = self._prompt_memory(len(prompts) * width)
-        address = int(memory.data_ptr())
-        chosen = read_prompts(self._graph, self.cache, row, prompts, uses, past, wholes, address)
-        read = PromptRead(chosen, lengths, width, self._wide, memory, self.vocabulary)
-        if self._graph.next:
+            of = self._wide, captured.logits, self.vocabulary
+            return PromptRead(chosen, captured.tokens, (1,), 1, *of)
+        graph, told = self._graph, (1,) * num
+        if tells_all or graph.tells_all:
+            told = tuple(map(len, prompts))
+        memory = self._prompt_memory(num * max(told))
+        to = int(memory.data_ptr()), tells_all
+        chosen = read_prompts(graph, self.cache, row, prompts, uses, past, wholes, *to)
+        of = self._wide, memory, self.vocabulary
+        read = PromptRead(chosen, num * width, told, max(told), *of)
+        if graph.next:
             return read
         ends = np.array([read.places(at)[-1] for at in range(len(prompts))])
         return replace(read, likeliest=likeliest_tokens(read.logits(ends)))

@@ -115,8 +115,8 @@ class Step:
         self._alive = inputs
         binding = graph.session.io_binding()
         for name, value in inputs.values.items():
-            width = 0 if name == "adapter_ids" or name == ROWS else value.shape()[1]
-            shape = [1 if name == PLACES else rows, *([width] if width else [])]
+            width = [] if name == "adapter_ids" else [value.shape()[1]]
+            shape = [1 if name == PLACES else rows, *width]
             place = (*graph.device, ONNX_TYPES[dtype_of(name)], shape, value.data_ptr())
             binding.bind_input(name, *place)
             if name in graph.next:
