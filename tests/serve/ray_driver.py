@@ -1,7 +1,9 @@
 """A Ray of its own with the application on it; a program, told by lines what to do.
 
-ray_driver.py PORT SETTINGS.json FOLDER    -> `ready`; then each line, once it is done: `kill none`,
-`kill one` or `kill all`, which wait until all replicas run.
+ray_driver.py serve PORT SETTINGS.json FOLDER    -> `ready`; then each line, once it is done: `kill
+none`, `kill one` or `kill all`, which wait until all replicas run.
+ray_driver.py check APPLICATION.yaml    -> its import path; then, for each line of settings beside
+the file's, `taken`, or as JSON why not.
 """
 
 import json
@@ -12,24 +14,23 @@ import time
 from pathlib import Path
 
 import ray
+import yaml
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 
+from loraexport_serve import SettingsError
 from loraexport_serve.ray import app
 
 NAME = "tests"
 NUM_REPLICAS = 2
-MOST = 120.0
+MOST = 240.0
 """Seconds until a replica has another in its place."""
-
-
-LIFE = 900.0
+LIFE = 1800.0
 """Seconds after which it ends, come what may: who started it may have been killed."""
 
 
-def main(port: str, settings: str, folder: str) -> None:
-    watch = threading.Timer(LIFE, os._exit, [1])
-    watch.daemon = True
-    watch.start()
+def run(port: str, settings: str, folder: str) -> None:
+    """Serve until there are no more lines."""
     ray.init(
         num_cpus=8,  # as Ray counts them: an ingress, and two replicas that may be replaced
         include_dashboard=False,
@@ -53,6 +54,19 @@ def main(port: str, settings: str, folder: str) -> None:
         ray.shutdown()
 
 
+def check(file: str) -> None:
+    """Hold a file of applications to Ray's schema, and its settings, with more, to ours."""
+    read = yaml.safe_load(Path(file).read_text())
+    (application,) = ServeDeploySchema.model_validate(read).applications
+    print(application.import_path)
+    for line in sys.stdin:
+        try:
+            app({"settings": application.args["settings"] | json.loads(line)})
+            print("taken")
+        except SettingsError as error:
+            print(json.dumps(str(error)))
+
+
 def _wait_for_replicas() -> list[str]:
     """Their names, once all of them run: whoever kills one then leaves another."""
     end = time.monotonic() + MOST
@@ -68,4 +82,7 @@ def _wait_for_replicas() -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    watch = threading.Timer(LIFE, os._exit, [1])
+    watch.daemon = True
+    watch.start()
+    {"serve": run, "check": check}[sys.argv[1]](*sys.argv[2:])

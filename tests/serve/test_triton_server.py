@@ -2,7 +2,10 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,8 +17,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from support.serving import Server, serving
-from support.triton import Held, needs_triton, triton
+from support.documents import ROOT
+from support.serving import START, Server, serving
+from support.triton import SITE, Held, needs_triton, triton
 from support.waiting import DEADLINE, wait_until
 
 from loraexport_serve.cli import main
@@ -26,6 +30,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
+CLIENT = ROOT / "tests/serve/triton_client.py"
 TEXTS = ("hello world", "a batch of adapters", "hello", "the slots of a model")
 ADAPTERS = ("sql", "chat", "legal", "")
 TENANTS = ("first", "second", "")
@@ -42,8 +47,8 @@ LONG = {
 class Pair:
     """Triton, and the server that its models ask."""
 
-    def __init__(self, server: Server, triton: httpx.Client) -> None:
-        self.server, self._triton = server, triton
+    def __init__(self, server: Server, triton: httpx.Client, grpc: str) -> None:
+        self.server, self._triton, self._grpc = server, triton, grpc
 
     def infer(
         self, texts: list[str], adapters: list[str], model: str = "tiny", **parameters: Any
@@ -93,6 +98,19 @@ class Pair:
         text: str = answer.raise_for_status().json()["choices"][0]["text"]
         return text
 
+    def call(self, *calls: dict[str, Any]) -> list[dict[str, Any]]:
+        """What Triton's own client gets by gRPC (tests/serve/triton_client.py)."""
+        told = subprocess.run(
+            [sys.executable, str(CLIENT), self._grpc],
+            input="".join(f"{json.dumps(call)}\n" for call in calls),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=START,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(SITE)},
+        ).stdout
+        return [json.loads(line) for line in told.splitlines()]
+
     def statistics(self, model: str) -> dict[str, Any]:
         """What Triton counts of a model."""
         answer = self._triton.get(f"/v2/models/{model}/stats").raise_for_status()
@@ -104,6 +122,11 @@ class Pair:
         text = self.server.get("/metrics").text
         found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         return sum(map(float, found))
+
+    def is_over(self) -> bool:
+        """Whether the server computes nothing any more."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        return sum(map(self.metric, names)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +158,10 @@ def pair(encoder: Path, decoder: Path, folder: Path) -> Iterator[Pair]:
     )
     with (
         serving("--config", str(settings)) as server,
-        triton(repository, folder) as address,
-        httpx.Client(base_url=f"http://{address}", timeout=60, trust_env=False) as client,
+        triton(repository, folder) as (http, grpc),
+        httpx.Client(base_url=f"http://{http}", timeout=60, trust_env=False) as client,
     ):
-        yield Pair(server, client)
+        yield Pair(server, client, grpc)
 
 
 def test_rows_of_one_request_and_requests_of_one_batch(pair: Pair) -> None:
@@ -241,12 +264,37 @@ def test_clients_that_go_end_their_streams(pair: Pair) -> None:
     for stream in begun:
         stream.close()  # type: ignore[attr-defined]
 
-    def is_over() -> bool:
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        return sum(map(pair.metric, names)) == 0
-
-    wait_until(is_over)
+    wait_until(pair.is_over)
     assert pair.metric("loraexport_decoder_cancelled_total") > before
     asked = {"max_tokens": 8, "ignore_eos": True}
     text = "".join(pair.pieces("hello", "second", **asked))
     assert text == pair.completed("hello", "second", **asked)
+
+
+def test_by_grpc(pair: Pair) -> None:
+    """As by HTTP: rows of several adapters, errors, streams on one connection, clients that go."""
+    jobs = [(text, name, {"max_tokens": 24, **SAMPLED}) for text in TEXTS for name in TENANTS]
+    cut = {"truncate_prompt_tokens": 8}
+    before = pair.metric("loraexport_decoder_cancelled_total")
+    rows, short, unknown, invalid, streams, failed, left = pair.call(
+        {"texts": TEXTS, "adapters": ADAPTERS, "parameters": {}},
+        {"texts": ["hello " * 90], "adapters": ["sql"], "parameters": cut},
+        {"texts": ["hello"], "adapters": ["nobody"], "parameters": {}},
+        {"texts": ["hello"], "adapters": ["sql"], "parameters": {"tempo": 3}},
+        {"streams": jobs},
+        {"streams": [("hello", "nobody", {})]},
+        {"streams": [("hello", name, LONG) for name in TENANTS * 4], "leave": True},
+    )
+    alone = [pair.expected(text, name) for text, name in zip(TEXTS, ADAPTERS, strict=True)]
+    np.testing.assert_allclose(rows["rows"], alone, atol=1e-5)
+    np.testing.assert_allclose(short["rows"], pair.infer(["hello " * 6], ["sql"]), atol=1e-5)
+    assert unknown["status"] == "StatusCode.NOT_FOUND"
+    assert "`tiny:nobody` does not exist" in unknown["error"]
+    assert invalid["status"] == "StatusCode.INVALID_ARGUMENT"
+    assert "tempo is not supported here" in invalid["error"]
+    wanted = [{"text": pair.completed(text, name, **more)} for text, name, more in jobs]
+    assert streams["ends"] == wanted
+    assert "`llama:nobody` does not exist" in failed["ends"][0]["error"]
+    assert left["ends"] is None
+    wait_until(pair.is_over)
+    assert pair.metric("loraexport_decoder_cancelled_total") > before

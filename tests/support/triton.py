@@ -20,27 +20,29 @@ from support.serving import START
 from support.waiting import DEADLINE, wait_until
 
 SITE = ROOT / ".venv-triton"
-"""Packages of its own, as Triton's Python models take numpy < 2 alone."""
+"""Packages of its own, with its client: Triton's Python models take numpy < 2 alone."""
 _STUB = "pytriton/tritonserver/python_backend_stubs/3.11/triton_python_backend_stub"
 needs_triton = pytest.mark.skipif(
-    not (SITE / _STUB).is_file(), reason="scripts/setup --end-to-end triton"
+    not ((SITE / _STUB).is_file() and (SITE / "tritonclient").is_dir()),
+    reason="scripts/setup --end-to-end triton",
 )
 
 
 @contextmanager
-def triton(repository: Path, scratch: Path) -> Iterator[str]:
-    """A server of all models of a repository. Gives host:port of its HTTP."""
+def triton(repository: Path, scratch: Path) -> Iterator[tuple[str, str]]:
+    """A server of all models of a repository. Gives host:port of its HTTP and of its gRPC."""
     backends = scratch / "backends"
     (backends / "python").mkdir(parents=True)
     files = [*(SITE / "pytriton/tritonserver/backends/python").glob("*.*"), SITE / _STUB]
     for file in files:
         (backends / "python" / file.name).symlink_to(file)
-    port = free_port()
+    port, grpc_port = free_port(), free_port()
     command = [
         str(SITE / "pytriton/tritonserver/bin/tritonserver"),
         *("--model-repository", str(repository), "--backend-directory", str(backends)),
         *("--http-address", "127.0.0.1", "--http-port", str(port)),
-        *("--allow-grpc", "false", "--allow-metrics", "false", "--exit-timeout-secs", "5"),
+        *("--grpc-address", "127.0.0.1", "--grpc-port", str(grpc_port)),
+        *("--allow-metrics", "false", "--exit-timeout-secs", "5"),
     ]
     for model in repository.glob("*/1/model.py"):  # the stub passes no variable on; in a container
         lines = f"import sys\n\nsys.path.insert(0, {str(SITE)!r})\n"  # numpy is where it looks
@@ -59,7 +61,7 @@ def triton(repository: Path, scratch: Path) -> Iterator[str]:
                     return False
 
             wait_until(is_ready, START)
-            yield f"127.0.0.1:{port}"
+            yield f"127.0.0.1:{port}", f"127.0.0.1:{grpc_port}"
             process.terminate()
             assert process.wait(30) == 0, log.read_text()
         finally:

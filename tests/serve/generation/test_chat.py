@@ -272,6 +272,40 @@ def test_calls_of_tools(chats: Server, openai_client: openai.OpenAI) -> None:
     assert again.usage.prompt_tokens > 22
 
 
+FLAG = {"properties": {"a": {"type": "boolean"}}, "required": ["a"], "type": "object"}
+STRICT = {**FLAG, "additionalProperties": False}
+
+
+def test_what_langchain_sends(chats: Server) -> None:
+    """ChatOpenAI's requests: a tool's result, a schema, a tool that must be called."""
+    body: Any = {"model": "first", "max_completion_tokens": 90, "seed": 2, "temperature": 1.0}
+    function = {"name": "P", "description": "", "parameters": FLAG}
+    call = {
+        "type": "function",
+        "id": "call_1",
+        "function": {"name": "P", "arguments": '{"a": true}'},
+    }
+    told = [
+        {"content": "hello", "role": "user"},
+        {"content": None, "role": "assistant", "tool_calls": [call]},
+        {"content": "sun", "role": "tool", "tool_call_id": "call_1"},
+    ]
+    tools = [{"type": "function", "function": function}]
+    answer = chats.post("/v1/chat/completions", messages=told, tools=tools, **body).json()
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    form = {"type": "json_schema", "json_schema": {"schema": STRICT, "name": "P", "strict": True}}
+    answer = chats.post("/v1/chat/completions", messages=told[:1], response_format=form, **body)
+    content = answer.json()["choices"][0]["message"]["content"]
+    assert json.loads(content)["a"] in (True, False)
+    body |= {"parallel_tool_calls": False, "tool_choice": NAMED | {"function": {"name": "P"}}}
+    tools = [{"type": "function", "function": function | {"parameters": STRICT, "strict": True}}]
+    given = chunks(chats, messages=told[:1], tools=tools, **body)
+    deltas = [one["choices"][0]["delta"] for one in given]
+    ((made,),) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
+    assert json.loads(made["function"]["arguments"])["a"] in (True, False)
+    assert given[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
 @pytest.mark.parametrize(
     ("choice", "names"),
     [

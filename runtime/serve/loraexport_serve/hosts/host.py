@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -78,17 +78,20 @@ class Host:
                 await asyncio.to_thread(slots.read, name)
 
     @contextmanager
-    def use(self, names: Iterable[str] = ()) -> Iterator[None]:
+    def use(self, names: Sequence[str] = ()) -> Iterator[None]:
         """While it lasts, the artifact is not closed. Args: names: the adapters that are named."""
         self._users += 1
         self._idle.clear()
-        self.in_flight.update(names)
+        for name in names:
+            self.in_flight[name] += 1
         try:
             yield
         finally:
             self._users -= 1
-            self.in_flight.subtract(names)
-            self.in_flight += Counter()  # those of none are dropped
+            for name in names:
+                self.in_flight[name] -= 1
+                if not self.in_flight[name]:
+                    del self.in_flight[name]
             if not self._users:
                 self._idle.set()
 
