@@ -169,13 +169,21 @@ class AdapterSpec(_Model):
 Cost = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Costs(_Model):
-    """Microseconds of one kernel, of a GB moved, and of a GFLOP."""
+class CostTerms(_Model):
+    """Microseconds of one launch, of a GB moved, and of a GFLOP."""
 
-    device: Text
     launch: Cost
     gbyte: Cost
     gflop: Cost
+
+
+class Costs(CostTerms):
+    """The same of stock operators, and of what loraexport-kernels has in their place."""
+
+    device: Text
+    kernels: CostTerms | None = Field(
+        None, description="where kernels is true; default: auto goes by those of stock operators"
+    )
 
 
 class TuneSpec(_Model):
