@@ -181,9 +181,7 @@ class Costs(CostTerms):
     """The same of stock operators, and of what loraexport-kernels has in their place."""
 
     device: Text
-    kernels: CostTerms | None = Field(
-        None, description="where kernels is true; default: auto goes by those of stock operators"
-    )
+    kernels: CostTerms | None = Field(None, description="default: stock operators' stand for them")
 
 
 class TuneSpec(_Model):

@@ -22,7 +22,7 @@ from loraexport.bench.contestants.variants import plan_variant
 from loraexport.bench.device import Device
 from loraexport.bench.floors import floor
 from loraexport.bench.report.markdown import to_markdown
-from loraexport.bench.results import Cell, Floor, Results, read_results
+from loraexport.bench.results import Cell, Entry, Floor, Results, Timing, read_results
 from loraexport.bench.timing import time_works
 from loraexport.bench.work import CannotRun, Work
 from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_slot
@@ -30,9 +30,9 @@ from loraexport.bench.workloads.projects import Lab, model_spec
 from loraexport.bench.workloads.schema import Workloads, read_workloads
 from loraexport.cli import app as cli
 from loraexport.errors import ParityError, SpecError, UsageError
-from loraexport.plan.costs import LayerShape, added, read_costs
+from loraexport.plan.costs import WITH_KERNELS, LayerShape, added, read_costs
 from loraexport.plan.plan import Plan, make_plan
-from loraexport.spec.schema import Costs
+from loraexport.spec.schema import Costs, CostTerms, TuneSpec
 from loraexport_runtime import ProviderError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +57,7 @@ TINY: dict[str, Any] = {
             "tokens": [7, 12],
             "rows": 3,
             "strategies": ["masked"],
+            "leave_out": ["masked torch.compile"],
         },
         {
             "kind": "model",
@@ -74,7 +75,7 @@ TINY: dict[str, Any] = {
             "shapes": [{"rows": 3, "tokens": 5}],
             "fill": 0.6,
             "variants": ["apart", "features", "blend"],
-            "leave_out": ["masked torch"],
+            "leave_out": ["masked torch", "base torch.compile"],
         },
         {
             "kind": "generation",
@@ -161,6 +162,14 @@ def test_the_biases_of_a_random_model_are_not_0(tmp_path: Path) -> None:
     assert all(np.abs(value.astype(np.float32)).min() > 0 for value in biases)
 
 
+def expected_kernels(cell: Cell) -> set[str]:
+    """Who is left out where the package is a folder of sources."""
+    name = "masked kernels" if cell.kind == "layers" else "mixed kernels"
+    if cell.phase == "prefill":
+        return {name}
+    return {name, f"{name} captured"} | ({f"{name} runtime"} if cell.phase else set())
+
+
 @pytest.mark.slow
 def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     cells = read_results(measured / "bench.json").cells
@@ -175,8 +184,9 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     decoders = ["base GenAI", "mixed GenAI"]
     variants = ["mixed apart", "mixed features", "mixed blend"]
     expected = {
-        "layer": {*BASES, *eager, *PEERS, "masked"},
-        "bert": {*BASES, "segmented torch", *PEERS, "mixed", "mixed packed", *variants},
+        "layer": {*BASES, "base torch.compile", *eager, *PEERS, "masked"},
+        "bert": {*BASES, "segmented torch", "masked torch.compile", *PEERS, "mixed", "mixed packed"}
+        | set(variants),
         "llama": {*BASES, *PEERS, *decoders, "mixed"},
     }
     captured = {
@@ -186,6 +196,10 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     }
     runtime = {"base runtime", "mixed runtime"}
     for cell in cells:
+        kernels = [name for name in cell.left_out if "kernels" in name]
+        assert set(kernels) == expected_kernels(cell)
+        missing = {cell.left_out.pop(name) for name in kernels}
+        assert all(one.startswith("loraexport-kernels is damaged: ") for one in missing)
         extra = runtime if cell.phase == "decode" else set()
         assert {one.name for one in cell.entries} == expected[cell.workload] | extra
         graphs = captured[cell.workload]
@@ -399,7 +413,9 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path, run: Run) -> None:
     assert problems(tmp_path, "") == ["1: the file is empty (specs/bench/ has examples)"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "engine", "engine-cpu", "h200", "padding", "variants"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "engine", "engine-cpu", "h200", "kernels", "padding", "variants"]
+)
 def test_the_files_of_the_repository_can_be_read(name: str) -> None:
     assert read_workloads(ROOT / f"specs/bench/{name}.yaml").name == name
 
@@ -607,45 +623,111 @@ def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
 # Calibration
 
 
-def _shape(tokens: int, adapters: int) -> LayerShape:
-    return LayerShape(tokens, 32, 32, adapters, 4, 4, has_bias=True)
+SIZES = (32, 32)
+"""Of the layers of TINY."""
 
 
-def _captured(results: Path, costs: Costs) -> Path:
-    """A bench.json whose layers were captured, at what `costs` say."""
-    data = json.loads(results.read_text())
-    layer = next(cell for cell in data["cells"] if cell["kind"] == "layers")
-    entry = layer["entries"][0]
-    data["cells"], data["environment"]["device"] = [], "made up"
+def timed(seconds: dict[str, float], **changes: Any) -> Cell:
+    """A cell whose contestants took so long."""
+    entries = [
+        Entry(
+            name=name,
+            group="base" if name.startswith("base") else "mixed",
+            timing=Timing(median=took, lower=took, upper=took, wall=took, rounds=3, calls=1),
+            difference=0.0,
+        )
+        for name, took in seconds.items()
+    ]
+    return cell().model_copy(update={"workload": "layer", "entries": tuple(entries), **changes})
+
+
+def captured_at(costs: Costs) -> Results:
+    """Layers that were captured, at what the costs say; half of the slots in use."""
+    found = []
     for tokens in (8, 512, 8192):
-        extra_us = {
-            f"{one} captured": added(costs, one, _shape(tokens, layer["adapters"]))
+        stock = LayerShape(tokens, *SIZES, 4, 4, 4, has_bias=True)
+        seconds = {
+            f"{one} captured": 50.0 + added(costs, one, stock)
             for one in ("masked", "augmented", "chunked")
         }
-        entries = [
-            {**entry, "name": name, "timing": {**entry["timing"], "median": (50 + extra) / 1e6}}
-            for name, extra in {"base captured": 0.0, **extra_us}.items()
-        ]
-        data["cells"].append({**layer, "tokens": tokens, "entries": entries})
-    results.with_name("captured.json").write_text(json.dumps(data))
-    return results.with_name("captured.json")
+        if costs.kernels is not None:
+            used = LayerShape(tokens, *SIZES, 2, 4, 4, has_bias=True)
+            seconds |= {
+                f"{one} kernels captured": 50.0 + added(costs, one, used, with_kernels=True)
+                for one in WITH_KERNELS
+            }
+        seconds = {name: took / 1e6 for name, took in seconds.items()}
+        sizes = {"tokens": tokens, "adapters": 4, "used": 2}
+        found.append(timed({"base captured": 50e-6, **seconds}, **sizes))
+    # Ranks that differ: times that would spoil the fit.
+    differ = {"ranks": (1, 4), "adapters": 4}
+    found.append(timed({"base captured": 1.0, "masked captured": 9.0}, **differ))
+    environment = {"device": "made up"}
+    return Results(environment=environment, workloads=workloads(), cells=tuple(found))
 
 
-@pytest.mark.slow
-def test_calibrate_fits_the_costs_of_a_run(measured: Path, run: Run, tmp_path: Path) -> None:
-    costs = Costs(device="made up", launch=2.5, gbyte=300.0, gflop=40.0)
-    kept = _captured(measured / "bench.json", costs)
-    code, _, said = run("--from", kept, "--out", tmp_path / "out", "--calibrate")
+@pytest.mark.parametrize("kernels", [None, CostTerms(launch=1.5, gbyte=500.0, gflop=20.0)])
+def test_calibrate_fits_the_costs_of_a_run(
+    kernels: CostTerms | None, run: Run, tmp_path: Path
+) -> None:
+    """And what it prints is part of a spec."""
+    costs = Costs(device="made up", launch=2.5, gbyte=300.0, gflop=40.0, kernels=kernels)
+    (tmp_path / "bench.json").write_text(captured_at(costs).model_dump_json())
+    arguments = ("--from", tmp_path / "bench.json", "--out", tmp_path / "out", "--calibrate")
+    code, _, said = run(*arguments)
     assert code == 0
     found = read_costs(tmp_path / "out/costs.json")
-    for name in ("launch", "gbyte", "gflop"):
-        assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=0.02)
+    assert (found.kernels is None) == (kernels is None)
+    for expected, fitted in ((costs, found), (costs.kernels, found.kernels)):
+        for name in ("launch", "gbyte", "gflop") if expected else ():
+            assert getattr(fitted, name) == pytest.approx(getattr(expected, name), rel=0.02)
     lines = yaml.safe_load(said.split("For the spec of a build:\n", 1)[1])
-    assert lines["export"]["tune"]["costs"] == found.model_dump()
+    read = TuneSpec.model_validate_json(json.dumps(lines["export"]["tune"]))
+    assert read.costs == found
 
 
-@pytest.mark.slow
-def test_nothing_to_calibrate_with(measured: Path, run: Run, tmp_path: Path) -> None:
-    code, _, said = run("--from", measured / "bench.json", "--out", tmp_path, "--calibrate")
+def test_nothing_to_calibrate_with(run: Run, tmp_path: Path) -> None:
+    results = captured_at(read_costs()).model_copy(update={"cells": (timed({"base": 1.0}),)})
+    (tmp_path / "bench.json").write_text(results.model_dump_json())
+    code, _, said = run("--from", tmp_path / "bench.json", "--out", tmp_path, "--calibrate")
     assert code == 2
     assert "no layer of this run was captured" in said
+
+
+# The fastest base
+
+
+def test_the_fastest_base_is_whichever_took_least() -> None:
+    """Every contestant over it, and ours over the base that runs as it does too."""
+    seconds = {
+        "base": 3e-6,
+        "base captured": 2e-6,
+        "base torch": 1.6e-6,
+        "base torch.compile": 1.5e-6,
+        "masked torch.compile": 6e-6,
+        "masked kernels captured": 2.4e-6,
+    }
+    one = timed(seconds, ours="masked kernels captured")
+    assert one.fastest_base == "base torch.compile"
+    none = timed({}, tokens=7)
+    assert none.fastest_base is None
+    results = Results(environment={"device": "d"}, workloads=workloads(), cells=(one, none))
+    lines = to_markdown(results).splitlines()
+    columns = lines[lines.index("## layer") + 4]
+    assert columns.startswith("|  | ours | ours / base | fastest base | ours / fastest base | ")
+    row = "| 6 tokens | masked kernels captured | 1.20 | base torch.compile | 1.60 | 2.50 | 1.25 |"
+    assert row in lines
+    assert "| 7 tokens | none ran |  | none ran |  |  |  |" in lines
+    table = lines[lines.index("| over the fastest base | 6 tokens | 7 tokens |") + 2 :]
+    assert table[:6] == [
+        "| base | 2.00 |  |",
+        "| base captured | 1.33 |  |",
+        "| base torch | 1.07 |  |",
+        "| base torch.compile | 1.00 |  |",
+        "| masked torch.compile | 4.00 |  |",
+        "| masked kernels captured | 1.60 |  |",
+    ]
+    assert (
+        "- masked kernels captured: this project's graph, by that strategy, as a CUDA graph,"
+        " its functions computed by loraexport-kernels"
+    ) in lines
