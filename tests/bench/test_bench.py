@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from loraexport.bench.contestants.bound_graph import BoundGraph
 from loraexport.bench.contestants.eager import wrap_with_peft
 from loraexport.bench.contestants.variants import plan_variant
 from loraexport.bench.device import Device
-from loraexport.bench.floors import floor
+from loraexport.bench.floors import floor, site_floors
 from loraexport.bench.report.markdown import to_markdown
 from loraexport.bench.results import Cell, Entry, Floor, Results, Timing, read_results
 from loraexport.bench.timing import time_works
@@ -347,6 +348,7 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
 version: 1
 name: bad
 device: gpu
+dtype: bfloat16
 rounds: 2
 workloads:
   - kind: layers
@@ -377,6 +379,7 @@ workloads:
     adapters: [1]
     rows: [1]
     rows: [2]
+    weights: int4
     zzz: 1
 """
     import transformers
@@ -385,24 +388,25 @@ workloads:
     kinds = "kind: layers, kind: model, kind: generation, kind: engine"
     assert problems(tmp_path, text) == [
         "3: device: expected 'cpu' or 'cuda', got 'gpu' (choose one)",
-        "4: rounds: should be greater than or equal to 3, got 2",
-        "10: workloads[0].chain: 2 layers of which each takes what the one before it gives (make"
+        "5: rounds: should be greater than or equal to 3, got 2",
+        "11: workloads[0].chain: 2 layers of which each takes what the one before it gives (make"
         " in_features and out_features equal, or leave chain out)",
-        "11: workloads[0].adapters: expected list, got 8 (start each item with '- ')",
-        "12: workloads[0].tokens[1]: expected integer, got '64' (write it without quotes)",
-        "13: workloads[0].tokns: unknown key (did you mean 'tokens'?)",
-        "14: workloads[1].name: two are named 'a', the first on line 7 (give each its own name)",
-        f"14: workloads[1].kind: required key is missing (add one of {kinds})",
-        "18: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
-        "20: workloads[2].shapes[0].tokens: required key is missing (add it)",
-        "20: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
-        "21: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other'"
+        "12: workloads[0].adapters: expected list, got 8 (start each item with '- ')",
+        "13: workloads[0].tokens[1]: expected integer, got '64' (write it without quotes)",
+        "14: workloads[0].tokns: unknown key (did you mean 'tokens'?)",
+        "15: workloads[1].name: two are named 'a', the first on line 8 (give each its own name)",
+        f"15: workloads[1].kind: required key is missing (add one of {kinds})",
+        "19: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
+        "21: workloads[2].shapes[0].tokens: required key is missing (add it)",
+        "21: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
+        "22: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other'"
         " (choose one)",
-        f"25: workloads[4].config.model_type: {known} (write it as a config.json does)",
-        "27: workloads[4].rows: empty (give at least one)",
-        "30: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",
-        "33: workloads[5].rows: duplicate key, first given on line 32 (remove one of the two)",
-        "34: workloads[5].zzz: unknown key (remove it; specs/bench/ has examples)",
+        f"26: workloads[4].config.model_type: {known} (write it as a config.json does)",
+        "28: workloads[4].rows: empty (give at least one)",
+        "31: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",
+        "34: workloads[5].rows: duplicate key, first given on line 33 (remove one of the two)",
+        "35: workloads[5].weights: int4 weights beside bfloat16 (take float16 or float32)",
+        "36: workloads[5].zzz: unknown key (remove it; specs/bench/ has examples)",
     ]
 
 
@@ -618,6 +622,36 @@ def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
     assert floor(device, 1, 989_000_000, "float16").seconds == pytest.approx(1e-6)
     device.name = "another"
     assert floor(device, 1, 1, "float16").seconds is None
+
+
+def plan_of(**changes: Any) -> Any:
+    """Two layers' sites as the floors read them."""
+    stack = SimpleNamespace(in_features=64, out_features=32, strategy="masked")
+    layer = SimpleNamespace(
+        layer=stack,
+        num_slots=4,
+        base_bytes=2 * 64 * 32,
+        lora_bytes=2 * 4 * 8 * (64 + 32),
+        base_flops_per_token=2 * 64 * 32,
+        lora_flops_per_token=2 * 4 * 8 * (64 + 32),
+    )
+    base = SimpleNamespace(kind="causal_lm", weights="float")
+    spec = SimpleNamespace(export=SimpleNamespace(dtype="float16"), base=base)
+    vars(base).update(changes)
+    return SimpleNamespace(spec=spec, layers=[layer])
+
+
+def test_floors_of_int4_and_of_ranks_that_differ() -> None:
+    """Half a byte a value and a scale for each 32; of a slot's ranks those that are there."""
+    device = Device("cpu", 1)
+    base = site_floors(plan_of(), 10, 2, device)["base"]
+    int4 = site_floors(plan_of(weights="int4"), 10, 2, device)["base"]
+    assert base.bytes - int4.bytes == 2 * 64 * 32 - (64 * 32 // 2 + 2 * 64 * 32 // 32)
+    assert base.flops == int4.flops
+    whole, half = (site_floors(plan_of(), 10, 2, device, 1, share) for share in (1.0, 0.5))
+    for name in ("bytes", "flops"):
+        more = [getattr(one["mixed"], name) - getattr(one["base"], name) for one in (whole, half)]
+        assert more[0] == 2 * more[1] > 0
 
 
 # Calibration
