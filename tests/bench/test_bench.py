@@ -27,8 +27,8 @@ from loraexport.bench.results import Cell, Entry, Floor, Results, Timing, read_r
 from loraexport.bench.timing import time_works
 from loraexport.bench.work import CannotRun, Work
 from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_slot
-from loraexport.bench.workloads.projects import Lab, model_spec
-from loraexport.bench.workloads.schema import Workloads, read_workloads
+from loraexport.bench.workloads.projects import Lab, layers_spec, model_spec
+from loraexport.bench.workloads.schema import LayersWorkload, Workloads, read_workloads
 from loraexport.cli import app as cli
 from loraexport.errors import ParityError, SpecError, UsageError
 from loraexport.plan.costs import WITH_KERNELS, LayerShape, added, read_costs
@@ -58,7 +58,7 @@ TINY: dict[str, Any] = {
             "tokens": [7, 12],
             "rows": 3,
             "strategies": ["masked"],
-            "leave_out": ["masked torch.compile"],
+            "leave_out": ["base torch.compile", "masked torch.compile"],
         },
         {
             "kind": "model",
@@ -76,7 +76,7 @@ TINY: dict[str, Any] = {
             "shapes": [{"rows": 3, "tokens": 5}],
             "fill": 0.6,
             "variants": ["apart", "features", "blend"],
-            "leave_out": ["masked torch", "base torch.compile"],
+            "leave_out": ["masked torch", "base torch.compile", "masked torch.compile"],
         },
         {
             "kind": "generation",
@@ -185,9 +185,8 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     decoders = ["base GenAI", "mixed GenAI"]
     variants = ["mixed apart", "mixed features", "mixed blend"]
     expected = {
-        "layer": {*BASES, "base torch.compile", *eager, *PEERS, "masked"},
-        "bert": {*BASES, "segmented torch", "masked torch.compile", *PEERS, "mixed", "mixed packed"}
-        | set(variants),
+        "layer": {*BASES, *eager, *PEERS, "masked"},
+        "bert": {*BASES, "segmented torch", *PEERS, "mixed", "mixed packed", *variants},
         "llama": {*BASES, *PEERS, *decoders, "mixed"},
     }
     captured = {
@@ -463,6 +462,23 @@ def test_bounds_and_groups() -> None:
     assert even_bounds(7, 3) == [0, 2, 4, 7]
     assert even_bounds(12, 3) == [0, 4, 8, 12]
     assert rows_by_slot([2, 1, 2, 3]) == {1: [1], 2: [0, 2], 3: [3]}
+
+
+def test_ranks_that_adapters_take_in_turn(tmp_path: Path) -> None:
+    data = TINY["workloads"][0] | {"ranks": [2, 4], "adapters": [3]}
+    plain, mixed = workloads(
+        workloads=[data, data | {"name": "mixed", "mix_ranks": True}]
+    ).workloads
+    assert isinstance(plain, LayersWorkload)
+    assert isinstance(mixed, LayersWorkload)
+    assert plain.rank_sets == ((2,), (4,))
+    assert mixed.rank_sets == ((2, 4),)
+    lab = Lab(tmp_path, Device("cpu", 1), workloads())
+    plan = make_plan(layers_spec(mixed, lab, 3, (2, 4)), tmp_path)
+    assert [adapter.header.max_rank for adapter in plan.adapters] == [2, 4, 2]
+    assert plan.max_rank == 4
+    one = cell().model_copy(update={"ranks": (2, 4)})
+    assert (one.rank_label, cell().rank_label) == ("ranks 2 to 4", "rank 4")
 
 
 # Contestants

@@ -1,10 +1,12 @@
 """torch.compile as a contestant: the numbers of the module, and why it cannot run."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.bench import BERT, LAYERS, cells
 from torch import Tensor, nn
 
 from loraexport.bench.contestants.compiled import BoundInputs, compile_module
@@ -68,11 +70,24 @@ def test_it_gives_what_the_module_gives() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh")
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler() -> None:
     """Of this torch the message itself."""
-    import torch._inductor.config as inductor
+    from torch._inductor import config
 
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
-    with pytest.raises(CannotRun, match=r"torch\.compile: .*[Cc]ompiler"), torch.no_grad():
+    lacking: Any = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with (
+        config.patch(lacking),
+        torch.no_grad(),
+        pytest.raises(CannotRun, match=r"torch\.compile: .*[Cc]ompiler"),
+    ):
         compile_module(BOUND, FIRST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", [LAYERS, BERT], ids=["layers", "model"])
+def test_the_base_and_the_masked_strategy(tmp_path: Path, workload: dict[str, Any]) -> None:
+    """Within rounding of onnxruntime's base, and of the strategy in eager torch."""
+    names = {"base", "base torch.compile", "masked torch", "masked torch.compile"}
+    (cell,) = cells(tmp_path, workload, names)
+    assert cell.left_out == {}
+    assert {entry.name for entry in cell.entries} == names
