@@ -54,14 +54,23 @@ def read_costs(path: Path = COSTS_FILE) -> Costs:
         ) from error
 
 
-def work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
+def work(
+    strategy: Strategy, shape: LayerShape, with_kernels: bool = False
+) -> tuple[int, float, float]:
     """(launches, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
 
     masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | h], and K
     more columns in the base's product, less that one's pass for its bias. chunked, P places in
     chunks: gathers of x, A and B, two batched products, a gather back, where, add. segmented runs
     its loop: no model of it.
+
+    With kernels, which take the functions of masked and augmented sites, and S slots in use: a
+    shrink over each token's own slot, and an expand that adds to y: x, y and S times A and B are
+    read, h is written and read in float32, y written. augmented brings the bias along, for which
+    the base's product has a pass of its own.
     """
+    if with_kernels:
+        return _kernels_work(strategy, shape)
     tokens, size_in, size_out = shape.tokens, shape.in_features, shape.out_features
     width, every = shape.rows_per_slot, shape.rows_per_slot * shape.slots
     select = tokens * size_in + 3.5 * tokens * every + every * size_in  # the shrink, and where
@@ -85,13 +94,7 @@ def work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
     return launches, values * shape.bytes_per_value / 1e9, flops / 1e9
 
 
-def kernels_work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
-    """The same where kernels take the strategy's function, with S slots that are in use.
-
-    A shrink over each token's own slot, and an expand that adds to y: x, y and S times A and B are
-    read, h is written and read in float32, y written. augmented brings the bias along, for which
-    the base's product has a pass of its own.
-    """
+def _kernels_work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
     tokens, size_in, size_out = shape.tokens, shape.in_features, shape.out_features
     width, used = shape.rows_per_slot, min(shape.slots, tokens)
     launches, values = 2, tokens * (size_in + 2 * size_out) + used * width * (size_in + size_out)
@@ -123,7 +126,7 @@ def added(costs: Costs, strategy: Strategy, shape: LayerShape, with_kernels: boo
     """
     terms = costs.kernels if with_kernels else costs
     assert terms is not None, "whoever asks has looked for the kernels' terms"
-    launches, gbytes, gflops = (kernels_work if with_kernels else work)(strategy, shape)
+    launches, gbytes, gflops = work(strategy, shape, with_kernels)
     return terms.launch * launches + terms.gbyte * gbytes + terms.gflop * gflops
 
 
@@ -154,9 +157,7 @@ def _fit(measured: Sequence[Measured], which: str, example: str) -> CostTerms:
             f" specs/bench/{example}.yaml does"
         )
     whole = np.array([measurement.base + measurement.added for measurement in measured])
-    works = [
-        (kernels_work if one.with_kernels else work)(one.strategy, one.shape) for one in measured
-    ]
+    works = [work(one.strategy, one.shape, one.with_kernels) for one in measured]
     rows = np.array(works) / whole[:, None]
     targets = np.array([measurement.added for measurement in measured]) / whole
     best, least = np.zeros(3), np.inf

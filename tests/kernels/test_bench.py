@@ -13,7 +13,11 @@ from support.bench import BERT, LAYERS, LLAMA, cells, contests
     ("workload", "stock"),
     [
         (LAYERS, ("masked", "augmented")),
-        (LAYERS | {"ranks": [2, 4], "mix_ranks": True}, ("masked", "augmented")),
+        pytest.param(
+            LAYERS | {"ranks": [2, 4], "mix_ranks": True},
+            ("masked", "augmented"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(BERT, ("mixed",), marks=pytest.mark.slow),
         pytest.param(LLAMA, ("mixed", "mixed runtime"), marks=pytest.mark.slow),
         pytest.param(LLAMA | {"weights": "int4"}, ("mixed",), marks=pytest.mark.slow),

@@ -13,7 +13,6 @@ from loraexport.plan.costs import (
     Measured,
     added,
     fit,
-    kernels_work,
     read_costs,
     work,
 )
@@ -54,15 +53,15 @@ def test_the_work_of_one_layer_with_kernels() -> None:
     values = 10 * 4 + 2 * 10 * 6 + 2 * 3 * (4 + 6)
     sums, flops = 2 * 4 * 10 * 3, 2 * 10 * 3 * (4 + 6) / 1e9
     for strategy in WITH_KERNELS:
-        assert kernels_work(strategy, shape) == (2, (values * 2 + sums) / 1e9, flops)
+        assert work(strategy, shape, with_kernels=True) == (2, (values * 2 + sums) / 1e9, flops)
     with_bias = LayerShape(10, 4, 6, 2, 3, 2, has_bias=True)
-    assert kernels_work("masked", with_bias) == kernels_work("masked", shape)
+    assert work("masked", with_bias, with_kernels=True) == work("masked", shape, with_kernels=True)
     moved = (values - 2 * 10 * 6) * 2 + sums
-    assert kernels_work("augmented", with_bias) == (1, moved / 1e9, flops)
+    assert work("augmented", with_bias, with_kernels=True) == (1, moved / 1e9, flops)
     one_token = (4 + 2 * 6 + 3 * (4 + 6)) * 2 + 2 * 4 * 3
-    assert kernels_work("masked", LayerShape(1, 4, 6, 2, 3, 2))[1] == one_token / 1e9
+    assert work("masked", LayerShape(1, 4, 6, 2, 3, 2), with_kernels=True)[1] == one_token / 1e9
     with pytest.raises(ValueError, match="no kernels of 'chunked'"):
-        kernels_work("chunked", shape)
+        work("chunked", shape, with_kernels=True)
 
 
 def test_a_fit_finds_the_costs_that_made_the_measurements() -> None:
