@@ -16,7 +16,9 @@ class BoundInputs(nn.Module):
     As buffers a CUDA graph reads them where they lie; the others it copies at every call.
     """
 
-    def __init__(self, module: nn.Module, control: Sequence[Tensor], stacks: Sequence[Tensor]):
+    def __init__(
+        self, module: nn.Module, control: Sequence[Tensor], stacks: Sequence[Tensor]
+    ) -> None:
         """
         Args:
             control, stacks: the other inputs, these as a list, which comes last.

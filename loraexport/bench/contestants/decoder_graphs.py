@@ -83,7 +83,7 @@ class DecoderGraphs:
 
     def _graft(self, model: ir.Model, kernels: bool) -> dict[str, np.ndarray]:
         """Put multi-LoRA into the graph, in place; the stacks of its slots."""
-        plan, dtype = self._plan(kernels), self.lab.bench.dtype
+        plan, dtype = self._plan(kernels) if kernels else self.plan, self.lab.bench.dtype
         sites = find_decoder_sites(plan, model)
         base_weights, scales = load_decoder_base(plan)
         parameters = base_rows(sites, NUMPY_DTYPES[dtype])

@@ -111,7 +111,8 @@ class _Batch:
         return self._eager(lambda inputs: module(inputs, self._ids, []))
 
     def base_compiled(self) -> Work:
-        module = BoundInputs(self._model.base_torch, [self._ids], [])
+        ids = self._ids.to(self._lab.device.torch)  # nothing on the host, or nothing is captured
+        module = BoundInputs(self._model.base_torch, [ids], [])
         return self._eager(compile_module(module, self.copies[0]))
 
     def loop(self) -> Work:
