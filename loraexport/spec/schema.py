@@ -178,7 +178,7 @@ class CostTerms(_Model):
 
 
 class Costs(CostTerms):
-    """The same of stock operators, and of what loraexport-kernels has in their place."""
+    """Microseconds of a launch, a GB moved and a GFLOP, of stock operators and of kernels."""
 
     device: Text
     kernels: CostTerms | None = Field(None, description="default: stock operators' stand for them")
