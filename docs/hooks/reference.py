@@ -23,7 +23,7 @@ Schema = Mapping[str, Any]
 ORDER = (
     *("LayersSpec", "LinearSpec", "SliceSpec", "EmbeddingSpec", "InitSpec", "TransformersSpec"),
     *("CausalLmSpec", "OnnxSpec", "SiteRule", "AdapterSpec", "ExportSpec", "TuneSpec", "Costs"),
-    "ParitySpec",
+    *("CostTerms", "ParitySpec"),
 )
 TITLES = {
     "LayersSpec": "base, kind: layers",
@@ -39,6 +39,7 @@ TITLES = {
     "ExportSpec": "export",
     "TuneSpec": "export.tune",
     "Costs": "export.tune.costs",
+    "CostTerms": "export.tune.costs.kernels",
     "ParitySpec": "parity",
 }
 SPEC_INTRODUCTION = """\

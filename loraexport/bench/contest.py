@@ -15,6 +15,9 @@ from .work import CannotRun, Work
 from .workloads.schema import Workloads
 
 Group = Literal["base", "mixed"]
+KERNELS = " kernels"
+"""How the names of contestants go on that run on loraexport-kernels."""
+MIXED_KERNELS = f"mixed{KERNELS}"
 SCRATCH = "loraexport-bench-"
 """How the names of scratch folders begin."""
 
@@ -53,9 +56,13 @@ class Batch(Protocol):
 
     def base_torch(self) -> Work: ...
 
+    def base_compiled(self) -> Work: ...
+
     def loop(self) -> Work: ...
 
     def masked(self) -> Work: ...
+
+    def masked_compiled(self) -> Work: ...
 
     def peft(self) -> Work: ...
 
@@ -68,8 +75,10 @@ def peers(batch: Batch) -> list[Contestant]:
         Contestant("base", "base", partial(batch.onnx, "base", False)),
         Contestant("base captured", "base", partial(batch.onnx, "base", True)),
         Contestant("base torch", "base", batch.base_torch),
+        Contestant("base torch.compile", "base", batch.base_compiled),
         Contestant("segmented torch", "mixed", batch.loop),
         Contestant("masked torch", "mixed", batch.masked),
+        Contestant("masked torch.compile", "mixed", batch.masked_compiled),
         Contestant("PEFT", "mixed", batch.peft),
         Contestant("one at a time", "mixed", batch.one_at_a_time),
     ]
@@ -86,6 +95,13 @@ def run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     Raises:
         ParityError: two of them disagree, so that times would say nothing.
     """
+    try:
+        return _run_contest(contest, bench, device)
+    finally:
+        device.forget_compiled()
+
+
+def _run_contest(contest: Contest, bench: Workloads, device: Device) -> Cell:
     from .timing import time_works  # which needs Work
 
     works: dict[str, Work] = {}
@@ -167,6 +183,6 @@ def reason_of(error: Exception) -> str:
 def _title(cell: Cell) -> str:
     phase = f", {cell.phase}" if cell.phase else ""
     return (
-        f"workload {cell.workload!r}, {cell.adapters} adapters of rank {cell.rank}, {cell.rows}"
+        f"workload {cell.workload!r}, {cell.adapters} adapters of {cell.rank_label}, {cell.rows}"
         f" rows, {cell.tokens} tokens{phase}"
     )

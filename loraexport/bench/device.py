@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -80,6 +81,12 @@ class Device:
         ctypes.CDLL("libcuda.so.1").cuStreamEndCapture(stream, ctypes.byref(graph))
         with suppress(RuntimeError):  # what failed is told already
             torch.cuda.synchronize()
+
+    def forget_compiled(self) -> None:
+        """Let go of what torch.compile made for a cell: shapes of the next one are others, and it
+        keeps eight of a module."""
+        if "torch._dynamo" in sys.modules:  # else nothing was compiled, and this would import it
+            torch.compiler.reset()
 
     def free(self) -> None:
         """Give back what torch keeps of a workload that is over."""

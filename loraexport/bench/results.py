@@ -63,6 +63,9 @@ class Cell(_Model):
     used: int
     """Different adapters in the batch."""
     rank: int
+    """The largest, where adapters differ."""
+    ranks: tuple[int, ...] = ()
+    """Those that the adapters take in turn, where they differ."""
     rows: int
     tokens: int
     """All rows together."""
@@ -76,6 +79,19 @@ class Cell(_Model):
     def seconds(self, name: str | None) -> float | None:
         """The median of a contestant, if it ran."""
         return next((entry.timing.median for entry in self.entries if entry.name == name), None)
+
+    @property
+    def rank_label(self) -> str:
+        """`rank 16`, or `ranks 8 to 128` where adapters differ."""
+        if not self.ranks:
+            return f"rank {self.rank}"
+        return f"ranks {min(self.ranks)} to {max(self.ranks)}"
+
+    @property
+    def fastest_base(self) -> str | None:
+        """Who ran the base alone in the least time, in whatever way."""
+        bases = [entry for entry in self.entries if entry.group == "base"]
+        return min(bases, key=lambda entry: entry.timing.median).name if bases else None
 
 
 class Figure(_Model):

@@ -1,8 +1,9 @@
 """What a strategy adds to a linear layer on a GPU: the model by which `auto` chooses.
 
-microseconds = launch * kernels + gbyte * GB moved + gflop * GFLOP computed, over the base alone, of
-what the strategy's graph does beside the base's product. The three are fitted to measured layers
-(`loraexport bench --calibrate`), so that they stand for a device; costs.json has an H200's.
+microseconds = launch * launches + gbyte * GB moved + gflop * GFLOP computed, over the base alone,
+of what the strategy's graph does beside the base's product. The three are fitted to measured layers
+(`loraexport bench --calibrate`), so that they stand for a device; costs.json has an H200's. The
+kernels of loraexport-kernels have three of their own.
 """
 
 import itertools
@@ -17,11 +18,14 @@ from loraexport_runtime.contract.foreign import MAX_BYTES, read_bounded
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..errors import UsageError
-from ..spec.schema import Costs
+from ..spec.schema import Costs, CostTerms
 
 COSTS_FILE = Path(__file__).with_name("costs.json")
 _CHUNK = 64
 """Of the chunked strategy, in tokens."""
+WITH_KERNELS: tuple[Strategy, ...] = ("augmented", "masked")
+"""Strategies whose sites are functions that kernels may take (export.kernels)."""
+_LEAST_MEASURED = 6
 
 
 @dataclass(frozen=True)
@@ -50,35 +54,56 @@ def read_costs(path: Path = COSTS_FILE) -> Costs:
         ) from error
 
 
-def work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
-    """(kernels, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
+def work(
+    strategy: Strategy, shape: LayerShape, with_kernels: bool = False
+) -> tuple[int, float, float]:
+    """(launches, GB, GFLOP) beside the base's product, with W the rows of a slot, K those of all.
 
     masked: shrink, where, a copy of y, expand over it. augmented: shrink, where, [x | h], and K
     more columns in the base's product, less that one's pass for its bias. chunked, P places in
     chunks: gathers of x, A and B, two batched products, a gather back, where, add. segmented runs
     its loop: no model of it.
+
+    With kernels, which take the functions of masked and augmented sites, and S slots in use: a
+    shrink over each token's own slot, and an expand that adds to y: x, y and S times A and B are
+    read, h is written and read in float32, y written. augmented brings the bias along, for which
+    the base's product has a pass of its own.
     """
+    if with_kernels:
+        return _kernels_work(strategy, shape)
     tokens, size_in, size_out = shape.tokens, shape.in_features, shape.out_features
     width, every = shape.rows_per_slot, shape.rows_per_slot * shape.slots
     select = tokens * size_in + 3.5 * tokens * every + every * size_in  # the shrink, and where
-    values, flops, kernels = select + every * size_out, 0.0, 0
+    values, flops, launches = select + every * size_out, 0.0, 0
     if strategy == "masked":
-        kernels, values = 4, values + tokens * every + 4 * tokens * size_out
+        launches, values = 4, values + tokens * every + 4 * tokens * size_out
         flops = 2 * tokens * every * (size_in + size_out)
     elif strategy == "augmented":
-        kernels, values = 3, values + 2 * tokens * (size_in + every) + tokens * every
+        launches, values = 3, values + 2 * tokens * (size_in + every) + tokens * every
         if shape.has_bias:  # the base's product gets it by a pass of its own over y
-            kernels, values = 2, values - 2 * tokens * size_out
+            launches, values = 2, values - 2 * tokens * size_out
         flops = 2 * tokens * every * (size_in + size_out)
     elif strategy == "chunked":
         chunks = tokens // _CHUNK + shape.slots
         places = chunks * _CHUNK
         moved = places * (3 * size_in + size_out + 2 * width) + 7 * tokens * size_out
-        kernels, values = 9, moved + 3 * chunks * width * (size_in + size_out)
+        launches, values = 9, moved + 3 * chunks * width * (size_in + size_out)
         flops = 2 * places * width * (size_in + size_out)
     else:
         raise ValueError(f"no cost of {strategy!r}")
-    return kernels, values * shape.bytes_per_value / 1e9, flops / 1e9
+    return launches, values * shape.bytes_per_value / 1e9, flops / 1e9
+
+
+def _kernels_work(strategy: Strategy, shape: LayerShape) -> tuple[int, float, float]:
+    tokens, size_in, size_out = shape.tokens, shape.in_features, shape.out_features
+    width, used = shape.rows_per_slot, min(shape.slots, tokens)
+    launches, values = 2, tokens * (size_in + 2 * size_out) + used * width * (size_in + size_out)
+    if strategy == "augmented" and shape.has_bias:
+        launches, values = 1, values - 2 * tokens * size_out
+    elif strategy not in WITH_KERNELS:
+        raise ValueError(f"no kernels of {strategy!r}")
+    moved = values * shape.bytes_per_value + 2 * 4 * tokens * width
+    return launches, moved / 1e9, 2 * tokens * width * (size_in + size_out) / 1e9
 
 
 @dataclass(frozen=True)
@@ -90,12 +115,19 @@ class Measured:
     added: float
     base: float
     """The base alone."""
+    with_kernels: bool = False
 
 
-def added(costs: Costs, strategy: Strategy, shape: LayerShape) -> float:
-    """Microseconds that the strategy adds to the base alone."""
-    kernels, gbytes, gflops = work(strategy, shape)
-    return costs.launch * kernels + costs.gbyte * gbytes + costs.gflop * gflops
+def added(costs: Costs, strategy: Strategy, shape: LayerShape, with_kernels: bool = False) -> float:
+    """Microseconds that the strategy adds to the base alone.
+
+    Args:
+        with_kernels: taken by kernels, whose terms the costs have.
+    """
+    terms = costs.kernels if with_kernels else costs
+    assert terms is not None, "whoever asks has looked for the kernels' terms"
+    launches, gbytes, gflops = work(strategy, shape, with_kernels)
+    return terms.launch * launches + terms.gbyte * gbytes + terms.gflop * gflops
 
 
 def is_apart(costs: Costs, shape: LayerShape, slices: int) -> bool:
@@ -105,21 +137,28 @@ def is_apart(costs: Costs, shape: LayerShape, slices: int) -> bool:
 
 
 def fit(device: str, measured: Sequence[Measured]) -> Costs:
-    """The three of least squared error, relative to the whole layer's time; none below 0.
+    """The terms of stock operators, and of kernels where layers were timed with them.
 
     Raises:
         UsageError: too few measurements.
     """
-    if len(measured) < 6:
+    stock = _fit([one for one in measured if not one.with_kernels], "", "h200")
+    timed = [one for one in measured if one.with_kernels]
+    kernels = _fit(timed, " with kernels", "kernels") if timed else None
+    return Costs(device=device, **stock.model_dump(), kernels=kernels)
+
+
+def _fit(measured: Sequence[Measured], which: str, example: str) -> CostTerms:
+    """The three of least squared error, relative to the whole layer's time; none below 0."""
+    if len(measured) < _LEAST_MEASURED:
         raise UsageError(
-            f"{len(measured)} measured layers are too few to calibrate; run workloads of kind"
-            " layers on CUDA with several tokens and adapters, as specs/bench/h200.yaml does"
+            f"{len(measured)} measured layers{which} are too few to calibrate; run workloads of"
+            " kind layers on CUDA with several tokens and adapters, as"
+            f" specs/bench/{example}.yaml does"
         )
     whole = np.array([measurement.base + measurement.added for measurement in measured])
-    rows = (
-        np.array([work(measurement.strategy, measurement.shape) for measurement in measured])
-        / whole[:, None]
-    )
+    works = [work(one.strategy, one.shape, one.with_kernels) for one in measured]
+    rows = np.array(works) / whole[:, None]
     targets = np.array([measurement.added for measurement in measured]) / whole
     best, least = np.zeros(3), np.inf
     for size in (1, 2, 3):  # least squares on a face of the positive octant
@@ -130,4 +169,4 @@ def fit(device: str, measured: Sequence[Measured]) -> Costs:
                 best, least = np.zeros(3), error
                 best[list(chosen)] = part
     launch, gbyte, gflop = (float(f"{cost:.4g}") for cost in best)
-    return Costs(device=device, launch=launch, gbyte=gbyte, gflop=gflop)
+    return CostTerms(launch=launch, gbyte=gbyte, gflop=gflop)

@@ -6,9 +6,10 @@ from typing import Literal
 from loraexport_runtime.contract.manifest import Strategy
 
 from ..spec.schema import Costs, Spec
-from .costs import LayerShape, added, read_costs
+from .costs import WITH_KERNELS, LayerShape, added, read_costs
 from .stacks import BYTES_PER_VALUE
 
+_NO_KERNEL_COSTS = "; by stock operators, as these costs have no terms of the kernels"
 _own_costs = functools.cache(read_costs)  # every layer of a plan asks for them
 
 
@@ -24,8 +25,9 @@ def choose_strategy(
     """The strategy of a layer, and why.
 
     `auto` takes what costs least on the GPU that `tune` names (see costs.py): of a whole model or
-    a decoder masked or augmented, which share their mask, of a single layer chunked too, but for
-    kernels. On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
+    a decoder masked or augmented, which share their mask, of a single layer chunked too. With
+    export.kernels it goes by the kernels' costs, where these are known, and never takes chunked,
+    for which there are none. On a CPU masked costs 1.3 to 1.7 times the base, augmented 2 to 3.2.
     """
     requested, tune, tokens = spec.export.strategy, spec.export.tune, spec.typical_tokens
     if spec.export.blend:
@@ -47,15 +49,17 @@ def choose_strategy(
     costs = costs_of(spec)
     size = BYTES_PER_VALUE[spec.export.dtype]
     shape = LayerShape(tokens, in_size, out_size, num_slots, rows_per_slot, size, has_bias)
-    candidates: list[Strategy] = ["augmented", "masked"]
+    candidates = list(WITH_KERNELS)
     if spec.base.kind == "layers" and not spec.export.kernels:
         candidates.append("chunked")
-    extra = {candidate: added(costs, candidate, shape) for candidate in candidates}
+    by_kernels = spec.export.kernels and costs.kernels is not None
+    extra = {candidate: added(costs, candidate, shape, by_kernels) for candidate in candidates}
     best, *costlier = sorted(candidates, key=lambda candidate: extra[candidate])
     comparison = ", ".join(f"{candidate} {extra[candidate]:.1f}" for candidate in costlier)
     return best, (
-        f"least by the costs of one {costs.device} for {tokens} tokens and {num_slots} slots:"
-        f" {extra[best]:.1f} us over the base; {comparison}"
+        f"least by the costs of {'the kernels on ' if by_kernels else ''}one {costs.device} for"
+        f" {tokens} tokens and {num_slots} slots: {extra[best]:.1f} us over the base; {comparison}"
+        f"{'' if by_kernels or not spec.export.kernels else _NO_KERNEL_COSTS}"
     )
 
 

@@ -15,6 +15,7 @@ from .schema import (
     AdapterSpec,
     CausalLmSpec,
     Costs,
+    CostTerms,
     EmbeddingSpec,
     ExportSpec,
     InitSpec,
@@ -66,6 +67,7 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         ExportSpec,
         TuneSpec,
         Costs,
+        CostTerms,
         ParitySpec,
     ]
     models += [LinearSpec, EmbeddingSpec, SliceSpec, InitSpec]
@@ -80,6 +82,7 @@ def _keys_beside(location: tuple[str | int, ...]) -> list[str]:
         ("export",): [ExportSpec],
         ("export", "tune"): [TuneSpec],
         ("export", "tune", "costs"): [Costs],
+        ("export", "tune", "costs", "kernels"): [CostTerms],
         ("parity",): [ParitySpec],
     }
     parent = tuple(part for part in location[:-1] if isinstance(part, str))

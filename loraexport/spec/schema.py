@@ -169,13 +169,19 @@ class AdapterSpec(_Model):
 Cost = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Costs(_Model):
-    """Microseconds of one kernel, of a GB moved, and of a GFLOP."""
+class CostTerms(_Model):
+    """Microseconds of one launch, of a GB moved, and of a GFLOP."""
 
-    device: Text
     launch: Cost
     gbyte: Cost
     gflop: Cost
+
+
+class Costs(CostTerms):
+    """Microseconds of a launch, a GB moved and a GFLOP, of stock operators and of kernels."""
+
+    device: Text
+    kernels: CostTerms | None = Field(None, description="default: stock operators' stand for them")
 
 
 class TuneSpec(_Model):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,19 @@ from loraexport.bench.contestants.bound_graph import BoundGraph
 from loraexport.bench.contestants.eager import wrap_with_peft
 from loraexport.bench.contestants.variants import plan_variant
 from loraexport.bench.device import Device
-from loraexport.bench.floors import floor
+from loraexport.bench.floors import floor, site_floors
 from loraexport.bench.report.markdown import to_markdown
-from loraexport.bench.results import Cell, Floor, Results, read_results
+from loraexport.bench.results import Cell, Entry, Floor, Results, Timing, read_results
 from loraexport.bench.timing import time_works
 from loraexport.bench.work import CannotRun, Work
 from loraexport.bench.workloads.batches import draw_slots, even_bounds, rows_by_slot
-from loraexport.bench.workloads.projects import Lab, model_spec
-from loraexport.bench.workloads.schema import Workloads, read_workloads
+from loraexport.bench.workloads.projects import Lab, layers_spec, model_spec
+from loraexport.bench.workloads.schema import LayersWorkload, Workloads, read_workloads
 from loraexport.cli import app as cli
 from loraexport.errors import ParityError, SpecError, UsageError
-from loraexport.plan.costs import LayerShape, added, read_costs
+from loraexport.plan.costs import WITH_KERNELS, LayerShape, added, read_costs
 from loraexport.plan.plan import Plan, make_plan
-from loraexport.spec.schema import Costs
+from loraexport.spec.schema import Costs, CostTerms, TuneSpec
 from loraexport_runtime import ProviderError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,7 @@ TINY: dict[str, Any] = {
             "tokens": [7, 12],
             "rows": 3,
             "strategies": ["masked"],
+            "leave_out": ["base torch.compile", "masked torch.compile"],
         },
         {
             "kind": "model",
@@ -74,7 +76,7 @@ TINY: dict[str, Any] = {
             "shapes": [{"rows": 3, "tokens": 5}],
             "fill": 0.6,
             "variants": ["apart", "features", "blend"],
-            "leave_out": ["masked torch"],
+            "leave_out": ["masked torch", "base torch.compile", "masked torch.compile"],
         },
         {
             "kind": "generation",
@@ -161,6 +163,14 @@ def test_the_biases_of_a_random_model_are_not_0(tmp_path: Path) -> None:
     assert all(np.abs(value.astype(np.float32)).min() > 0 for value in biases)
 
 
+def expected_kernels(cell: Cell) -> set[str]:
+    """Who is left out where the package is a folder of sources."""
+    name = "masked kernels" if cell.kind == "layers" else "mixed kernels"
+    if cell.phase == "prefill":
+        return {name}
+    return {name, f"{name} captured"} | ({f"{name} runtime"} if cell.phase else set())
+
+
 @pytest.mark.slow
 def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     cells = read_results(measured / "bench.json").cells
@@ -186,6 +196,10 @@ def test_every_contestant_of_every_kind_ran(measured: Path) -> None:
     }
     runtime = {"base runtime", "mixed runtime"}
     for cell in cells:
+        kernels = [name for name in cell.left_out if "kernels" in name]
+        assert set(kernels) == expected_kernels(cell)
+        missing = {cell.left_out.pop(name) for name in kernels}
+        assert all(one.startswith("loraexport-kernels is damaged: ") for one in missing)
         extra = runtime if cell.phase == "decode" else set()
         assert {one.name for one in cell.entries} == expected[cell.workload] | extra
         graphs = captured[cell.workload]
@@ -333,6 +347,7 @@ def test_all_problems_of_a_file_at_once(tmp_path: Path) -> None:
 version: 1
 name: bad
 device: gpu
+dtype: bfloat16
 rounds: 2
 workloads:
   - kind: layers
@@ -363,6 +378,7 @@ workloads:
     adapters: [1]
     rows: [1]
     rows: [2]
+    weights: int4
     zzz: 1
 """
     import transformers
@@ -371,24 +387,25 @@ workloads:
     kinds = "kind: layers, kind: model, kind: generation, kind: engine"
     assert problems(tmp_path, text) == [
         "3: device: expected 'cpu' or 'cuda', got 'gpu' (choose one)",
-        "4: rounds: should be greater than or equal to 3, got 2",
-        "10: workloads[0].chain: 2 layers of which each takes what the one before it gives (make"
+        "5: rounds: should be greater than or equal to 3, got 2",
+        "11: workloads[0].chain: 2 layers of which each takes what the one before it gives (make"
         " in_features and out_features equal, or leave chain out)",
-        "11: workloads[0].adapters: expected list, got 8 (start each item with '- ')",
-        "12: workloads[0].tokens[1]: expected integer, got '64' (write it without quotes)",
-        "13: workloads[0].tokns: unknown key (did you mean 'tokens'?)",
-        "14: workloads[1].name: two are named 'a', the first on line 7 (give each its own name)",
-        f"14: workloads[1].kind: required key is missing (add one of {kinds})",
-        "18: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
-        "20: workloads[2].shapes[0].tokens: required key is missing (add it)",
-        "20: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
-        "21: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other'"
+        "12: workloads[0].adapters: expected list, got 8 (start each item with '- ')",
+        "13: workloads[0].tokens[1]: expected integer, got '64' (write it without quotes)",
+        "14: workloads[0].tokns: unknown key (did you mean 'tokens'?)",
+        "15: workloads[1].name: two are named 'a', the first on line 8 (give each its own name)",
+        f"15: workloads[1].kind: required key is missing (add one of {kinds})",
+        "19: workloads[2].config.hiden_size: unknown key (did you mean 'hidden_size'?)",
+        "21: workloads[2].shapes[0].tokens: required key is missing (add it)",
+        "21: workloads[2].shapes[0].token: unknown key (did you mean 'tokens'?)",
+        "22: workloads[3].kind: expected 'layers', 'model', 'generation', 'engine', got 'other'"
         " (choose one)",
-        f"25: workloads[4].config.model_type: {known} (write it as a config.json does)",
-        "27: workloads[4].rows: empty (give at least one)",
-        "30: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",
-        "33: workloads[5].rows: duplicate key, first given on line 32 (remove one of the two)",
-        "34: workloads[5].zzz: unknown key (remove it; specs/bench/ has examples)",
+        f"26: workloads[4].config.model_type: {known} (write it as a config.json does)",
+        "28: workloads[4].rows: empty (give at least one)",
+        "31: workloads[5].config.model_type: required key is missing (add it, as model_type: bert)",
+        "34: workloads[5].rows: duplicate key, first given on line 33 (remove one of the two)",
+        "35: workloads[5].weights: int4 weights beside bfloat16 (take float16 or float32)",
+        "36: workloads[5].zzz: unknown key (remove it; specs/bench/ has examples)",
     ]
 
 
@@ -399,7 +416,9 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path, run: Run) -> None:
     assert problems(tmp_path, "") == ["1: the file is empty (specs/bench/ has examples)"]
 
 
-@pytest.mark.parametrize("name", ["cpu", "engine", "engine-cpu", "h200", "padding", "variants"])
+@pytest.mark.parametrize(
+    "name", ["cpu", "engine", "engine-cpu", "h200", "kernels", "padding", "variants"]
+)
 def test_the_files_of_the_repository_can_be_read(name: str) -> None:
     assert read_workloads(ROOT / f"specs/bench/{name}.yaml").name == name
 
@@ -443,6 +462,23 @@ def test_bounds_and_groups() -> None:
     assert even_bounds(7, 3) == [0, 2, 4, 7]
     assert even_bounds(12, 3) == [0, 4, 8, 12]
     assert rows_by_slot([2, 1, 2, 3]) == {1: [1], 2: [0, 2], 3: [3]}
+
+
+def test_ranks_that_adapters_take_in_turn(tmp_path: Path) -> None:
+    data = TINY["workloads"][0] | {"ranks": [2, 4], "adapters": [3]}
+    plain, mixed = workloads(
+        workloads=[data, data | {"name": "mixed", "mix_ranks": True}]
+    ).workloads
+    assert isinstance(plain, LayersWorkload)
+    assert isinstance(mixed, LayersWorkload)
+    assert plain.rank_sets == ((2,), (4,))
+    assert mixed.rank_sets == ((2, 4),)
+    lab = Lab(tmp_path, Device("cpu", 1), workloads())
+    plan = make_plan(layers_spec(mixed, lab, 3, (2, 4)), tmp_path)
+    assert [adapter.header.max_rank for adapter in plan.adapters] == [2, 4, 2]
+    assert plan.max_rank == 4
+    one = cell().model_copy(update={"ranks": (2, 4)})
+    assert (one.rank_label, cell().rank_label) == ("ranks 2 to 4", "rank 4")
 
 
 # Contestants
@@ -604,48 +640,144 @@ def test_a_floor_is_the_larger_of_bytes_and_flops() -> None:
     assert floor(device, 1, 1, "float16").seconds is None
 
 
+def plan_of(**changes: Any) -> Any:
+    """Two layers' sites as the floors read them."""
+    stack = SimpleNamespace(in_features=64, out_features=32, strategy="masked")
+    layer = SimpleNamespace(
+        layer=stack,
+        num_slots=4,
+        base_bytes=2 * 64 * 32,
+        lora_bytes=2 * 4 * 8 * (64 + 32),
+        base_flops_per_token=2 * 64 * 32,
+        lora_flops_per_token=2 * 4 * 8 * (64 + 32),
+    )
+    base = SimpleNamespace(kind="causal_lm", weights="float")
+    spec = SimpleNamespace(export=SimpleNamespace(dtype="float16"), base=base)
+    vars(base).update(changes)
+    return SimpleNamespace(spec=spec, layers=[layer])
+
+
+def test_floors_of_int4_and_of_ranks_that_differ() -> None:
+    """Half a byte a value and a scale for each 32; of a slot's ranks those that are there."""
+    device = Device("cpu", 1)
+    base = site_floors(plan_of(), 10, 2, device)["base"]
+    int4 = site_floors(plan_of(weights="int4"), 10, 2, device)["base"]
+    assert base.bytes - int4.bytes == 2 * 64 * 32 - (64 * 32 // 2 + 2 * 64 * 32 // 32)
+    assert base.flops == int4.flops
+    whole, half = (site_floors(plan_of(), 10, 2, device, 1, share) for share in (1.0, 0.5))
+    for name in ("bytes", "flops"):
+        more = [getattr(one["mixed"], name) - getattr(one["base"], name) for one in (whole, half)]
+        assert more[0] == 2 * more[1] > 0
+
+
 # Calibration
 
 
-def _shape(tokens: int, adapters: int) -> LayerShape:
-    return LayerShape(tokens, 32, 32, adapters, 4, 4, has_bias=True)
+SIZES = (32, 32)
+"""Of the layers of TINY."""
 
 
-def _captured(results: Path, costs: Costs) -> Path:
-    """A bench.json whose layers were captured, at what `costs` say."""
-    data = json.loads(results.read_text())
-    layer = next(cell for cell in data["cells"] if cell["kind"] == "layers")
-    entry = layer["entries"][0]
-    data["cells"], data["environment"]["device"] = [], "made up"
+def timed(seconds: dict[str, float], **changes: Any) -> Cell:
+    """A cell whose contestants took so long."""
+    entries = [
+        Entry(
+            name=name,
+            group="base" if name.startswith("base") else "mixed",
+            timing=Timing(median=took, lower=took, upper=took, wall=took, rounds=3, calls=1),
+            difference=0.0,
+        )
+        for name, took in seconds.items()
+    ]
+    return cell().model_copy(update={"workload": "layer", "entries": tuple(entries), **changes})
+
+
+def captured_at(costs: Costs) -> Results:
+    """Layers that were captured, at what the costs say; half of the slots in use."""
+    found = []
     for tokens in (8, 512, 8192):
-        extra_us = {
-            f"{one} captured": added(costs, one, _shape(tokens, layer["adapters"]))
+        stock = LayerShape(tokens, *SIZES, 4, 4, 4, has_bias=True)
+        seconds = {
+            f"{one} captured": 50.0 + added(costs, one, stock)
             for one in ("masked", "augmented", "chunked")
         }
-        entries = [
-            {**entry, "name": name, "timing": {**entry["timing"], "median": (50 + extra) / 1e6}}
-            for name, extra in {"base captured": 0.0, **extra_us}.items()
-        ]
-        data["cells"].append({**layer, "tokens": tokens, "entries": entries})
-    results.with_name("captured.json").write_text(json.dumps(data))
-    return results.with_name("captured.json")
+        if costs.kernels is not None:
+            used = LayerShape(tokens, *SIZES, 2, 4, 4, has_bias=True)
+            seconds |= {
+                f"{one} kernels captured": 50.0 + added(costs, one, used, with_kernels=True)
+                for one in WITH_KERNELS
+            }
+        seconds = {name: took / 1e6 for name, took in seconds.items()}
+        sizes = {"tokens": tokens, "adapters": 4, "used": 2}
+        found.append(timed({"base captured": 50e-6, **seconds}, **sizes))
+    # Ranks that differ: times that would spoil the fit.
+    differ = {"ranks": (1, 4), "adapters": 4}
+    found.append(timed({"base captured": 1.0, "masked captured": 9.0}, **differ))
+    environment = {"device": "made up"}
+    return Results(environment=environment, workloads=workloads(), cells=tuple(found))
 
 
-@pytest.mark.slow
-def test_calibrate_fits_the_costs_of_a_run(measured: Path, run: Run, tmp_path: Path) -> None:
-    costs = Costs(device="made up", launch=2.5, gbyte=300.0, gflop=40.0)
-    kept = _captured(measured / "bench.json", costs)
-    code, _, said = run("--from", kept, "--out", tmp_path / "out", "--calibrate")
+@pytest.mark.parametrize("kernels", [None, CostTerms(launch=1.5, gbyte=500.0, gflop=20.0)])
+def test_calibrate_fits_the_costs_of_a_run(
+    kernels: CostTerms | None, run: Run, tmp_path: Path
+) -> None:
+    """And what it prints is part of a spec."""
+    costs = Costs(device="made up", launch=2.5, gbyte=300.0, gflop=40.0, kernels=kernels)
+    (tmp_path / "bench.json").write_text(captured_at(costs).model_dump_json())
+    arguments = ("--from", tmp_path / "bench.json", "--out", tmp_path / "out", "--calibrate")
+    code, _, said = run(*arguments)
     assert code == 0
     found = read_costs(tmp_path / "out/costs.json")
-    for name in ("launch", "gbyte", "gflop"):
-        assert getattr(found, name) == pytest.approx(getattr(costs, name), rel=0.02)
+    assert (found.kernels is None) == (kernels is None)
+    for expected, fitted in ((costs, found), (costs.kernels, found.kernels)):
+        for name in ("launch", "gbyte", "gflop") if expected else ():
+            assert getattr(fitted, name) == pytest.approx(getattr(expected, name), rel=0.02)
     lines = yaml.safe_load(said.split("For the spec of a build:\n", 1)[1])
-    assert lines["export"]["tune"]["costs"] == found.model_dump()
+    read = TuneSpec.model_validate_json(json.dumps(lines["export"]["tune"]))
+    assert read.costs == found
 
 
-@pytest.mark.slow
-def test_nothing_to_calibrate_with(measured: Path, run: Run, tmp_path: Path) -> None:
-    code, _, said = run("--from", measured / "bench.json", "--out", tmp_path, "--calibrate")
+def test_nothing_to_calibrate_with(run: Run, tmp_path: Path) -> None:
+    results = captured_at(read_costs()).model_copy(update={"cells": (timed({"base": 1.0}),)})
+    (tmp_path / "bench.json").write_text(results.model_dump_json())
+    code, _, said = run("--from", tmp_path / "bench.json", "--out", tmp_path, "--calibrate")
     assert code == 2
     assert "no layer of this run was captured" in said
+
+
+# The fastest base
+
+
+def test_the_fastest_base_is_whichever_took_least() -> None:
+    """Every contestant over it, and ours over the base that runs as it does too."""
+    seconds = {
+        "base": 3e-6,
+        "base captured": 2e-6,
+        "base torch": 1.6e-6,
+        "base torch.compile": 1.5e-6,
+        "masked torch.compile": 6e-6,
+        "masked kernels captured": 2.4e-6,
+    }
+    one = timed(seconds, ours="masked kernels captured")
+    assert one.fastest_base == "base torch.compile"
+    none = timed({}, tokens=7)
+    assert none.fastest_base is None
+    results = Results(environment={"device": "d"}, workloads=workloads(), cells=(one, none))
+    lines = to_markdown(results).splitlines()
+    columns = lines[lines.index("## layer") + 4]
+    assert columns.startswith("|  | ours | ours / base | fastest base | ours / fastest base | ")
+    row = "| 6 tokens | masked kernels captured | 1.20 | base torch.compile | 1.60 | 2.50 | 1.25 |"
+    assert row in lines
+    assert "| 7 tokens | none ran |  | none ran |  |  |  |" in lines
+    table = lines[lines.index("| over the fastest base | 6 tokens | 7 tokens |") + 2 :]
+    assert table[:6] == [
+        "| base | 2.00 |  |",
+        "| base captured | 1.33 |  |",
+        "| base torch | 1.07 |  |",
+        "| base torch.compile | 1.00 |  |",
+        "| masked torch.compile | 4.00 |  |",
+        "| masked kernels captured | 1.60 |  |",
+    ]
+    assert (
+        "- masked kernels captured: this project's graph, by that strategy, as a CUDA graph,"
+        " its functions computed by loraexport-kernels"
+    ) in lines

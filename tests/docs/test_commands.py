@@ -117,6 +117,7 @@ NEEDS = {
     "npm install --prefix examples/node --ignore-scripts": "npm",
     "node examples/node/run.mjs artifacts/minilm": "npm",
     "loraexport bench specs/bench/h200.yaml --out bench": "a GPU",
+    "loraexport bench specs/bench/kernels.yaml --calibrate --out bench": "a GPU",
     "loraexport bench specs/bench/variants.yaml --out bench": "a GPU",
     "loraexport bench specs/bench/engine.yaml --out bench": "a GPU",
     "loraexport verify artifacts/NAME --torchscript --providers cuda --json": "a GPU",

@@ -1,8 +1,5 @@
 """Artifacts with functions on the CPU kernels: the same proof as with stock operators."""
 
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +16,7 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.sessions.load import make_session
 
-KERNELS = Path(__file__).resolve().parents[2] / "runtime/kernels"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(request: pytest.FixtureRequest, home: Home) -> Iterator[None]:
-    """The package as it is installed, with its CPU kernels."""
-    if not KERNELS.is_dir():
-        pytest.skip("runtime/kernels is not here")
-    library = request.getfixturevalue("library")
-
-    def install(folder: Path) -> None:
-        shutil.copytree(KERNELS / "loraexport_kernels", folder / "loraexport_kernels")
-        shutil.copyfile(library, folder / "loraexport_kernels/libloraexport_kernels.so")
-
-    folder = home.once("installed-kernels", install)
-    sys.modules.pop("loraexport_kernels", None)  # of another test's, which is not built
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
-    sys.modules.pop("loraexport_kernels", None)
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 def export(strategy: str) -> dict[str, Any]:

@@ -270,8 +270,35 @@ def test_auto_by_the_costs_of_another_gpu(project: Project) -> None:
     assert choose_strategy("linear", spec, 2, 8, 512, 8192)[0] == "augmented"
 
 
+def test_auto_by_the_kernels_costs(project: Project) -> None:
+    """Where these are known they choose for graphs with functions; stock operators' else."""
+    stock = {"device": "slow memory", "launch": 0.0, "gbyte": 1000.0, "gflop": 1.0}
+    terms = {"launch": 2.0, "gbyte": 500.0, "gflop": 1.0}
+
+    def choose(kernels: bool, costs: dict[str, Any]) -> tuple[str, str]:
+        tune = {"device": "cuda", "tokens": 4096, "costs": costs}
+        spec = read_spec(project.spec(export={"kernels": kernels, "tune": tune}))
+        return choose_strategy("linear", spec, 2, 8, 8192, 512, has_bias=True)
+
+    strategy, why = choose(True, stock | {"kernels": terms})
+    assert strategy == "augmented"
+    used = (4096 * 8192 + 2 * 8 * (8192 + 512)) * 4 + 2 * 4 * 4096 * 8
+    expected = 2 + 500 * used / 1e9 + 2 * 4096 * 8 * (8192 + 512) / 1e9
+    assert why.startswith(
+        "least by the costs of the kernels on one slow memory for 4096 tokens and 2 slots:"
+        f" {expected:.1f} us over the base; masked "
+    )
+    assert choose(False, stock | {"kernels": terms})[0] == "masked"
+    strategy, why = choose(True, stock)
+    assert strategy == "masked"
+    assert why.startswith("least by the costs of one slow memory for 4096 tokens and 2 slots: ")
+    assert why.endswith("; by stock operators, as these costs have no terms of the kernels")
+
+
 def test_costs_are_strict(project: Project) -> None:
-    tune = {"costs": {"device": "x", "launch": 1.0, "gbyte": 1.0, "gflops": 1.0}}
+    kernels = {"launch": 1.0, "gbyte": 1, "gflop": "1.0", "shrink": 1.0}
+    costs = {"device": "x", "launch": 1.0, "gbyte": 1.0, "gflops": 1.0, "kernels": kernels}
+    tune = {"costs": costs}
     spec = project.spec(export={"tune": tune})
     with pytest.raises(SpecError) as caught:
         read_spec(spec)
@@ -279,6 +306,14 @@ def test_costs_are_strict(project: Project) -> None:
     assert found == {
         "export.tune.costs.gflop": ("required key is missing", "add it"),
         "export.tune.costs.gflops": ("unknown key", "did you mean 'gflop'?"),
+        "export.tune.costs.kernels.gflop": (
+            "expected number, got '1.0'",
+            "write it without quotes",
+        ),
+        "export.tune.costs.kernels.shrink": (
+            "unknown key",
+            "remove it; 'loraexport schema' lists the keys",
+        ),
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import onnxruntime as ort
 from torch import Tensor
 
+from loraexport_runtime.device.kernels import kernel_library, why_no_library
 from loraexport_runtime.device.memory import device_value
 from loraexport_runtime.device.ort_session import open_session
 
@@ -16,6 +17,14 @@ NOT_CAPTURED = -1
 """onnxruntime's own number for a run that is not to be captured, in a session that captures."""
 
 
+def require_kernels(device: Device, dtype: str) -> Path:
+    """The library of loraexport-kernels. Raises CannotRun: there is none for this device."""
+    why = why_no_library(dtype, device.place)
+    if why is not None:
+        raise CannotRun(why)
+    return kernel_library()
+
+
 class BoundGraph:
     """A session of one graph. `bind` gives calls that take no argument and copy nothing.
 
@@ -23,12 +32,19 @@ class BoundGraph:
     outputs; so inputs rotate without a copy into one fixed buffer.
     """
 
-    def __init__(self, path: Path, device: Device, captured: bool = False) -> None:
+    def __init__(
+        self, path: Path, device: Device, captured: bool = False, library: Path | None = None
+    ) -> None:
+        """
+        Args:
+            library: of kernels, for a graph that calls functions.
+        """
         if captured and device.kind != "cuda":
             raise CannotRun("CUDA graphs need a CUDA device")
         self.captured = captured
         self._device = device
-        self._session = open_session(path, device.providers(captured), {}, device.threads)
+        providers = device.providers(captured)
+        self._session = open_session(path, providers, {}, device.threads, library)
         self._num_graphs = 0
         self.inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self.outputs = {entry.name: entry for entry in self._session.get_outputs()}

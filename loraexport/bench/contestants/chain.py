@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...bases.layers import LayerModules
 from ...export.example import example_inputs
 from ...export.onnx import export_program, make_overridable
+from ...export.outline import outline
 from ...lora.layer import MultiLoraLinear
 from ...lora.strategy import Expand, Shrink
 from ...tensors import to_torch
@@ -87,8 +88,13 @@ def export_chain(
     stacks: Mapping[str, np.ndarray],
     dtype: str,
     path: Path,
+    outlined_slots: int | None = None,
 ) -> None:
-    """Write one of the chains above as a graph x, [seg_indptr, seg_slots,] stacks -> y."""
+    """Write one of the chains above as a graph x, [seg_indptr, seg_slots,] stacks -> y.
+
+    Args:
+        outlined_slots: of the stacks, where the LoRA part is to be a call of a function.
+    """
     x, seg_indptr, seg_slots = example_inputs(layers[0].layer, dtype)
     tokens = torch.export.Dim("num_tokens", min=1)
     segments = torch.export.Dim("num_segments", min=1)
@@ -102,6 +108,9 @@ def export_chain(
         arguments = (*arguments, [to_torch(value) for value in stacks.values()])
         shapes, names = (*shapes, [None] * len(stacks)), [*names, *stacks]
     model = export_program(path.stem, module.eval(), arguments, shapes, 23, names, ["y"])
+    if outlined_slots is not None:
+        found = outline(model, [layer.layer for layer in layers], outlined_slots)
+        assert len(found) == len(layers), "masked and augmented layers have functions"
     make_overridable(
         model.graph, {name: ir.Tensor(stack, name=name) for name, stack in stacks.items()}
     )

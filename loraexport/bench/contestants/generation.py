@@ -11,14 +11,14 @@ import numpy as np
 
 from loraexport_runtime.device.providers import normalise_providers
 
-from ..contest import Contest, Contestant, Group
+from ..contest import MIXED_KERNELS, Contest, Contestant, Group
 from ..floors import site_floors
 from ..results import Cell
 from ..work import Work
 from ..workloads.batches import draw_slots, rows_by_slot
 from ..workloads.projects import Lab, adapter_names
 from ..workloads.schema import GenerationWorkload
-from .decoder_graphs import DecoderGraphs
+from .decoder_graphs import DecoderGraphs, Form
 from .decoders import (
     DecodeRunner,
     EagerDecoder,
@@ -78,8 +78,10 @@ class _Batch:
             tokens=tokens,
             floors=site_floors(decoder.plan, tokens, used, self._lab.device),
         )
-        captured = () if prefill else ("mixed captured",)
-        ours = (*captured, "mixed GenAI", "mixed")
+        ours = [*(() if prefill else ("mixed captured",)), "mixed GenAI", "mixed"]
+        if self._lab.device.kind == "cuda":  # where the runtime takes kernels of its own accord
+            first = MIXED_KERNELS if prefill else f"{MIXED_KERNELS} captured"
+            ours = [first, *ours]
         return Contest(cell, list(self._contestants()), ours, workload.leave_out)
 
     def _contestants(self) -> Iterator[Contestant]:
@@ -93,8 +95,11 @@ class _Batch:
             ("mixed GenAI", "mixed", partial(self._genai, "mixed")),
             ("mixed", "mixed", partial(self._plain, "mixed", False)),
             ("mixed captured", "mixed", partial(self._plain, "mixed", True)),
+            (MIXED_KERNELS, "mixed", partial(self._plain, "kernels", False)),
+            (f"{MIXED_KERNELS} captured", "mixed", partial(self._plain, "kernels", True)),
             ("base runtime", "base", partial(self._runtime, "base")),
             ("mixed runtime", "mixed", partial(self._runtime, "mixed")),
+            (f"{MIXED_KERNELS} runtime", "mixed", partial(self._runtime, "kernels")),
         ]
         for name, group, make in ways:
             # Prompts differ in length, so that reading them is never captured.
@@ -124,17 +129,17 @@ class _Batch:
         model, device = self._decoder.peft, self._lab.device
         return EagerDecoder(model, self._prompts, device, adapter_names=rows)
 
-    def _plain(self, group: Group, captured: bool) -> DecodeRunner:
-        graph, config = self._decoder.graph(group, captured), self._decoder.config
+    def _plain(self, form: Form, captured: bool) -> DecodeRunner:
+        graph, config = self._decoder.graph(form, captured), self._decoder.config
         dtype = self._lab.bench.dtype
         return TorchDecoder(graph, config, self._prompts, self._lab.device, dtype)
 
-    def _runtime(self, group: Group) -> DecodeRunner:
-        decoder = self._decoder
+    def _runtime(self, form: Form) -> DecodeRunner:
+        decoder, device = self._decoder, self._lab.device
         providers = normalise_providers([self._lab.bench.device])
-        adapters = decoder.adapters if group == "mixed" else 0
-        folder = decoder.folders[group]
-        return RuntimeDecoder(folder, self._prompts, self._lab.device, adapters, providers)
+        adapters = 0 if form == "base" else decoder.adapters
+        folder, library = decoder.folder(form), decoder.library(form)
+        return RuntimeDecoder(folder, self._prompts, device, adapters, providers, library)
 
     def _genai(self, group: Group) -> DecodeRunner:
         return GenaiDecoder(self._decoder.genai(group), self._prompts, group == "mixed")

@@ -3,31 +3,26 @@
 Outputs of all are compared on up to 1,024 tokens, spread over the batch.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property, partial
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...bases.adapters import load_adapters
-from ...bases.layers import LayerModules, build_modules, load_layers_base
 from ...bases.weights import Base
-from ...plan.layers import LayersPlan
-from ...plan.plan import Plan, make_plan
-from ...tensors import to_numpy, to_torch
-from ..contest import Contest, Contestant, peers
+from ...plan.costs import WITH_KERNELS
+from ...tensors import to_numpy
+from ..contest import KERNELS, Contest, Contestant, peers
 from ..floors import site_floors
 from ..results import Cell
-from ..work import Work, run_in_turn
+from ..work import CannotRun, Work, run_in_turn
 from ..workloads.batches import draw_slots, even_bounds, rows_by_slot
-from ..workloads.projects import Lab, adapter_names, layers_spec
+from ..workloads.projects import Lab, adapter_names
 from ..workloads.schema import LayersWorkload
-from .bound_graph import BoundGraph
-from .chain import AloneChain, BaseChain, LoopChain, MixedChain, export_chain
-from .eager import wrap_with_peft
+from .compiled import BoundInputs, compile_module
+from .layer_graphs import LayerGraphs
 
 _COMPARED = 1024
 
@@ -35,97 +30,18 @@ _COMPARED = 1024
 def layer_contests(workload: LayersWorkload, lab: Lab) -> Iterator[Contest]:
     """A contest for every number of adapters, rank and number of tokens."""
     base: Base | None = None
-    for rank in workload.ranks:
+    for ranks in workload.rank_sets:
         for adapters in workload.adapters:
-            chains = _Chains(workload, lab, adapters, rank, base)
+            chains = LayerGraphs(workload, lab, adapters, ranks, base)
             base = chains.base
             for tokens in workload.tokens:
                 yield _Tokens(chains, tokens).contest()
 
 
-class _Chains:
-    """The modules and graphs of some adapters of one rank, whatever the tokens."""
-
-    def __init__(
-        self, workload: LayersWorkload, lab: Lab, adapters: int, rank: int, base: Base | None
-    ) -> None:
-        self.workload, self.lab, self.adapters, self.rank = workload, lab, adapters, rank
-        plan = self.plan("segmented")
-        self.base = base or load_layers_base(plan)  # it does not depend on the adapters
-        self.own_plan = plan
-        self._weights = load_adapters(plan, self.base)
-        self.layers = cache(self._layers)
-        self.graph = cache(self._graph)
-
-    def plan(self, strategy: str, tokens: int = 1) -> Plan[LayersPlan]:
-        tune = {"device": self.lab.device.kind, "tokens": tokens}
-        spec = layers_spec(
-            self.workload, self.lab, self.adapters, self.rank, strategy=strategy, tune=tune
-        )
-        # `layers_spec` writes kind layers.
-        return cast("Plan[LayersPlan]", make_plan(spec, self.lab.folder))
-
-    def _layers(self, strategy: str) -> tuple[LayerModules, ...]:
-        return build_modules(self.plan(strategy), self.base, self._weights)
-
-    def stacks(self, strategy: str) -> dict[str, np.ndarray]:
-        """By name, a and b of each layer in turn."""
-        layers = self.layers(strategy)
-        return {name: value for layer in layers for name, value in layer.stacks.items()}
-
-    def _graph(self, kind: str, captured: bool) -> BoundGraph:
-        """`base`, `alone` (one adapter for all tokens), or a strategy."""
-        shared = {"base": "base", "alone": f"alone-{self.rank}"}
-        name = shared.get(kind, f"{kind}-{self.rank}-{self.adapters}")
-        path = self.lab.folder / f"{name}.onnx"
-        if not path.is_file():
-            layers = self.layers("masked" if kind in shared else kind)
-            stacks = {} if kind == "base" else self.stacks("masked" if kind == "alone" else kind)
-            if kind == "alone":
-                stacks = {key: value[: self.rank] for key, value in stacks.items()}
-            make = {"base": BaseChain, "alone": AloneChain}.get(kind, MixedChain)
-            export_chain(make(layers), layers, stacks, self.lab.bench.dtype, path)
-        return BoundGraph(path, self.lab.device, captured)
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The eager chains, on the device; the export traces the others on the CPU."""
-        layers = copy.deepcopy(self.layers("masked"))
-        chains = {
-            "base": BaseChain(layers),
-            "loop": LoopChain(layers),
-            "masked": MixedChain(layers),
-        }
-        return {name: chain.to(self.lab.device.torch).eval() for name, chain in chains.items()}
-
-    @cached_property
-    def device_stacks(self) -> dict[str, Tensor]:
-        """The masked strategy's."""
-        values = self.stacks("masked").items()
-        return {name: to_torch(value).to(self.lab.device.torch) for name, value in values}
-
-    @cached_property
-    def peft(self) -> Any:
-        """The chain as torch.nn.Linear layers, wrapped by PEFT with every adapter."""
-        plain = nn.Sequential()
-        for layer in self.layers("masked"):
-            base = layer.segmented.base
-            assert base.weight is not None, "a masked layer has its weight"
-            assert base.bias is not None, "the layers of a workload have one"
-            size_out, size_in = base.weight.shape
-            linear = nn.Linear(size_in, size_out, device="meta")
-            linear.weight = nn.Parameter(base.weight, requires_grad=False)
-            linear.bias = nn.Parameter(base.bias, requires_grad=False)
-            plain.add_module(layer.layer.name, linear)
-        plain = plain.to(self.lab.device.torch)
-        folder = self.lab.folder / f"rank{self.rank}"
-        return wrap_with_peft(plain, folder, adapter_names(self.adapters))
-
-
 class _Tokens:
     """One batch: its inputs, and who runs it."""
 
-    def __init__(self, chains: _Chains, tokens: int) -> None:
+    def __init__(self, chains: LayerGraphs, tokens: int) -> None:
         self._chains, self._lab, workload = chains, chains.lab, chains.workload
         self.tokens, self._units = tokens, workload.chain
         rows = min(workload.rows or chains.adapters, tokens)
@@ -144,29 +60,48 @@ class _Tokens:
     def contest(self) -> Contest:
         chains, workload = self._chains, self._chains.workload
         contestants = peers(self)
+        names: list[str] = []
         for strategy in workload.strategies:
-            contestants.append(Contestant(strategy, "mixed", partial(self.onnx, strategy, False)))
-            if strategy != "segmented":  # its sizes depend on values
-                captured = partial(self.onnx, strategy, True)
-                contestants.append(Contestant(f"{strategy} captured", "mixed", captured))
-        chosen = chains.plan("auto", self.tokens).layers[0].layer.strategy
-        ours = [chosen, *(strategy for strategy in workload.strategies if strategy != chosen)]
-        used = len(set(self.slots))
+            names += [strategy, f"{strategy}{KERNELS}"] if strategy in WITH_KERNELS else [strategy]
+        for name in names:
+            contestants.append(Contestant(name, "mixed", partial(self.onnx, name, False)))
+            if name != "segmented":  # its sizes depend on values
+                captured = partial(self.onnx, name, True)
+                contestants.append(Contestant(f"{name} captured", "mixed", captured))
+        used = set(self.slots)
+        ranks = [chains.ranks[(slot - 1) % len(chains.ranks)] for slot in used]
         cell = Cell(
             workload=workload.name,
             kind="layers",
             phase="",
             unit="layer",
             adapters=chains.adapters,
-            used=used,
+            used=len(used),
             rank=chains.rank,
+            ranks=tuple(chains.ranks) if len(chains.ranks) > 1 else (),
             rows=len(self.slots),
             tokens=self.tokens,
             floors=site_floors(
-                chains.own_plan, self.tokens, used, self._lab.device, workload.chain
+                chains.own_plan,
+                self.tokens,
+                len(used),
+                self._lab.device,
+                workload.chain,
+                sum(ranks) / len(ranks) / chains.rank,
             ),
         )
-        return Contest(cell, contestants, [f"{ours[0]} captured", *ours], workload.leave_out)
+        return Contest(cell, contestants, self._ours(), workload.leave_out)
+
+    def _ours(self) -> list[str]:
+        """What `auto` would choose, with kernels where the runtime takes them of its own accord."""
+        chains = self._chains
+        chosen = chains.chosen(self.tokens)
+        others = [one for one in chains.workload.strategies if one != chosen]
+        ours = [f"{chosen} captured", chosen, *others]
+        if self._lab.device.kind == "cuda":
+            name = f"{chains.chosen(self.tokens, kernels=True)}{KERNELS}"
+            ours = [f"{name} captured", name, *ours]
+        return ours
 
     def _work(self, calls: Sequence[Callable[[], Any]], read: Callable[[], Tensor]) -> Work:
         def output() -> np.ndarray:
@@ -183,6 +118,9 @@ class _Tokens:
     def base_torch(self) -> Work:
         return self._eager(self._chains.modules["base"])
 
+    def base_compiled(self) -> Work:
+        return self._eager(compile_module(self._chains.modules["base"], self.copies[0]))
+
     def loop(self) -> Work:
         loop = self._chains.modules["loop"]
         return self._eager(lambda x: loop(x, *self._segments))
@@ -191,6 +129,12 @@ class _Tokens:
         module, stacks = self._chains.modules["masked"], [*self._chains.device_stacks.values()]
         segments = [segment.to(self._lab.device.torch) for segment in self._segments]
         return self._eager(lambda x: module(x, *segments, stacks))
+
+    def masked_compiled(self) -> Work:
+        stacks = [*self._chains.device_stacks.values()]
+        segments = [segment.to(self._lab.device.torch) for segment in self._segments]
+        module = BoundInputs(self._chains.modules["masked"], segments, stacks)
+        return self._eager(compile_module(module, self.copies[0]))
 
     def peft(self) -> Work:
         """`adapter_names`, a name for each row; rows of different lengths: one for each token."""
@@ -228,6 +172,8 @@ class _Tokens:
         the device already and only bound; the tokens are sorted by adapter beforehand, and the
         outputs stay so.
         """
+        if len(self._chains.ranks) > 1:
+            raise CannotRun("its graph has one rank, and these adapters have several")
         graph, stacks = self._chains.graph("alone", False), self._chains.device_stacks
         groups = rows_by_slot(self.slots)
         order = {

@@ -16,13 +16,14 @@ from loraexport_runtime.contract.manifest import Stack
 
 from ...hf.model import take_output
 from ...tensors import to_numpy
-from ..contest import Contest, Contestant, peers
+from ..contest import MIXED_KERNELS, Contest, Contestant, peers
 from ..floors import site_floors
 from ..results import Cell
 from ..work import Work, run_in_turn
 from ..workloads.batches import draw_slots, rows_by_slot, spread_lengths
 from ..workloads.projects import Lab, adapter_names
 from ..workloads.schema import ModelWorkload, Shape
+from .compiled import BoundInputs, compile_module
 from .model_graphs import ModelGraphs
 from .variants import variant_contestants
 
@@ -67,9 +68,13 @@ class _Batch:
             *peers(self),
             Contestant("mixed", "mixed", partial(self.onnx, "mixed", False)),
             Contestant("mixed captured", "mixed", partial(self.onnx, "mixed", True)),
+            Contestant(MIXED_KERNELS, "mixed", partial(self.onnx, "kernels", False)),
+            Contestant(f"{MIXED_KERNELS} captured", "mixed", partial(self.onnx, "kernels", True)),
         ]
         contestants += variant_contestants(workload.variants, self.onnx)
         ours = ["mixed captured", "mixed"]
+        if self._lab.device.kind == "cuda":  # where the runtime takes them of its own accord
+            ours = [f"{MIXED_KERNELS} captured", MIXED_KERNELS, *ours]
         if workload.fill < 1:
             packed = partial(self.onnx, "packed", False)
             contestants.append(Contestant("mixed packed", "mixed", packed))
@@ -105,6 +110,11 @@ class _Batch:
         module = self._model.base_torch
         return self._eager(lambda inputs: module(inputs, self._ids, []))
 
+    def base_compiled(self) -> Work:
+        ids = self._ids.to(self._lab.device.torch)  # nothing on the host, or nothing is captured
+        module = BoundInputs(self._model.base_torch, [ids], [])
+        return self._eager(compile_module(module, self.copies[0]))
+
     def loop(self) -> Work:
         _, module, stacks = self._model.eager
         return self._eager(lambda inputs: module(inputs, self._ids, stacks))
@@ -113,6 +123,11 @@ class _Batch:
         module, _, stacks = self._model.eager
         ids = self._ids.to(self._lab.device.torch)
         return self._eager(lambda inputs: module(inputs, ids, stacks))
+
+    def masked_compiled(self) -> Work:
+        module, _, stacks = self._model.eager
+        bound = BoundInputs(module, [self._ids.to(self._lab.device.torch)], stacks)
+        return self._eager(compile_module(bound, self.copies[0]))
 
     def peft(self) -> Work:
         model, names = self._model.peft, adapter_names(self._model.adapters)

@@ -30,7 +30,7 @@ from ...plan.plan import Plan, make_plan
 from ...tensors import to_torch
 from ..workloads.projects import Lab, adapter_names, model_spec
 from ..workloads.schema import ModelWorkload
-from .bound_graph import BoundGraph
+from .bound_graph import BoundGraph, require_kernels
 from .eager import with_loop, wrap_with_peft
 from .variants import plan_variant
 
@@ -85,22 +85,26 @@ class ModelGraphs:
         return load_model_base(self._plan(self.adapters, tokens))[1]
 
     def _graph(self, kind: str, captured: bool, tokens: int = 0) -> BoundGraph:
-        """`base`, `mixed`, `packed` (mixed, without padding), a variant, or `alone`: the mixed
-        graph of one slot; tuned for so many tokens."""
+        """`base`, `mixed`, `kernels` (mixed, with functions that these take), `packed` (without
+        padding), a variant, or `alone`: the mixed graph of one slot; tuned for so many tokens."""
         name = kind if kind == "base" else f"{kind}-{self.rank}-{self.adapters}-{tokens}"
-        path = self.lab.folder / f"{name}.onnx"
+        path, library, outlined = self.lab.folder / f"{name}.onnx", None, None
+        if kind == "kernels":
+            library = require_kernels(self.lab.device, self.lab.bench.dtype)
+            outlined = self.adapters
         if not path.is_file():
             if kind == "alone":
                 modules = load_model_base(self._plan(1, tokens))[1]
-            elif kind == "packed":
-                modules = load_model_base(self._plan(self.adapters, tokens, packed=True))[1]
+            elif kind in ("kernels", "packed"):
+                modules = load_model_base(self._plan(self.adapters, tokens, **{kind: True}))[1]
             elif kind in self.workload.variants:
                 plan = plan_variant(kind, partial(self._plan, self.adapters, tokens))
                 modules = load_model_base(plan)[1]
             else:
                 modules = self.base if kind == "base" else self.mixed(tokens)
-            export_model_onnx(modules, kind, path)
-        return BoundGraph(path, self.lab.device, captured)
+            found = export_model_onnx(modules, kind, path, outlined)
+            assert found or not outlined, "linear sites of a model have functions"
+        return BoundGraph(path, self.lab.device, captured, library)
 
     def on_device(self, stacks: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {name: to_torch(stack).to(self.lab.device.torch) for name, stack in stacks.items()}

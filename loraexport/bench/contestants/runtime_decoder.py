@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loraexport_runtime.device.kernels import STOCK, KernelChoice
 from loraexport_runtime.generation.handle import GeneratedToken, GenerationHandle
 from loraexport_runtime.generation.request import GenerationRequest
 from loraexport_runtime.generation.steps.files import StepFiles
@@ -42,9 +43,19 @@ class RuntimeDecoder:
     prepare = None
 
     def __init__(
-        self, folder: Path, prompts: PromptBatch, device: Device, adapters: int, providers: Any
+        self,
+        folder: Path,
+        prompts: PromptBatch,
+        device: Device,
+        adapters: int,
+        providers: Any,
+        library: Path | None = None,
     ) -> None:
-        """`adapters`: those in the graph's own slots, from 1 on."""
+        """
+        Args:
+            adapters: those in the graph's own slots, from 1 on.
+            library: of kernels, for a graph that calls functions.
+        """
         self._prompts = prompts
         length = prompts.length + prompts.new_tokens + 2
         capture = device.kind == "cuda"
@@ -57,6 +68,7 @@ class RuntimeDecoder:
             length,
             steps=StepFiles.of(folder),
             threads=device.threads,
+            kernels=STOCK if library is None else KernelChoice(library, "kernels"),
         )
         quota = max(2, prompts.rows * prompts.length)
         self._engine = engine_over(folder, self._runner, adapters, quota)

@@ -61,7 +61,7 @@ def engine_over(folder: Path, runner: Runner, adapters: int, quota: int) -> Requ
 
 def make_runner(graphs: DecoderGraphs, rows: int, length: int) -> TimedRunner:
     """A runner of the mixed graph; its steps are CUDA graphs where there is CUDA."""
-    folder, device = graphs.folders["mixed"], graphs.lab.device
+    folder, device = graphs.folder("mixed"), graphs.lab.device
     providers = normalise_providers([device.kind])
     captures = device.kind == "cuda"
     return TimedRunner(
@@ -82,7 +82,7 @@ def warm_engine(
 ) -> Iterator[tuple[RequestEngine, TimedRunner]]:
     """An engine with all of its steps prepared, and its runner."""
     runner = make_runner(graphs, rows, length)
-    with engine_over(graphs.folders["mixed"], runner, graphs.adapters, quota) as engine:
+    with engine_over(graphs.folder("mixed"), runner, graphs.adapters, quota) as engine:
         engine.warm_up()
         yield engine, runner
 

@@ -34,6 +34,7 @@ def to_markdown(results: Results) -> str:
         lines += ["", f"## {name}", "", _describe(cells), "", *_ratios(cells)]
         for unit in dict.fromkeys(cell.unit for cell in cells):
             lines += ["", *_times([cell for cell in cells if cell.unit == unit])]
+        lines += ["", *_over_fastest(cells)]
         lines += _left_out(cells)
     for case in results.engines:
         lines += ["", *_engine_case(case)]
@@ -51,26 +52,31 @@ def _describe(cells: Sequence[Cell]) -> str:
     spans = []
     for axis, values in (
         ("adapters", {cell.adapters for cell in cells}),
-        ("rank", {cell.rank for cell in cells}),
+        ("rank", {rank for cell in cells for rank in cell.ranks or [cell.rank]}),
     ):
         low, high = min(values), max(values)
         spans.append(f"{axis} {low}" + (f" to {high}" if high > low else ""))
+    if first.ranks:
+        spans.append("which differ within a batch")
     return f"kind {first.kind}; {', '.join(spans)}; every contestant gets the same inputs."
 
 
 def _ratios(cells: Sequence[Cell]) -> list[str]:
-    """A row for each cell: ours over the base alone, and each peer over ours."""
+    """A row for each cell: ours over the base alone, run the same way and in the fastest one, and
+    each peer over ours."""
     peers = [name for name in PEERS if any(_ratio(cell, name, cell.ours) for cell in cells)]
     decodes = any(cell.phase == "decode" for cell in cells)
     has_floor = any(cell.floors["mixed"].seconds for cell in cells)
-    columns = ["", "ours", "ours / base", *(f"{name} / ours" for name in peers)]
-    columns += ["base / base torch"]
+    columns = ["", "ours", "ours / base", "fastest base", "ours / fastest base"]
+    columns += [*(f"{name} / ours" for name in peers), "base / base torch"]
     columns += ["ours, tokens/s"] if decodes else []
     columns += ["ours / floor", "base / floor"] if has_floor else []
     rows = []
     for cell in cells:
         base = base_of(cell.ours or "")
         row = [cell_label(cell, cells), cell.ours or "none ran", _ratio(cell, cell.ours, base)]
+        fastest = cell.fastest_base
+        row += [fastest or "none ran", _ratio(cell, cell.ours, fastest)]
         row += [_ratio(cell, name, cell.ours) for name in peers]
         row.append(_ratio(cell, base, "base torch"))
         seconds = cell.seconds(cell.ours)
@@ -109,6 +115,18 @@ def _times(cells: Sequence[Cell]) -> list[str]:
         if any(floors):
             shown = ["" if floor is None else number(floor * factor) for floor in floors]
             rows.append([f"floor, {group}", *shown])
+    return _table(columns, rows)
+
+
+def _over_fastest(cells: Sequence[Cell]) -> list[str]:
+    """The same, each time over that of the cell's fastest base."""
+    columns = ["over the fastest base", *(cell_label(cell, cells) for cell in cells)]
+    rows = []
+    for name in _in_order(cells):
+        seconds = [(cell.seconds(name), cell.seconds(cell.fastest_base)) for cell in cells]
+        rows.append(
+            [name, *(number(mine / base) if mine and base else "" for mine, base in seconds)]
+        )
     return _table(columns, rows)
 
 

@@ -16,6 +16,9 @@ _COLOURS = {
     "base": "#7f7f7f",
     "masked": "#1f77b4",
     "mixed": "#1f77b4",
+    "masked kernels": "#08306b",
+    "augmented kernels": "#00441b",
+    "mixed kernels": "#08306b",
     "mixed packed": "#17becf",
     "mixed apart": "#2ca02c",
     "mixed features": "#9467bd",
@@ -26,7 +29,13 @@ _COLOURS = {
     "PEFT": "#d62728",
     "one at a time": "#e377c2",
 }
-_EAGER = {"base torch": "#b0b0b0", "segmented torch": "#ff7f0e", "masked torch": "#bcbd22"}
+_TORCH = {
+    "base torch": "#b0b0b0",
+    "base torch.compile": "#636363",
+    "segmented torch": "#ff7f0e",
+    "masked torch": "#bcbd22",
+    "masked torch.compile": "#8c6d31",
+}
 _KINDS = {"layers": "#1f77b4", "model": "#2ca02c", "generation": "#9467bd"}
 _AXES = {"adapters": "adapters", "rank": "rank", "tokens": "tokens of the batch"}
 _LEGEND = {"fontsize": 8, "handlelength": 3.5, "frameon": False}
@@ -152,9 +161,9 @@ def _round_ticks(axis: Any) -> None:
 def _style(name: str) -> dict[str, Any]:
     """Colour by the way of computing; solid as a CUDA graph, dashed without, dotted in torch."""
     stem = re.sub(r" (captured|runtime|GenAI)$", "", name)
-    colour = _EAGER.get(name) or _COLOURS[stem]
+    colour = _TORCH.get(name) or _COLOURS[stem]
     captured = name.endswith(("captured", "runtime"))
-    line = "-" if captured else ":" if name in _EAGER or name == "PEFT" else "--"
+    line = "-" if captured else ":" if name in _TORCH or name == "PEFT" else "--"
     marker = {"GenAI": "s", "runtime": "D"}.get(name.split(" ")[-1], "o")
     fill = colour if captured else "white"
     return {
@@ -168,32 +177,34 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _plot_overhead(make: Any, cells: Sequence[Cell], title: str) -> Any:
-    """Ours over the base alone, a line from 1 for each cell."""
+    """Ours over the base alone, a line from 1 for each cell; hollow over the fastest one."""
     rows = []
     for cell in cells:
         ours, base = cell.seconds(cell.ours), cell.seconds(base_of(cell.ours or ""))
         if ours and base:
-            rows.append((_row_label(cell, cells), ours / base, cell))
+            fastest = ours / _seconds(cell, cell.fastest_base)
+            rows.append((_row_label(cell, cells), ours / base, fastest, cell))
     figure = make(figsize=(8.5, 1.6 + 0.3 * len(rows)))
     plot = figure.subplots()
-    for at, (_, ratio, cell) in enumerate(rows):
+    for at, (_, ratio, fastest, cell) in enumerate(rows):
         colour = _KINDS[cell.kind]
         plot.plot([1, ratio], [at, at], color=colour, linewidth=3, solid_capstyle="butt")
         plot.plot([ratio], [at], marker="o", color=colour)
+        plot.plot([fastest], [at], marker="o", color=colour, markerfacecolor="white")
         plot.annotate(
-            f"{ratio:.2f}  {cell.ours}",
-            (max(ratio, 1), at),
+            f"{ratio:.2f}, {fastest:.2f}  {cell.ours}",
+            (max(ratio, fastest, 1), at),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
             fontsize=8,
         )
     plot.axvline(1, color="black", linewidth=1)
-    ratios = [1.0, *(ratio for _, ratio, _ in rows)]
+    ratios = [1.0, *(value for _, *both, _ in rows for value in both)]
     room = max(ratios) - min(ratios) + 0.1
-    plot.set_xlim(min(ratios) - 0.05 * room, max(ratios) + 0.25 * room)  # the names stand there
-    _label_rows(plot, [label for label, _, _ in rows])
-    plot.set_xlabel("time over the base alone, run the same way (1: adapters cost nothing)")
+    plot.set_xlim(min(ratios) - 0.05 * room, max(ratios) + 0.4 * room)  # the names stand there
+    _label_rows(plot, [label for label, *_ in rows])
+    plot.set_xlabel("time over the base alone, run the same way; hollow: run in the fastest way")
     figure.suptitle(f"overhead of a mixed batch: {title}", fontsize=11)
     return figure
 

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 
+from ..contest import KERNELS
 from ..results import Cell, Figure
 
 WHO = {
     "base": "the base alone, ONNX",
     "base captured": "the same as a CUDA graph",
     "base torch": "the base alone in eager torch; models with SDPA",
+    "base torch.compile": "the same by torch.compile (mode reduce-overhead)",
     "base GenAI": "the base alone in onnxruntime-genai",
     "segmented torch": "the seed's loop over segments, eager torch",
     "masked torch": "the masked strategy, eager torch",
+    "masked torch.compile": "the same by torch.compile (mode reduce-overhead)",
     "PEFT": "PEFT's mixed batch, `adapter_names`",
     "one at a time": "onnxruntime with one adapter in the graph, run once for each adapter of the"
     " batch over its own rows; rows sorted and adapters on the device beforehand. Generation: a"
@@ -34,7 +37,10 @@ WHO = {
 }
 ENGINES = ("engine", "engine static", "GenAI static")
 """Contestants of kind engine."""
-PEERS = ("segmented torch", "masked torch", "PEFT", "one at a time", "mixed GenAI")
+PEERS = (
+    *("segmented torch", "masked torch", "masked torch.compile", "PEFT", "one at a time"),
+    "mixed GenAI",
+)
 """What ours is compared with beside the base."""
 
 _SCALES = {"layer": (1e6, "µs"), "batch": (1e3, "ms"), "step": (1e3, "ms")}
@@ -42,6 +48,8 @@ _SCALES = {"layer": (1e6, "µs"), "batch": (1e3, "ms"), "step": (1e3, "ms")}
 
 def who(name: str) -> str:
     """What a contestant is."""
+    if KERNELS in name:
+        return f"{who(name.replace(KERNELS, ''))}, its functions computed by loraexport-kernels"
     return WHO.get(name) or f"{WHO[name.removesuffix(' captured')]}, as a CUDA graph"
 
 
@@ -69,7 +77,7 @@ def axes(cell: Cell) -> dict[str, str]:
     per_row = cell.tokens // cell.rows
     every = {
         "adapters": f"{cell.adapters} adapter{'' if cell.adapters == 1 else 's'}",
-        "rank": f"rank {cell.rank}",
+        "rank": cell.rank_label,
         "tokens": f"{cell.tokens} tokens",
     }
     if cell.kind == "model":

@@ -45,12 +45,17 @@ def layer_names(workload: LayersWorkload) -> list[str]:
     return [f"layer{index}" for index in range(workload.chain)]
 
 
+def adapters_folder(ranks: Sequence[int]) -> str:
+    """Of adapters that take these ranks in turn, in the scratch folder."""
+    return f"rank{'-'.join(map(str, ranks))}"
+
+
 def layers_spec(
-    workload: LayersWorkload, lab: Lab, adapters: int, rank: int, **export: Any
+    workload: LayersWorkload, lab: Lab, adapters: int, ranks: Sequence[int], **export: Any
 ) -> Spec:
     """The chain as layers with weights from a seed, and adapters written where they lack."""
     for slot, name in enumerate(adapter_names(adapters), 1):
-        folder = lab.folder / f"rank{rank}" / name
+        folder, rank = lab.folder / adapters_folder(ranks) / name, ranks[(slot - 1) % len(ranks)]
         if not folder.is_dir():
             _write_adapter(folder, workload, rank, [lab.bench.seed, rank, slot], lab)
     layers = [
@@ -64,7 +69,7 @@ def layers_spec(
         for name in layer_names(workload)
     ]
     base = {"kind": "layers", "init": {"seed": lab.bench.seed}, "layers": layers}
-    return _spec(workload.name, base, adapters, rank, {"dtype": lab.bench.dtype, **export})
+    return _spec(workload.name, base, adapters, ranks, {"dtype": lab.bench.dtype, **export})
 
 
 def _write_adapter(
@@ -103,12 +108,17 @@ def model_spec(
     base: dict[str, Any] = {"kind": "causal_lm", "path": "base"}
     if workload.kind == "model":
         base = {"kind": "transformers", "path": "base", "task": workload.task}
-    return _spec(workload.name, base, adapters, rank, {"dtype": lab.bench.dtype, **export})
+    elif workload.kind == "generation":
+        base["weights"] = workload.weights
+    return _spec(workload.name, base, adapters, [rank], {"dtype": lab.bench.dtype, **export})
 
 
-def _spec(name: str, base: Any, adapters: int, rank: int, export: dict[str, Any]) -> Spec:
+def _spec(
+    name: str, base: Any, adapters: int, ranks: Sequence[int], export: dict[str, Any]
+) -> Spec:
+    folder = adapters_folder(ranks)
     entries = [
-        {"name": adapter, "path": f"rank{rank}/{adapter}"} for adapter in adapter_names(adapters)
+        {"name": adapter, "path": f"{folder}/{adapter}"} for adapter in adapter_names(adapters)
     ]
     data = {"version": 1, "name": name, "base": base, "adapters": entries, "export": export}
     return Spec.model_validate_json(json.dumps(data))

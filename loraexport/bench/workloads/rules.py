@@ -43,6 +43,10 @@ def cross_problems(data: Any, lines: Lines, kinds: Sequence[str]) -> list[Proble
             hint = "make in_features and out_features equal, or leave chain out"
             at = (*place, "chain")
             problems.append(Problem(lines[at], dotted(at), message, hint))
+        if item.get("weights") == "int4" and data.get("dtype") == "bfloat16":
+            at = (*place, "weights")
+            message, hint = "int4 weights beside bfloat16", "take float16 or float32"
+            problems.append(Problem(lines[at], dotted(at), message, hint))
         if item.get("kind") == "engine":
             problems += _engine_problems(item, place, lines)
         if isinstance(item.get("config"), dict):

@@ -26,8 +26,10 @@ Distribution = Literal["one", "uniform", "zipf", "distinct"]
 Peer = Literal[
     "base captured",
     "base torch",
+    "base torch.compile",
     "segmented torch",
     "masked torch",
+    "masked torch.compile",
     "PEFT",
     "one at a time",
     "base GenAI",
@@ -60,12 +62,20 @@ class LayersWorkload(_Workload):
     """A chain of equal linear layers in one graph; the rows are segments of tokens."""
 
     kind: Literal["layers"]
+    mix_ranks: bool = Field(
+        False, description="the adapters take the ranks in turn; default: a cell for each rank"
+    )
     in_features: Size
     out_features: Size
     chain: Size = Field(1, description="layers one after another, which share one route")
     tokens: Sizes = Field(description="all rows together")
     rows: Size | None = Field(None, description="segments; default: one per adapter")
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = ("masked", "augmented")
+
+    @property
+    def rank_sets(self) -> tuple[tuple[int, ...], ...]:
+        """For each cell the ranks that its adapters take in turn."""
+        return (self.ranks,) if self.mix_ranks else tuple((rank,) for rank in self.ranks)
 
 
 class Shape(_Model):
@@ -103,6 +113,7 @@ class GenerationWorkload(_Workload):
 
     kind: Literal["generation"]
     config: dict[str, Any] = Field(description="as of a model")
+    weights: Literal["float", "int4"] = Field("float", description="the base's, in its graph")
     rows: Sizes
     prompt_tokens: Size = 128
     new_tokens: Annotated[int, Field(ge=2)] = 64

@@ -81,16 +81,21 @@ def why_no_kernels(manifest: Manifest, device: tuple[str, int]) -> str | None:
             "no graph of this artifact calls their functions; add export: {kernels: true} to the"
             " spec and build again"
         )
+    return why_no_library(manifest.dtype, device)
+
+
+def why_no_library(dtype: str, device: tuple[str, int]) -> str | None:
+    """What keeps the kernels from computing graphs of a dtype that call their functions."""
     if importlib.util.find_spec(_PACKAGE) is None:
         return f"{_DISTRIBUTION} is not installed; pip install ./runtime/kernels"
     try:
-        _library()
+        kernel_library()
     except Exception as error:  # whatever its modules raise
         return f"{_DISTRIBUTION} is damaged: {error}; install it again"
     if device[0] == "cpu":
         return None
-    if manifest.dtype not in _CUDA_DTYPES:
-        return f"on CUDA they are of {' and '.join(_CUDA_DTYPES)}, and this is {manifest.dtype}"
+    if dtype not in _CUDA_DTYPES:
+        return f"on CUDA they are of {' and '.join(_CUDA_DTYPES)}, and this is {dtype}"
     capability = compute_capability(device[1])
     if not importlib.import_module(_PACKAGE).supported(capability):
         major, minor = capability
@@ -106,8 +111,9 @@ def _take(manifest: Manifest, device: str) -> KernelChoice:
     version = getattr(importlib.import_module(_PACKAGE), "__version__", "of no version")
     is_proven = _is_proven(manifest, device)
     proof = "proven in its build" if is_proven else "not proven in its build: see check"
-    return KernelChoice(_library(), f"{_DISTRIBUTION} {version}, {proof}")
+    return KernelChoice(kernel_library(), f"{_DISTRIBUTION} {version}, {proof}")
 
 
-def _library() -> Path:
+def kernel_library() -> Path:
+    """Of the installed package, which is there where `why_no_library` has nothing to say."""
     return Path(importlib.import_module(_PACKAGE).library_path())
