@@ -32,7 +32,7 @@ def function(name: str, overload: str, opset: int) -> ir.Function:
         body, attributes = _Body(["slots"]), []
         body.add("Unsqueeze", ["slots", body.constant(1)], "routes")
     elif name == "LoraAdd":
-        body = _Body(["y", "x", "routes", "owners", "rest", "A", "B"])
+        body = _Body(["y", "x", "routes", "ranks", "owners", "rest", "A", "B"])
         attributes = ["num_slots", "rows_per_slot"]
         _select(body, overload)
         if overload == "batched":
@@ -42,7 +42,7 @@ def function(name: str, overload: str, opset: int) -> ir.Function:
             body.add("Gemm", ["own_h", "B", "y"], "sum")
     else:
         weights = [f"WB_{n}" for n in range(1, int(name.removeprefix("LoraLinear") or "1") + 1)]
-        body = _Body(["x", "routes", "owners", "rest", "A", *weights])
+        body = _Body(["x", "routes", "ranks", "owners", "rest", "A", *weights])
         attributes = ["num_slots", "rows_per_slot", "bias_rows"]
         _select(body, overload)
         body.add("Concat", ["x", "own_h"], "both", axis=-1)

@@ -4,22 +4,27 @@ A function's body holds the operators that stood in the graph, so that onnxrunti
 body in the place of its call, computes what it did. Where a host has registered a library that has
 kernels of these names, a kernel takes the call instead.
 
-Shapes: T tokens, R rows whose slots are given (T is a multiple of R), K stack rows of all slots,
-K' = K and those of the bias (0 or 8).
+Shapes: T tokens, R rows whose slots are given (T is a multiple of R), S slots of which each has W
+stack rows, K = S * W, K' = K and the rows of the bias (0 or 8).
 
     Route(slots [R]) -> routes
-    LoraLinear(x [T, in], routes, owners [1, K'], rest, A [K', in], WB [in + K', out]) -> y [T, out]
-    LoraAdd(y [T, out], x [T, in], routes, owners [1, K], rest, A [K, in], B [K, out]) -> [T, out]
+    LoraLinear(x [T, in], routes, ranks [S, 1], owners [1, K'], rest, A [K', in], WB [in + K', out])
+        -> y [T, out]
+    LoraAdd(y [T, out], x [T, in], routes, ranks, owners [1, K], rest, A [K, in], B [K, out])
+        -> [T, out]
 
 LoraLinear2 and LoraLinear3 take so many WB and give so many y. `routes` is whatever Route makes of
-the slots, which functions of this domain alone read. Bodies that differ have one name and an
-overload each: "" of x [T, in], "bias" of that with rows for a bias, "batched" of x [R, n, in].
+the slots, which functions of this domain alone read. `ranks` is a stack too, of role rank: how many
+of its W rows a slot's adapter has, for kernels; the bodies multiply by the zeros behind them.
+Bodies that differ have one name and an overload each: "" of x [T, in], "bias" of that with rows for
+a bias, "batched" of x [R, n, in].
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -27,6 +32,7 @@ from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, Function, Laye
 
 from ..errors import ExportError
 from .functions import IR_VERSION, function
+from .ranks import add_ranks, rank_stack
 
 _LINEAR: tuple[Function, ...] = ("LoraLinear", "LoraLinear2", "LoraLinear3")
 """By the number of products."""
@@ -42,21 +48,24 @@ class _Site:
     route: ir.Node
     """The Unsqueeze of the slots, which the body of Route holds."""
     inputs: tuple[ir.Value, ...]
-    """Of the call, routes left out."""
+    """Of the call, routes and ranks left out."""
     ys: tuple[ir.Value, ...]
     at: ir.Node
     """Where the call belongs."""
     attributes: dict[str, int]
 
 
-def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[str, Function]:
+def outline(
+    model: ir.Model, layers: Sequence[Layer], num_slots: int, initial: Mapping[str, np.ndarray]
+) -> dict[str, Function]:
     """Make the LoRA part of every site that has the form of a function a call of it, in place.
 
     What has another form stays: embeddings, blends, the strategies segmented and chunked, sites of
     more products than a function has, and one A for products that are added to apart.
 
     Args:
-        model: with the stacks among its graph's inputs, by name.
+        model: with the stacks among its graph's inputs, by name; with those of the ranks behind.
+        initial: the values of the stacks of role lora_A, by name, or of their slots' rows alone.
 
     Returns:
         Layer -> the function that it calls, of the layers that call one.
@@ -71,7 +80,8 @@ def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[st
         slots = _origin(site.route.inputs[0])
         if slots not in routes:
             routes[slots] = _call_route(model, site.route)
-        _call_site(model, site, routes[slots])
+        ranks = add_ranks(model.graph, layer, num_slots, initial)
+        _call_site(model, site, routes[slots], ranks)
         found[layer.name] = site.name
     if found:
         model.opset_imports[FUNCTION_DOMAIN] = 1
@@ -82,9 +92,10 @@ def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[st
 
 
 def with_functions(
-    layers: Sequence[Layer], found: Mapping[str, Function]
+    layers: Sequence[Layer], found: Mapping[str, Function], num_slots: int
 ) -> tuple[tuple[Layer, ...], str]:
-    """The layers of graphs that call functions, and in words which of them do not.
+    """The layers of graphs that call functions, with the stacks of the ranks, and in words which
+    of them do not.
 
     Raises:
         ExportError: none does.
@@ -101,7 +112,14 @@ def with_functions(
     if other:
         more = ", …" if len(other) > _NAMED else ""
         said += f"; these call none: {', '.join(other[:_NAMED])}{more}"
-    return tuple(replace(layer, function=found.get(layer.name)) for layer in layers), said
+    return tuple(_marked(layer, found.get(layer.name), num_slots) for layer in layers), said
+
+
+def _marked(layer: Layer, function: Function | None, num_slots: int) -> Layer:
+    if function is None:
+        return layer
+    stacks = (*layer.stacks, rank_stack(layer, num_slots))
+    return replace(layer, function=function, stacks=stacks)
 
 
 def _origin(slots: ir.Value | None) -> Any:
@@ -128,9 +146,9 @@ def _call_route(model: ir.Model, unsqueeze: ir.Node) -> ir.Value:
     return call.outputs[0]
 
 
-def _call_site(model: ir.Model, site: _Site, routes: ir.Value) -> None:
+def _call_site(model: ir.Model, site: _Site, routes: ir.Value, ranks: ir.Value) -> None:
     place = 2 if site.name == "LoraAdd" else 1
-    inputs = [*site.inputs[:place], routes, *site.inputs[place:]]
+    inputs = [*site.inputs[:place], routes, ranks, *site.inputs[place:]]
     call = _call(model, site.name, site.overload, inputs, site.attributes, site.at, len(site.ys))
     model.graph.insert_after(site.at, call)
     for old, new in zip(site.ys, call.outputs, strict=True):

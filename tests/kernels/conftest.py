@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,22 @@ def library(home: Home) -> Path:
         "kernels-cpu", lambda to: compile_kernels(to / "library.so", LORAEXPORT_KERNELS_CPU="1")
     )
     return made / "library.so"
+
+
+@pytest.fixture(scope="module")
+def installed(home: Home, library: Path) -> Iterator[None]:
+    """The package as it is installed, with its CPU kernels."""
+
+    def install(folder: Path) -> None:
+        shutil.copytree(KERNELS / "loraexport_kernels", folder / "loraexport_kernels")
+        shutil.copyfile(library, folder / "loraexport_kernels/libloraexport_kernels.so")
+
+    folder = home.once("installed-kernels", install)
+    sys.modules.pop("loraexport_kernels", None)  # of another test's, which is not built
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    sys.modules.pop("loraexport_kernels", None)
 
 
 @pytest.fixture(scope="session")

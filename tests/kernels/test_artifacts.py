@@ -1,8 +1,5 @@
 """Artifacts with functions on the CPU kernels: the same proof as with stock operators."""
 
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +16,7 @@ from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.sessions.load import make_session
 
-KERNELS = Path(__file__).resolve().parents[2] / "runtime/kernels"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed(request: pytest.FixtureRequest, home: Home) -> Iterator[None]:
-    """The package as it is installed, with its CPU kernels."""
-    if not KERNELS.is_dir():
-        pytest.skip("runtime/kernels is not here")
-    library = request.getfixturevalue("library")
-
-    def install(folder: Path) -> None:
-        shutil.copytree(KERNELS / "loraexport_kernels", folder / "loraexport_kernels")
-        shutil.copyfile(library, folder / "loraexport_kernels/libloraexport_kernels.so")
-
-    folder = home.once("installed-kernels", install)
-    sys.modules.pop("loraexport_kernels", None)  # of another test's, which is not built
-    sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
-    sys.modules.pop("loraexport_kernels", None)
+pytestmark = pytest.mark.usefixtures("installed")
 
 
 def export(strategy: str) -> dict[str, Any]:
@@ -47,6 +25,11 @@ def export(strategy: str) -> dict[str, Any]:
 
 def calls(artifact: Path) -> set[str | None]:
     return {layer.function for layer in Manifest.read(artifact).layers}
+
+
+def ranks(session: lr.LayersSession, layer: str) -> list[int]:
+    """Of its slots' rows those that are in use, as kernels read it."""
+    return session._host.stack(f"{layer}.rank").numpy().ravel().tolist()  # type: ignore[no-any-return]
 
 
 def proven(artifact: Path, *names: str) -> None:
@@ -72,8 +55,13 @@ def test_layers(home: Home, strategy: str) -> None:
     for kernels in (True, False):
         with lr.load_layers(artifact, kernels=kernels) as session:
             before = session["up"].run(x, segments)
+            assert ranks(session, "qkv") == [8, 16], "of q and v, of q and k"
+            assert ranks(session, "up") == [4, 0]
             session.load_adapter("spare", artifact / "adapters/spare")
             session.unload_adapter("chat")
+            slot = session.adapters["spare"]
+            assert ranks(session, "up")[slot - 1] == 2
+            assert ranks(session, "qkv")[slot - 1] == 0
             ys[kernels] = before, session["up"].run(x, [("spare", 3), (None, 4)])
             said = session.stats().kernels
             assert said.startswith("loraexport-kernels" if kernels else "stock operators")

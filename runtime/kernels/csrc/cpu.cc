@@ -84,8 +84,9 @@ void add_row(std::vector<float>& y, float value, const void* matrix, int64_t row
 // h = x A^T of the token's own slot, rounded to the element type as a graph's operators do.
 template <typename T>
 std::vector<float> shrink(const Site& site, const std::vector<float>& x, int64_t slot) {
-  std::vector<float> h(site.width);
-  for (int64_t w = 0; w < site.width; ++w) {
+  const int64_t rank = rank_of(site.ranks, slot, site.width);
+  std::vector<float> h(rank);
+  for (int64_t w = 0; w < rank; ++w) {
     const int64_t row = (slot - 1) * site.width + w;
     float sum = 0;
     for (int64_t k = 0; k < site.in; ++k) sum += x[k] * T::load(site.a, row * site.in + k);

@@ -18,7 +18,7 @@ struct Op : ort::CustomOp {
   int element = ort::kInt64;
   bool on_cuda = false;
 
-  size_t inputs() const { return kind == Kind::kRoute ? 1 : kind == Kind::kAdd ? 7 : 5 + slices; }
+  size_t inputs() const { return kind == Kind::kRoute ? 1 : kind == Kind::kAdd ? 8 : 6 + slices; }
   size_t outputs() const { return kind == Kind::kLinear ? slices : 1; }
   size_t x() const { return kind == Kind::kAdd ? 1 : 0; }
 };

@@ -1,8 +1,8 @@
 // The ops as onnxruntime sees them: names, types, shapes, and what a call works on.
 //
 //   Route(slots) -> routes
-//   LoraLinear(x, routes, owners, rest, A, WB_1) -> y_1; LoraLinear2 and 3 with a WB for each y
-//   LoraAdd(y, x, routes, owners, rest, A, B) -> y + h_own B
+//   LoraLinear(x, routes, ranks, owners, rest, A, WB_1) -> y_1; LoraLinear2, 3: a WB for each y
+//   LoraAdd(y, x, routes, ranks, owners, rest, A, B) -> y + h_own B
 //
 // `owners` and `rest` are there for the stock operators of the function's body; nothing here reads
 // them. Every op is registered for each provider and element type: onnxruntime infers the type of
@@ -45,7 +45,8 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
 
 int input_type(const ort::CustomOp* op, size_t index) {
   const Op& self = as_op(op);
-  const bool whole = self.kind == Kind::kRoute || index == self.x() + 1 || index == self.x() + 2;
+  const size_t x = self.x();
+  const bool whole = self.kind == Kind::kRoute || (index > x && index <= x + 3);
   return whole ? ort::kInt64 : self.element;
 }
 
@@ -76,7 +77,7 @@ ort::Status* infer_shape(const ort::CustomOp* op, ort::ShapeContext* context) {
     if (!dims_of(0, dims, names)) return;
     for (size_t i = 0; i < self.outputs(); ++i) {
       if (self.kind == Kind::kLinear) {
-        if (!dims_of(5 + i, width, width_names)) return;
+        if (!dims_of(6 + i, width, width_names)) return;
         dims.back() = width.back();
         names.back() = width_names.back();
       }

@@ -64,6 +64,7 @@ template <typename Arguments>
 Arguments arguments_of(const Site& site, int tile) {
   Arguments the{};
   the.routes = site.routes;
+  the.ranks = site.ranks;
   the.rows = static_cast<int>(site.rows);
   the.per_row = static_cast<int>(site.tokens / site.rows);
   the.chunks = up(the.per_row, tile);
