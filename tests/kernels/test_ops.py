@@ -48,10 +48,10 @@ def test_lora_linear(
     assert_right(site, Graph(site, library).run(site))
 
 
-@given(shapes=SHAPES, ranks=RANKS, out=st.integers(1, 40))
+@given(shapes=SHAPES, ranks=RANKS, outs=st.lists(st.integers(1, 40), min_size=1, max_size=3))
 @settings(max_examples=40, deadline=None)
-def test_lora_add(library: Path, shapes: dict[str, int], ranks: list[int], out: int) -> None:
-    site = random_site(**shapes, ranks=ranks[: shapes["num_slots"]], outs=[out], add=True)
+def test_lora_add(library: Path, shapes: dict[str, int], ranks: list[int], outs: list[int]) -> None:
+    site = random_site(**shapes, ranks=ranks[: shapes["num_slots"]], outs=outs, add=True)
     assert_right(site, Graph(site, library).run(site))
 
 

@@ -27,7 +27,7 @@ class Site:
     """The values of one call, exact in `dtype` and kept in float64.
 
     Shapes: slots [R], x [T, in], ranks [S], a [S * W, in]; weights [in, out], biases [out] and bs
-    [S * W, out] one for each slice. For LoraAdd the only weight is what y is: [T, out].
+    [S * W, out] one for each slice. For LoraAdd the weights are what the y are: [T, out].
     """
 
     dtype: str
@@ -142,7 +142,8 @@ def integers_of(site: Site) -> dict[str, Array]:
 def inputs_of(site: Site) -> dict[str, Array]:
     """The op's inputs of the site's type, by name."""
     if site.add:
-        return {"y": site.weights[0], "x": site.x, "a": site.a, "b": site.bs[0]}
+        ys = {f"base{index + 1}": base for index, base in enumerate(site.weights)}
+        return {**ys, "x": site.x, "a": site.a, "b": np.concatenate(site.bs, axis=1)}
     padding = np.full((8, site.a.shape[1]), np.inf)  # nobody reads the rows that stand for the bias
     a = np.concatenate([padding, site.a]) if site.biases else site.a
     stacks = {}
@@ -167,7 +168,12 @@ def make_model(site: Site) -> onnx.ModelProto:
     common = ["x_", "routes", "ranks", "owners", "rest", "a_"]
     ys = [f"y{index + 1}" for index in range(len(site.weights))]
     if site.add:
-        name, inputs = "LoraAdd", ["y_", *common, "b_"]
+        name = "LoraAdd" + ("" if len(ys) == 1 else str(len(ys)))
+        inputs = [*(f"base{index + 1}_" for index in range(len(ys))), *common, "b_"]
+        if len(ys) > 1:
+            widths = [base.shape[1] for base in site.weights]
+            nodes.append(helper.make_node("Constant", [], ["widths"], value_ints=widths))
+            inputs.append("widths")
     else:
         name = "LoraLinear" + ("" if len(ys) == 1 else str(len(ys)))
         inputs = [*common, *(f"wb{index + 1}_" for index in range(len(ys)))]
@@ -179,7 +185,8 @@ def make_model(site: Site) -> onnx.ModelProto:
     dims: dict[str, list[int | str]] = {name: list(shape) for name, shape in shapes.items()}
     dims["x"][0] = "tokens"
     if site.add:
-        dims["y"][0] = "tokens"
+        for index in range(len(ys)):
+            dims[f"base{index + 1}"][0] = "tokens"
     graph = helper.make_graph(
         nodes,
         "site",

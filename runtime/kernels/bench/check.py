@@ -36,7 +36,7 @@ def make_site(
         slots,
         values(tokens, in_features),
         values(stack, in_features),
-        [values(stack, out) for out in outs],
+        values(stack, sum(outs)).split(outs, dim=1) if add else [values(stack, n) for n in outs],
         [] if add else [values(in_features, out) for out in outs],
         [values(tokens, out) for out in outs] if add else [],
         [values(out) for out in outs] if bias else [],
@@ -88,7 +88,7 @@ def check_values(kernels: Kernels, count: int, most_tokens: int) -> None:
                 draw.choice([1, 2, 3, 8, 40]),
                 draw.choice([1, 7, 8, 16, 20, 24, 32, 48, 64, 100, 192]),
                 draw.choice([1, 8, 31, 32, 40, 256, 264, 512, 1000]),
-                outs[:1] if add else outs,
+                outs,
                 not add and draw.random() < 0.5,
                 add,
             )

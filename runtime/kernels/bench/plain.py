@@ -19,8 +19,11 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 class CSlice(ctypes.Structure):
-    _fields_ = [("out", ctypes.c_int64)] + [
-        (name, ctypes.c_void_p) for name in ("weight", "bias", "base", "b", "y")
+    _fields_ = [
+        ("out", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "base", "b")),
+        ("b_stride", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
     ]
 
 
@@ -177,7 +180,8 @@ class Kernels:
         c.num_slices = len(site.bs)
         for index, b in enumerate(site.bs):
             s = c.slices[index]
-            s.out, s.b, s.y = b.shape[1], b.data_ptr(), site.ys[index].data_ptr()
+            s.out, s.b, s.b_stride = b.shape[1], b.data_ptr(), b.stride(0)
+            s.y = site.ys[index].data_ptr()
             if site.weights:
                 s.weight = site.weights[index].data_ptr()
             else:

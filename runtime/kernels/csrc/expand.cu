@@ -20,10 +20,10 @@ struct Columns {
 
   // b points at the first of the 8 columns, of which `left` are there.
   template <typename E, bool kAligned>
-  __device__ void load(const typename E::Value* b, int left, int out, int rank, int width) {
+  __device__ void load(const typename E::Value* b, int left, int stride, int rank, int width) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      rows[i] = rank + i < width ? load8<E, kAligned>(b + int64_t{rank + i} * out, 0, left)
+      rows[i] = rank + i < width ? load8<E, kAligned>(b + int64_t{rank + i} * stride, 0, left)
                                  : uint4{0, 0, 0, 0};
   }
 
@@ -131,15 +131,15 @@ __device__ void expand_tile(const ExpandArguments& the, const Slice& slice, int 
   // An adapter that has nothing here is as good as none.
   const int width = tile.rank(the);
   if (tile.slot < 0 || (width == 0 && !the.all)) return wait_for_previous();
-  const int out = static_cast<int>(slice.out);
+  const int out = static_cast<int>(slice.out), stride = static_cast<int>(slice.b_stride);
   const int mine = column + 8 * (group / 2) + 32 * (group % 2), first = column + 8 * quad;
   const Value* b = static_cast<const Value*>(slice.b) +
-                   int64_t{width > 0 ? tile.slot - 1 : 0} * the.width * out + mine;
+                   int64_t{width > 0 ? tile.slot - 1 : 0} * the.width * stride + mine;
   Columns kept[kRanks16];
   const auto keep = [&](int rank) {
 #pragma unroll
     for (int k = 0; k < kRanks16; ++k)
-      kept[k].template load<E, kAligned>(b, out - mine, out, rank + 16 * k + 4 * quad, width);
+      kept[k].template load<E, kAligned>(b, out - mine, stride, rank + 16 * k + 4 * quad, width);
   };
   keep(0);
   const int any = tile.token(0);

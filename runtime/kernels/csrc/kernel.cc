@@ -98,22 +98,29 @@ Site Kernel::describe(ort::KernelContext* context) const {
   check(ranks.dims == std::vector<int64_t>{slots_, 1}, "ranks must be [S, 1]");
   check(a.dims == std::vector<int64_t>{stack, site.in}, "A must be [K', in]");
   std::vector<int64_t> dims = x.dims;
+  const bool whole = op_.kind == Kind::kLinear;  // b holds the base's rows too, of one y
+  int64_t column = 0;
   for (int i = 0; i < site.num_slices; ++i) {
     Slice& slice = site.slices[i];
-    const Tensor b(api_, context, op_.x() + 6 + i);
-    const bool whole = op_.kind == Kind::kLinear;  // b holds the base's rows too
+    const Tensor b(api_, context, op_.x() + 6 + (whole ? i : 0));
     check(b.dims.size() == 2 && b.dims[0] == (whole ? site.in : 0) + stack,
           "WB must be [in + K', out], B [K, out]");
-    slice.out = dims.back() = b.last();
+    slice.b_stride = b.last();
     if (whole) {
+      slice.out = dims.back() = b.last();
       slice.weight = b.data;
       if (bias_rows_ > 0) slice.bias = below(b.data, site.in * slice.out);
       slice.b = below(b.data, (site.in + bias_rows_) * slice.out);
     } else {
-      const Tensor base(api_, context, 0);
-      check(base.rows() == site.tokens && base.last() == slice.out, "y must be [.., out]");
+      const Tensor base(api_, context, i);
+      slice.out = base.last();
+      const bool ends = i + 1 == site.num_slices;
+      check(base.rows() == site.tokens && (ends ? column + slice.out == b.last()
+                                                : column + slice.out < b.last()),
+            "y must be [.., out], and all of them as wide as B");
       slice.base = base.data;
-      slice.b = b.data;
+      slice.b = below(b.data, column);
+      column += slice.out;
       dims = base.dims;
     }
     slice.y = api_.data(api_.output(context, i, dims.data(), dims.size()));

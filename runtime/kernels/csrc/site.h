@@ -20,7 +20,8 @@ struct Slice {
   const void* weight = nullptr;  // [in, out]: the base is x weight; null: it is `base`
   const void* bias = nullptr;    // [out] or null
   const void* base = nullptr;    // [T, out]
-  const void* b = nullptr;       // [S * W, out]
+  const void* b = nullptr;       // [S * W, out]; of a wider matrix so many columns
+  int64_t b_stride = 0;          // columns of that matrix
   void* y = nullptr;             // [T, out]
 };
 

@@ -32,7 +32,7 @@ MAX_SIZE = 2**31 - 1
 """Of a dimension: far above any vocabulary."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
-Function = Literal["LoraAdd", "LoraLinear", "LoraLinear2", "LoraLinear3"]
+Function = Literal["LoraAdd", "LoraAdd2", "LoraAdd3", "LoraLinear", "LoraLinear2", "LoraLinear3"]
 """For which a library of the host may have kernels."""
 FUNCTION_DOMAIN = "loraexport"
 """Of these functions, and of the one that routes for them."""
