@@ -122,6 +122,19 @@ def test_the_kernels_are_for_any_python_of_a_platform(wheels: dict[str, zipfile.
     assert re.fullmatch(r"loraexport_kernels-[\d.]+-py3-none-linux_\w+\.whl", name), name
 
 
+def test_a_release_is_of_a_commit(tmp_path: Path) -> None:
+    """What is not committed would not be in it."""
+    (tmp_path / "scripts").mkdir()
+    script = shutil.copy(ROOT / "scripts/release", tmp_path / "scripts")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "scripts/release: commit these first, as the last commit is what it builds:\n?? scripts/\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".git", "scripts"]
+
+
 @pytest.mark.parametrize(
     "page", ["README.md", "docs/index.md", "docs/reference/api.md", "runtime/README.md"]
 )

@@ -31,8 +31,18 @@ def function(name: str, overload: str, opset: int) -> ir.Function:
     if name == "Route":
         body, attributes = _Body(["slots"]), []
         body.add("Unsqueeze", ["slots", body.constant(1)], "routes")
+    elif name in ("LoraAdd2", "LoraAdd3"):
+        numbers = range(1, int(name.removeprefix("LoraAdd")) + 1)
+        ys, parts = [f"y_{n}" for n in numbers], [f"added_{n}" for n in numbers]
+        body = _Body([*ys, "x", "routes", "ranks", "owners", "rest", "A", "B", "widths"])
+        attributes = ["num_slots", "rows_per_slot"]
+        _select(body, overload)
+        body.add("MatMul", ["own_h", "B"], "added")
+        body.add("Split", ["added", "widths"], *parts, axis=-1)
+        for y, part in zip(ys, parts, strict=True):
+            body.add("Add", [y, part], f"sum_{y.removeprefix('y_')}")
     elif name == "LoraAdd":
-        body = _Body(["y", "x", "routes", "owners", "rest", "A", "B"])
+        body = _Body(["y", "x", "routes", "ranks", "owners", "rest", "A", "B"])
         attributes = ["num_slots", "rows_per_slot"]
         _select(body, overload)
         if overload == "batched":
@@ -42,7 +52,7 @@ def function(name: str, overload: str, opset: int) -> ir.Function:
             body.add("Gemm", ["own_h", "B", "y"], "sum")
     else:
         weights = [f"WB_{n}" for n in range(1, int(name.removeprefix("LoraLinear") or "1") + 1)]
-        body = _Body(["x", "routes", "owners", "rest", "A", *weights])
+        body = _Body(["x", "routes", "ranks", "owners", "rest", "A", *weights])
         attributes = ["num_slots", "rows_per_slot", "bias_rows"]
         _select(body, overload)
         body.add("Concat", ["x", "own_h"], "both", axis=-1)
@@ -76,14 +86,14 @@ class _Body:
         self._nodes: list[ir.Node] = []
 
     def add(
-        self, kind: str, inputs: Sequence[str], output: str, **attributes: int | Sequence[int]
+        self, kind: str, inputs: Sequence[str], *outputs: str, **attributes: int | Sequence[int]
     ) -> str:
-        """A node; the name of its output."""
-        self._values[output] = ir.Value(name=output)
+        """A node; the name of its first output."""
         values = [self._values[name] for name in inputs]
-        outputs = [self._values[output]]
-        self._nodes.append(ir.node(kind, values, attributes, outputs=outputs, name=output))
-        return output
+        made = [ir.Value(name=name) for name in outputs]
+        self._values.update(zip(outputs, made, strict=True))
+        self._nodes.append(ir.node(kind, values, attributes, outputs=made, name=outputs[0]))
+        return outputs[0]
 
     def constant(self, number: int) -> str:
         """[number], int64."""

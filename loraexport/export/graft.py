@@ -103,7 +103,7 @@ def graft(
     del model.opset_imports[FUNCTION_DOMAIN]
     graph.sort()
     layers = [target.layer for target in grafts] if kernels else []
-    found = outline(model, layers, num_slots)
+    found = outline(model, layers, num_slots, stacks)
     make_overridable(graph, initial)
     return found
 

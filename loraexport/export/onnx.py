@@ -137,7 +137,8 @@ def _export(
 ) -> dict[str, Function]:
     model = _trace(graph)
     fuse(model)
-    found = {} if outlined_slots is None else outline(model, layers, outlined_slots)
+    slots = outlined_slots
+    found = {} if slots is None else outline(model, layers, slots, graph.stacks)
     _name_by_role(model.graph, graph.name)
     stacks = {name: ir.Tensor(array, name=name) for name, array in graph.stacks.items()}
     make_overridable(model.graph, stacks)

@@ -4,22 +4,28 @@ A function's body holds the operators that stood in the graph, so that onnxrunti
 body in the place of its call, computes what it did. Where a host has registered a library that has
 kernels of these names, a kernel takes the call instead.
 
-Shapes: T tokens, R rows whose slots are given (T is a multiple of R), K stack rows of all slots,
-K' = K and those of the bias (0 or 8).
+Shapes: T tokens, R rows whose slots are given (T is a multiple of R), S slots of which each has W
+stack rows, K = S * W, K' = K and the rows of the bias (0 or 8).
 
     Route(slots [R]) -> routes
-    LoraLinear(x [T, in], routes, owners [1, K'], rest, A [K', in], WB [in + K', out]) -> y [T, out]
-    LoraAdd(y [T, out], x [T, in], routes, owners [1, K], rest, A [K, in], B [K, out]) -> [T, out]
+    LoraLinear(x [T, in], routes, ranks [S, 1], owners [1, K'], rest, A [K', in], WB [in + K', out])
+        -> y [T, out]
+    LoraAdd(y [T, out], x [T, in], routes, ranks, owners [1, K], rest, A [K, in], B [K, out])
+        -> [T, out]
 
-LoraLinear2 and LoraLinear3 take so many WB and give so many y. `routes` is whatever Route makes of
-the slots, which functions of this domain alone read. Bodies that differ have one name and an
-overload each: "" of x [T, in], "bias" of that with rows for a bias, "batched" of x [R, n, in].
+LoraLinear2 and LoraLinear3 take so many WB and give so many y; LoraAdd2 and LoraAdd3 take so many y
+ahead of x, and behind B, which has the columns of all of them, how wide each is. `routes` is
+whatever Route makes of the slots, which functions of this domain alone read. `ranks` is a stack
+too, of role rank: how many of its W rows a slot's adapter has, for kernels; the bodies multiply by
+the zeros behind them. Bodies that differ have one name and an overload each: "" of x [T, in],
+"bias" of that with rows for a bias, "batched" of x [R, n, in].
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -27,36 +33,23 @@ from loraexport_runtime.contract.manifest import FUNCTION_DOMAIN, Function, Laye
 
 from ..errors import ExportError
 from .functions import IR_VERSION, function
+from .ranks import add_ranks, rank_stack
+from .sites import ADD, Site, find_site, input_of
 
-_LINEAR: tuple[Function, ...] = ("LoraLinear", "LoraLinear2", "LoraLinear3")
-"""By the number of products."""
 _NAMED = 4
 
 
-@dataclass(frozen=True)
-class _Site:
-    """The nodes of a site's LoRA part, by what they take and give."""
-
-    name: Function
-    overload: str
-    route: ir.Node
-    """The Unsqueeze of the slots, which the body of Route holds."""
-    inputs: tuple[ir.Value, ...]
-    """Of the call, routes left out."""
-    ys: tuple[ir.Value, ...]
-    at: ir.Node
-    """Where the call belongs."""
-    attributes: dict[str, int]
-
-
-def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[str, Function]:
+def outline(
+    model: ir.Model, layers: Sequence[Layer], num_slots: int, initial: Mapping[str, np.ndarray]
+) -> dict[str, Function]:
     """Make the LoRA part of every site that has the form of a function a call of it, in place.
 
-    What has another form stays: embeddings, blends, the strategies segmented and chunked, sites of
-    more products than a function has, and one A for products that are added to apart.
+    What has another form stays: embeddings, blends, the strategies segmented and chunked, and sites
+    of more products than a function has.
 
     Args:
-        model: with the stacks among its graph's inputs, by name.
+        model: with the stacks among its graph's inputs, by name; with those of the ranks behind.
+        initial: the values of the stacks of role lora_A, by name, or of their slots' rows alone.
 
     Returns:
         Layer -> the function that it calls, of the layers that call one.
@@ -65,13 +58,14 @@ def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[st
     found: dict[str, Function] = {}
     routes: dict[Any, ir.Value] = {}
     for layer in layers:
-        site = _find(layer, stacks, num_slots)
+        site = find_site(layer, stacks, num_slots)
         if site is None:
             continue
         slots = _origin(site.route.inputs[0])
         if slots not in routes:
             routes[slots] = _call_route(model, site.route)
-        _call_site(model, site, routes[slots])
+        ranks = add_ranks(model.graph, layer, num_slots, initial)
+        _call_site(model, site, routes[slots], ranks)
         found[layer.name] = site.name
     if found:
         model.opset_imports[FUNCTION_DOMAIN] = 1
@@ -82,9 +76,10 @@ def outline(model: ir.Model, layers: Sequence[Layer], num_slots: int) -> dict[st
 
 
 def with_functions(
-    layers: Sequence[Layer], found: Mapping[str, Function]
+    layers: Sequence[Layer], found: Mapping[str, Function], num_slots: int
 ) -> tuple[tuple[Layer, ...], str]:
-    """The layers of graphs that call functions, and in words which of them do not.
+    """The layers of graphs that call functions, with the stacks of the ranks, and in words which
+    of them do not.
 
     Raises:
         ExportError: none does.
@@ -101,7 +96,14 @@ def with_functions(
     if other:
         more = ", …" if len(other) > _NAMED else ""
         said += f"; these call none: {', '.join(other[:_NAMED])}{more}"
-    return tuple(replace(layer, function=found.get(layer.name)) for layer in layers), said
+    return tuple(_marked(layer, found.get(layer.name), num_slots) for layer in layers), said
+
+
+def _marked(layer: Layer, function: Function | None, num_slots: int) -> Layer:
+    if function is None:
+        return layer
+    stacks = (*layer.stacks, rank_stack(layer, num_slots))
+    return replace(layer, function=function, stacks=stacks)
 
 
 def _origin(slots: ir.Value | None) -> Any:
@@ -121,16 +123,16 @@ def _origin(slots: ir.Value | None) -> Any:
 
 def _call_route(model: ir.Model, unsqueeze: ir.Node) -> ir.Value:
     """Route(slots), ahead of where its Unsqueeze is."""
-    slots = _input(unsqueeze, 0)
+    slots = input_of(unsqueeze, 0)
     assert slots is not None, "an Unsqueeze has an input"
     call = _call(model, "Route", "", [slots], {}, unsqueeze, 1)
     model.graph.insert_before(unsqueeze, call)
     return call.outputs[0]
 
 
-def _call_site(model: ir.Model, site: _Site, routes: ir.Value) -> None:
-    place = 2 if site.name == "LoraAdd" else 1
-    inputs = [*site.inputs[:place], routes, *site.inputs[place:]]
+def _call_site(model: ir.Model, site: Site, routes: ir.Value, ranks: ir.Value) -> None:
+    place = 1 + len(site.ys) if site.name in ADD else 1
+    inputs = [*site.inputs[:place], routes, ranks, *site.inputs[place:]]
     call = _call(model, site.name, site.overload, inputs, site.attributes, site.at, len(site.ys))
     model.graph.insert_after(site.at, call)
     for old, new in zip(site.ys, call.outputs, strict=True):
@@ -159,103 +161,3 @@ def _call(
     call.name = f"{old.name}/{name}" if old.name else None
     call.metadata_props.update(old.metadata_props)  # it says which module the node is of
     return call
-
-
-def _find(layer: Layer, stacks: Mapping[str | None, ir.Value], num_slots: int) -> _Site | None:
-    """The nodes of a layer's LoRA part; None, if they have no function's form."""
-    a, bs = layer.stack("lora_A"), [one.name for one in layer.stacks if one.role == "lora_B"]
-    if layer.kind != "linear" or a is None or len(bs) > len(_LINEAR):
-        return None
-    shrink = _user(stacks[a.name])
-    is_batched = shrink is not None and shrink.op_type == "Transpose"
-    if is_batched and shrink is not None:
-        shrink = _user(shrink.outputs[0])
-    if shrink is None or shrink.op_type != ("MatMul" if is_batched else "Gemm"):
-        return None
-    select = _user(shrink.outputs[0])
-    if select is None or select.op_type != "Where":
-        return None
-    own, _, rest = select.inputs
-    equal = _maker(own, "Equal")
-    if is_batched:
-        equal = _maker(_input(_maker(own, "Unsqueeze"), 0), "Equal")
-    route = _maker(_input(equal, 0), "Unsqueeze")
-    x, owners = _input(shrink, 0), _input(equal, 1)
-    wide = _maker(rest, "Expand")
-    row = _input(wide, 0) if wide is not None else rest
-    if route is None or x is None or owners is None or row is None or (wide and is_batched):
-        return None
-    overload = "batched" if is_batched else "bias" if wide else ""
-    attributes = {"num_slots": num_slots, "rows_per_slot": a.rows_per_slot}
-    given = (x, owners, row, stacks[a.name])
-    weights = [stacks[name] for name in bs]
-    if layer.strategy == "augmented":
-        attributes["bias_rows"] = a.row_offset
-        return _linear(select, overload, route, given, weights, attributes)
-    if layer.strategy == "masked" and len(weights) == 1 and wide is None:
-        return _add(select, overload, route, given, weights[0], attributes)
-    return None
-
-
-def _linear(
-    select: ir.Node,
-    overload: str,
-    route: ir.Node,
-    given: tuple[ir.Value, ...],
-    weights: Sequence[ir.Value],
-    attributes: dict[str, int],
-) -> _Site | None:
-    """[x | h] [W ; B] of every product."""
-    concat = _user(select.outputs[0])
-    products = [_user(weight) for weight in weights]
-    if concat is None or concat.op_type != "Concat" or concat.inputs[0] is not given[0]:
-        return None
-    if not all(node and node.op_type == "MatMul" for node in products):
-        return None
-    ys = tuple(node.outputs[0] for node in products if node)
-    if any(node.inputs[0] is not concat.outputs[0] for node in products if node):
-        return None
-    name = _LINEAR[len(ys) - 1]
-    return _Site(name, overload, route, (*given, *weights), ys, concat, attributes)
-
-
-def _add(
-    select: ir.Node,
-    overload: str,
-    route: ir.Node,
-    given: tuple[ir.Value, ...],
-    b: ir.Value,
-    attributes: dict[str, int],
-) -> _Site | None:
-    """y + h B."""
-    expand = _user(b)
-    if expand is None or _input(expand, 0) is not select.outputs[0]:
-        return None
-    if overload == "batched":
-        add = _user(expand.outputs[0])
-        if expand.op_type != "MatMul" or add is None or add.op_type != "Add":
-            return None
-        (y,) = [value for value in add.inputs if value is not expand.outputs[0]]
-    elif expand.op_type == "Gemm" and len(expand.inputs) == 3:
-        add, y = expand, expand.inputs[2]
-    else:
-        return None
-    if y is None:
-        return None
-    inputs = (y, *given, b)
-    return _Site("LoraAdd", overload, route, inputs, (add.outputs[0],), add, attributes)
-
-
-def _user(value: ir.Value) -> ir.Node | None:
-    """The one node that takes a value; None, if there are others, or it is an output."""
-    users = [user for user, _ in value.uses()]
-    return users[0] if len(users) == 1 and not value.is_graph_output() else None
-
-
-def _maker(value: ir.Value | None, kind: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind else None
-
-
-def _input(node: ir.Node | None, index: int) -> ir.Value | None:
-    return node.inputs[index] if node is not None else None

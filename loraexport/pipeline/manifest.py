@@ -81,7 +81,7 @@ def marked(
     """
     if not plan.spec.export.kernels:
         return layers
-    with_them, said = with_functions(layers, found)
+    with_them, said = with_functions(layers, found, plan.num_slots)
     progress(said)
     return with_them
 

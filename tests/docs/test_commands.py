@@ -114,6 +114,7 @@ NEEDS = {
         "a package index"
     ),
     "loraexport build specs/smollm2.yaml": "a package index",
+    "scripts/release": "a package index",
     "npm install --prefix examples/node --ignore-scripts": "npm",
     "node examples/node/run.mjs artifacts/minilm": "npm",
     "loraexport bench specs/bench/h200.yaml --out bench": "a GPU",

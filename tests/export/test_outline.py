@@ -70,7 +70,9 @@ def same(
     onnx.checker.check_model(proto, full_check=True)
     (before, operators), (after, kept) = map(open_optimized, (plain, called))
     stacks = [entry.name for entry in before.get_overridable_initializers()]
-    assert [entry.name for entry in after.get_overridable_initializers()] == stacks
+    ranks = [f"{name}.rank" for name in found]
+    known = [entry.name for entry in after.get_overridable_initializers()]
+    assert Counter(known) == Counter([*stacks, *ranks])
     feeds = drawn(before)
     for given in (feeds, {name: value for name, value in feeds.items() if name not in stacks}):
         for one, other in zip(before.run(None, given), after.run(None, given), strict=True):
@@ -168,14 +170,15 @@ def test_layers_without_a_function_keep_their_operators(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"no site could be a call of a function \(they are embedding by masked\)"
     ):
-        with_functions([layer], {})
+        with_functions([layer], {}, SLOTS)
 
 
 def test_what_is_said_of_the_layers(tmp_path: Path) -> None:
     words, _ = layer_export(tmp_path, "masked", "words")
     write_adapter(tmp_path / "sql", {"blocks.0.up": (32, 48)})
-    layers, said = with_functions([words], {"words": "LoraAdd"})
+    layers, said = with_functions([words], {"words": "LoraAdd"}, SLOTS)
     assert [layer.function for layer in layers] == ["LoraAdd"]
+    assert layers[0].stacks == (*words.stacks, Stack("words.rank", "rank", (SLOTS, 1), 1, 0, 0))
     assert said == "1 of 1 layers call functions that kernels may take"
 
 
@@ -213,7 +216,13 @@ def test_equal_slots_are_routed_once_ahead_of_all(tmp_path: Path) -> None:
         for number in "21"
     ]
     model = ir.from_proto(onnx.parser.parse_model(SHARED))
-    assert outline(model, layers, SLOTS) == {"1": "LoraAdd", "2": "LoraAdd"}
+    initial = {"A1": np.eye(2, 4), "A2": np.eye(1, 8).reshape(2, 4)}
+    assert outline(model, layers, SLOTS, initial) == {"1": "LoraAdd", "2": "LoraAdd"}
+    ranks = {value.name: value.const_value for value in model.graph.inputs if value.const_value}
+    assert {name: value.numpy().tolist() for name, value in ranks.items()} == {
+        "1.rank": [[1], [1]],
+        "2.rank": [[1], [0]],
+    }
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     assert calls(proto) == [("Route", ""), ("LoraAdd", ""), ("LoraAdd", "")]
@@ -242,7 +251,7 @@ def test_a_strategy_of_another_form_is_left_alone(tmp_path: Path) -> None:
     export(tmp_path / "chunked.onnx", None)
     model = ir.load(tmp_path / "chunked.onnx")
     before = len(list(model.graph))
-    assert outline(model, [layer], SLOTS) == {}
+    assert outline(model, [layer], SLOTS, {}) == {}
     assert len(list(model.graph)) == before
     assert FUNCTION_DOMAIN not in model.opset_imports
 

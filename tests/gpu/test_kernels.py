@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.builds import write_model_project, write_tenants
 from support.decoders import FAMILIES, make_prompts, write_decoder
-from support.kernels import Graph, assert_right, inputs_of, make_model, random_site
+from support.kernels import Graph, assert_right, inputs_of, integers_of, make_model, random_site
 
 import loraexport_runtime as lr
 from loraexport.pipeline.build import build
@@ -45,7 +45,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(("rows", "per_row"), [(1, 1), (40, 1), (300, 1), (2000, 1), (5, 33)])
 def test_values(library: Path, dtype: str, add: bool, rows: int, per_row: int) -> None:
-    outs = (96,) if add else (96, 40, 7)
+    outs = (96, 40, 8 if add else 7)
     site = random_site(
         rows,
         dtype=dtype,
@@ -53,6 +53,7 @@ def test_values(library: Path, dtype: str, add: bool, rows: int, per_row: int) -
         per_row=per_row,
         num_slots=9,
         width=24,
+        ranks=[24, 8, 0, 1, 16, 24, 17, 9, 2],
         in_features=264,
         outs=outs,
         bias=not add,
@@ -88,7 +89,7 @@ def test_a_captured_graph_sees_new_slots(library: Path) -> None:
         providers=[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})],
     )
     feeds = {name: value.astype(np.float32) for name, value in inputs_of(site).items()}
-    feeds["slots"] = site.slots.astype(np.int64)
+    feeds |= {name: value.astype(np.int64) for name, value in integers_of(site).items()}
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(feed, "cuda", 0)
         for name, feed in feeds.items()

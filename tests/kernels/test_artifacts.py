@@ -27,6 +27,11 @@ def calls(artifact: Path) -> set[str | None]:
     return {layer.function for layer in Manifest.read(artifact).layers}
 
 
+def ranks(session: lr.LayersSession, layer: str) -> list[int]:
+    """Of its slots' rows those that are in use, as kernels read it."""
+    return session._host.stack(f"{layer}.rank").numpy().ravel().tolist()  # type: ignore[no-any-return]
+
+
 def proven(artifact: Path, *names: str) -> None:
     """Both ways, by check and by verify."""
     report = check_artifact(artifact, ["cpu"])
@@ -50,8 +55,13 @@ def test_layers(home: Home, strategy: str) -> None:
     for kernels in (True, False):
         with lr.load_layers(artifact, kernels=kernels) as session:
             before = session["up"].run(x, segments)
+            assert ranks(session, "qkv") == [8, 16], "of q and v, of q and k"
+            assert ranks(session, "up") == [4, 0]
             session.load_adapter("spare", artifact / "adapters/spare")
             session.unload_adapter("chat")
+            slot = session.adapters["spare"]
+            assert ranks(session, "up")[slot - 1] == 2
+            assert ranks(session, "qkv")[slot - 1] == 0
             ys[kernels] = before, session["up"].run(x, [("spare", 3), (None, 4)])
             said = session.stats().kernels
             assert said.startswith("loraexport-kernels" if kernels else "stock operators")
@@ -84,7 +94,8 @@ def test_a_whole_model(home: Home, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["masked", pytest.param("augmented", marks=pytest.mark.slow)])
 def test_a_decoder(home: Home, strategy: str) -> None:
     artifact = home.artifact(write_family, "Llama", export=export(strategy))
-    assert calls(artifact) >= {"LoraAdd" if strategy == "masked" else "LoraLinear"}
+    kind = "LoraAdd" if strategy == "masked" else "LoraLinear"
+    assert calls(artifact) >= {kind, f"{kind}2"}, "of gate and up, which are apart"
     proven(artifact, "onnx-engine-cpu", "onnx-engine-cpu-kernels")
     prompts, given = make_prompts(5, 9, 7), ["first", None, "second"]
     tokens = {}

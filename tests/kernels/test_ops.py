@@ -7,7 +7,15 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.kernels import TYPES, Graph, Site, assert_right, make_model, random_site
+from support.kernels import (
+    TYPES,
+    Graph,
+    Site,
+    assert_right,
+    integers_of,
+    make_model,
+    random_site,
+)
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -22,28 +30,41 @@ SHAPES = st.fixed_dictionaries(
 )
 
 
-@given(shapes=SHAPES, outs=st.lists(st.integers(1, 40), min_size=1, max_size=3), bias=st.booleans())
+RANKS = st.lists(st.integers(-1, 26), min_size=9, max_size=9)
+"""Of the first slots; negative numbers are 0, larger ones all rows of the slot."""
+
+
+@given(
+    shapes=SHAPES,
+    ranks=RANKS,
+    outs=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    bias=st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
-def test_lora_linear(library: Path, shapes: dict[str, int], outs: list[int], bias: bool) -> None:
-    site = random_site(**shapes, outs=outs, bias=bias)
+def test_lora_linear(
+    library: Path, shapes: dict[str, int], ranks: list[int], outs: list[int], bias: bool
+) -> None:
+    site = random_site(**shapes, ranks=ranks[: shapes["num_slots"]], outs=outs, bias=bias)
     assert_right(site, Graph(site, library).run(site))
 
 
-@given(shapes=SHAPES, out=st.integers(1, 40))
+@given(shapes=SHAPES, ranks=RANKS, outs=st.lists(st.integers(1, 40), min_size=1, max_size=3))
 @settings(max_examples=40, deadline=None)
-def test_lora_add(library: Path, shapes: dict[str, int], out: int) -> None:
-    site = random_site(**shapes, outs=[out], add=True)
+def test_lora_add(library: Path, shapes: dict[str, int], ranks: list[int], outs: list[int]) -> None:
+    site = random_site(**shapes, ranks=ranks[: shapes["num_slots"]], outs=outs, add=True)
     assert_right(site, Graph(site, library).run(site))
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("add", [False, True])
 def test_a_row_stands_alone(library: Path, dtype: str, add: bool) -> None:
-    """Bit for bit the same, whatever slots the others use and whatever they hold, inf included."""
-    site = random_site(5, dtype=dtype, rows=6, per_row=2, num_slots=4, add=add)
+    """Bit for bit the same, whatever slots the others use and whatever they hold, inf included;
+    and whatever lies beyond the adapter's rank."""
+    ranks = [8, 5, 0, 3]
+    site = random_site(5, dtype=dtype, rows=6, per_row=2, num_slots=4, ranks=ranks, add=add)
     site = site.changed(slots=np.array([1, 2, 3, 4, 0, 2]))
     graph = Graph(site, library)
-    row, tokens, own = 1, slice(2, 4), slice(8, 16)
+    row, tokens, own = 1, slice(2, 4), site.rows(2)
     alone = graph.run(site)[0][tokens]
     others = np.ones(len(site.x), bool)
     others[tokens] = False
@@ -55,8 +76,26 @@ def test_a_row_stands_alone(library: Path, dtype: str, add: bool) -> None:
         x[others] = a[foreign] = b[foreign] = bad
         slots = draw.integers(0, 5, 6)
         slots[row] = site.slots[row]
-        changed = site.changed(x=x, a=a, bs=[b], slots=slots)
+        others_ranks = draw.integers(0, 9, 4)
+        others_ranks[1] = 5
+        changed = site.changed(x=x, a=a, bs=[b], slots=slots, ranks=others_ranks)
         assert np.array_equal(graph.run(changed)[0][tokens], alone)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_mixed_ranks(library: Path, add: bool) -> None:
+    """Adapters of rank 8 to 128 beside each other, and one that has nothing at this site."""
+    ranks = [8, 16, 128, 0, 64, 24, 100, 32]
+    site = random_site(
+        10, rows=40, num_slots=8, width=128, in_features=48, outs=(24,), ranks=ranks, add=add
+    )
+    graph = Graph(site, library)
+    ys = graph.run(site)
+    assert_right(site, ys)
+    nothing = site.slots == 4
+    assert nothing.any()
+    base = graph.run(site.changed(slots=np.zeros(40)))
+    assert np.array_equal(ys[0][nothing], base[0][nothing])
 
 
 def test_own_values_arrive(library: Path) -> None:
@@ -83,7 +122,8 @@ def test_batches_of_rows(library: Path) -> None:
     """x may have more dimensions: y has the same, with its own width."""
     site = random_site(8, rows=3, per_row=4)
     model = make_model(site)
-    dims = model.graph.input[1].type.tensor_type.shape.dim
+    (x,) = [value for value in model.graph.input if value.name == "x"]
+    dims = x.type.tensor_type.shape.dim
     dims[0].dim_param = "rows"
     dims.insert(1, type(dims[0])(dim_param="n"))
     options = onnxruntime.SessionOptions()
@@ -91,12 +131,10 @@ def test_batches_of_rows(library: Path) -> None:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    feeds = {"slots": site.slots, "x": site.x.reshape(3, 4, -1), "a": site.a}
+    feeds = {"x": site.x.reshape(3, 4, -1), "a": site.a}
     feeds["wb1"] = np.concatenate([site.weights[0], site.bs[0]])
-    feeds = {
-        name: value.astype(np.int64 if name == "slots" else np.float32)
-        for name, value in feeds.items()
-    }
+    feeds = {name: value.astype(np.float32) for name, value in feeds.items()}
+    feeds |= {name: value.astype(np.int64) for name, value in integers_of(site).items()}
     y = session.run(None, feeds)[0]
     assert y.shape == (3, 4, 16)
     assert_right(site, [y.reshape(12, 16)])
@@ -147,6 +185,7 @@ def test_wrong_attributes_are_refused(library: Path, attributes: dict[str, int],
         ({"a": np.zeros((8, 16))}, r"LoraLinear: A must be \[K', in\]"),
         ({"bs": [np.zeros((8, 16))]}, r"LoraLinear: WB must be \[in \+ K', out\]"),
         ({"x": np.zeros((5, 16))}, "LoraLinear: the rows of x must be a multiple"),
+        ({"ranks": np.zeros(2)}, r"LoraLinear: ranks must be \[S, 1\]"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(

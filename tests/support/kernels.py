@@ -26,14 +26,15 @@ in float16 and bfloat16 that is a rounding of h and one of y, in float32 the ord
 class Site:
     """The values of one call, exact in `dtype` and kept in float64.
 
-    Shapes: slots [R], x [T, in], a [S * W, in]; weights [in, out], biases [out] and bs [S * W, out]
-    one for each slice. For LoraAdd the only weight is what y is: [T, out].
+    Shapes: slots [R], x [T, in], ranks [S], a [S * W, in]; weights [in, out], biases [out] and bs
+    [S * W, out] one for each slice. For LoraAdd the weights are what the y are: [T, out].
     """
 
     dtype: str
     num_slots: int
     slots: Array
     x: Array
+    ranks: Array
     a: Array
     weights: Sequence[Array]
     bs: Sequence[Array]
@@ -43,6 +44,11 @@ class Site:
     @property
     def width(self) -> int:
         return self.a.shape[0] // self.num_slots
+
+    def rows(self, slot: int) -> slice:
+        """Those that a slot's adapter has."""
+        first = (slot - 1) * self.width
+        return slice(first, first + min(max(0, int(self.ranks[slot - 1])), self.width))
 
     def expected(self) -> tuple[list[Array], list[Array]]:
         """y of each slice [T, out], and the sums of absolute terms behind it."""
@@ -57,7 +63,7 @@ class Site:
             for token in range(len(self.x)):
                 slot = int(self.slots[token // per_row])
                 if 1 <= slot <= self.num_slots:
-                    own = slice((slot - 1) * self.width, slot * self.width)
+                    own = self.rows(slot)
                     y[token] += self.x[token] @ self.a[own].T @ b[own]
                     size[token] += abs(self.x[token]) @ abs(self.a[own]).T @ abs(b[own])
             ys.append(y)
@@ -78,10 +84,15 @@ def random_site(
     width: int = 8,
     in_features: int = 16,
     outs: Sequence[int] = (16,),
+    ranks: Sequence[int] | None = None,
     bias: bool = False,
     add: bool = False,
 ) -> Site:
-    """Values around 1; slots from -2 to S + 2, of which -2, -1, 0, S + 1 and S + 2 are the base."""
+    """Values around 1; slots from -2 to S + 2, of which -2, -1, 0, S + 1 and S + 2 are the base.
+
+    Args:
+        ranks: of the slots; default: each has all of its rows.
+    """
     draw = np.random.default_rng(seed)
 
     def values(*shape: int) -> Array:
@@ -93,6 +104,7 @@ def random_site(
         num_slots=num_slots,
         slots=draw.integers(-2, num_slots + 3, rows),
         x=values(tokens, in_features),
+        ranks=np.full(num_slots, width) if ranks is None else np.array(ranks),
         a=values(stack, in_features),
         weights=[values(tokens if add else in_features, out) for out in outs],
         bs=[values(stack, out) for out in outs],
@@ -116,16 +128,22 @@ class Graph:
 
     def run(self, site: Site) -> list[Array]:
         """y of each slice [T, out], float32."""
-        feeds = {"slots": site.slots.astype(np.int64)}
+        feeds = {name: value.astype(np.int64) for name, value in integers_of(site).items()}
         for name, value in inputs_of(site).items():
             feeds[name] = value.astype(np.float32)
         return list(self.session.run(None, feeds))
 
 
+def integers_of(site: Site) -> dict[str, Array]:
+    """The inputs that say what is used, by name."""
+    return {"slots": site.slots, "ranks": site.ranks.reshape(-1, 1)}
+
+
 def inputs_of(site: Site) -> dict[str, Array]:
     """The op's inputs of the site's type, by name."""
     if site.add:
-        return {"y": site.weights[0], "x": site.x, "a": site.a, "b": site.bs[0]}
+        ys = {f"base{index + 1}": base for index, base in enumerate(site.weights)}
+        return {**ys, "x": site.x, "a": site.a, "b": np.concatenate(site.bs, axis=1)}
     padding = np.full((8, site.a.shape[1]), np.inf)  # nobody reads the rows that stand for the bias
     a = np.concatenate([padding, site.a]) if site.biases else site.a
     stacks = {}
@@ -147,10 +165,15 @@ def make_model(site: Site) -> onnx.ModelProto:
     nodes.append(helper.make_node("Constant", [], ["owners"], value_ints=[1]))
     nodes.append(helper.make_node("Cast", ["zero"], ["rest"], to=element))
     attributes = {"num_slots": site.num_slots, "rows_per_slot": site.width}
-    common = ["x_", "routes", "owners", "rest", "a_"]
+    common = ["x_", "routes", "ranks", "owners", "rest", "a_"]
     ys = [f"y{index + 1}" for index in range(len(site.weights))]
     if site.add:
-        name, inputs = "LoraAdd", ["y_", *common, "b_"]
+        name = "LoraAdd" + ("" if len(ys) == 1 else str(len(ys)))
+        inputs = [*(f"base{index + 1}_" for index in range(len(ys))), *common, "b_"]
+        if len(ys) > 1:
+            widths = [base.shape[1] for base in site.weights]
+            nodes.append(helper.make_node("Constant", [], ["widths"], value_ints=widths))
+            inputs.append("widths")
     else:
         name = "LoraLinear" + ("" if len(ys) == 1 else str(len(ys)))
         inputs = [*common, *(f"wb{index + 1}_" for index in range(len(ys)))]
@@ -162,11 +185,15 @@ def make_model(site: Site) -> onnx.ModelProto:
     dims: dict[str, list[int | str]] = {name: list(shape) for name, shape in shapes.items()}
     dims["x"][0] = "tokens"
     if site.add:
-        dims["y"][0] = "tokens"
+        for index in range(len(ys)):
+            dims[f"base{index + 1}"][0] = "tokens"
     graph = helper.make_graph(
         nodes,
         "site",
-        [helper.make_tensor_value_info("slots", TensorProto.INT64, ["rows"])]
+        [
+            helper.make_tensor_value_info("slots", TensorProto.INT64, ["rows"]),
+            helper.make_tensor_value_info("ranks", TensorProto.INT64, [site.num_slots, 1]),
+        ]
         + [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims[name]) for name in given],
         [helper.make_tensor_value_info(y, TensorProto.FLOAT, None) for y in ys],
         [helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])],

@@ -36,11 +36,19 @@ def make_site(
         slots,
         values(tokens, in_features),
         values(stack, in_features),
-        [values(stack, out) for out in outs],
+        values(stack, sum(outs)).split(outs, dim=1) if add else [values(stack, n) for n in outs],
         [] if add else [values(in_features, out) for out in outs],
         [values(tokens, out) for out in outs] if add else [],
         [values(out) for out in outs] if bias else [],
+        random_ranks(kernels, num_slots, width),
     )
+
+
+def random_ranks(kernels: Kernels, num_slots: int, width: int) -> Tensor:
+    """Of every size, those that a slot has no rows for included."""
+    some = torch.tensor([0, 1, 8, width // 2, width - 1, width, width, width + 8, -1])
+    draw = torch.randint(len(some), (num_slots,))
+    return some[draw].to(kernels.device)
 
 
 def worst(kernels: Kernels, site: Site, choice: Choice) -> float:
@@ -80,7 +88,7 @@ def check_values(kernels: Kernels, count: int, most_tokens: int) -> None:
                 draw.choice([1, 2, 3, 8, 40]),
                 draw.choice([1, 7, 8, 16, 20, 24, 32, 48, 64, 100, 192]),
                 draw.choice([1, 8, 31, 32, 40, 256, 264, 512, 1000]),
-                outs[:1] if add else outs,
+                outs,
                 not add and draw.random() < 0.5,
                 add,
             )
@@ -98,7 +106,7 @@ def check_values(kernels: Kernels, count: int, most_tokens: int) -> None:
 
 
 def check_alone(kernels: Kernels, rows: int = 40, dtypes: Iterable[torch.dtype] = ROUNDING) -> None:
-    """A row's bits depend on nothing of another row, inf and NaN included."""
+    """A row's bits depend on nothing of another row, nor of rows beyond its adapter's rank."""
     for dtype, per_row, order, tile in itertools.product(
         dtypes, (1, 3), ORDERS.values(), (0, 32, 64)
     ):
@@ -107,18 +115,21 @@ def check_alone(kernels: Kernels, rows: int = 40, dtypes: Iterable[torch.dtype] 
             site = make_site(
                 kernels, dtype, rows, per_row, slots_of, width, 264, [264], not add, add
             )
-            site.slots[5] = 2
+            own_rank = 7 if add else 16
+            site.slots[5], site.ranks[1] = 2, own_rank
             tokens = slice(5 * per_row, 6 * per_row)
             choice = Choice(tile, tile, 0, order)
             alone = kernels.compute(site, choice)[0][tokens].clone()
             others = torch.ones(rows * per_row, dtype=torch.bool, device=kernels.device)
             others[tokens] = False
             foreign = torch.ones(slots_of * width, dtype=torch.bool, device=kernels.device)
-            foreign[width : 2 * width] = False
+            foreign[width : width + own_rank] = False
             for bad in (float("inf"), float("nan"), 2.0):
                 site.x[others], site.a[foreign], site.bs[0][foreign] = bad, bad, bad
                 site.slots = torch.randint(-1, slots_of + 2, (rows,), device=kernels.device)
                 site.slots[5], site.routes, site.scratch = 2, None, None
+                site.ranks = random_ranks(kernels, slots_of, width)
+                site.ranks[1] = own_rank
                 again = kernels.compute(site, choice)[0][tokens]
                 assert torch.equal(again, alone), (dtype, per_row, order, tile, add, bad)
 

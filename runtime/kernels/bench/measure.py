@@ -15,6 +15,7 @@ import torch
 from plain import Choice, Kernels, Site
 
 LAYERS, SIZE = 8, 4096
+MIXED = (8, 8, 16, 16, 32, 32, 64, 128)
 CELLS = [(8, 8), (8, 64), (8, 512), (8, 4096), (32, 64), (128, 128), (128, 8192)]
 
 
@@ -49,7 +50,13 @@ def values(*shape: int) -> torch.Tensor:
 
 class Cell:
     def __init__(
-        self, kernels: Kernels, adapters: int, tokens: int, width: int = 16, slots: int = 0
+        self,
+        kernels: Kernels,
+        adapters: int,
+        tokens: int,
+        width: int = 16,
+        slots: int = 0,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         self.kernels = kernels
         slots = slots or adapters
@@ -65,6 +72,7 @@ class Cell:
                 values(slots * width, SIZE),
                 [values(slots * width, SIZE)],
                 [w],
+                ranks=None if ranks is None else torch.tensor(ranks, device="cuda"),
             )
             for w in self.weights
         ]
@@ -95,7 +103,20 @@ class Cell:
     def added(self) -> float:
         """The LoRA part alone, beside a base that is there: its y are inputs."""
         sites = [
-            Site(s.num_slots, s.slots, self.x, s.a, s.bs, [], [self.x], [], s.ys, None, s.routes)
+            Site(
+                s.num_slots,
+                s.slots,
+                self.x,
+                s.a,
+                s.bs,
+                [],
+                [self.x],
+                [],
+                s.ranks,
+                s.ys,
+                None,
+                s.routes,
+            )
             for s in self.sites
         ]
         return replayed(lambda: [self.kernels.compute(site) for site in sites]) / LAYERS
@@ -149,6 +170,8 @@ def main() -> None:
             print(f"8 adapters in {slots} slots, {tokens} tokens: {cell.ours():.1f}", flush=True)
         cell = Cell(kernels, 8, tokens, width=128)
         print(f"8 adapters of rank 128, {tokens} tokens: {cell.ours():.1f}", flush=True)
+        cell = Cell(kernels, 8, tokens, width=128, ranks=MIXED)
+        print(f"8 adapters of ranks 8 to 128, {tokens} tokens: {cell.ours():.1f}", flush=True)
 
 
 if __name__ == "__main__":

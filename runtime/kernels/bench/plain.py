@@ -19,8 +19,11 @@ ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 class CSlice(ctypes.Structure):
-    _fields_ = [("out", ctypes.c_int64)] + [
-        (name, ctypes.c_void_p) for name in ("weight", "bias", "base", "b", "y")
+    _fields_ = [
+        ("out", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "base", "b")),
+        ("b_stride", ctypes.c_int64),
+        ("y", ctypes.c_void_p),
     ]
 
 
@@ -28,7 +31,7 @@ class CSite(ctypes.Structure):
     _fields_ = [
         ("element", ctypes.c_int),
         *((name, ctypes.c_int64) for name in ("tokens", "rows", "in_", "slots", "width")),
-        *((name, ctypes.c_void_p) for name in ("x", "a", "routes")),
+        *((name, ctypes.c_void_p) for name in ("x", "a", "routes", "ranks")),
         ("num_slices", ctypes.c_int),
         ("slices", CSlice * 3),
     ]
@@ -56,7 +59,10 @@ def _stream(tensor: Tensor) -> ctypes.c_void_p:
 
 @dataclass
 class Site:
-    """One call. weights [in, out] (or none, then bases [T, out]), biases [out], bs [S * W, out]."""
+    """One call. weights [in, out] (or none, then bases [T, out]), biases [out], bs [S * W, out].
+
+    ranks [S] of W rows each: those of a slot that are in use; none: all are.
+    """
 
     num_slots: int
     slots: Tensor
@@ -66,6 +72,7 @@ class Site:
     weights: Sequence[Tensor] = ()
     bases: Sequence[Tensor] = ()
     biases: Sequence[Tensor] = ()
+    ranks: Tensor | None = None
     ys: list[Tensor] = field(default_factory=list)
     scratch: Tensor | None = None
     routes: Tensor | None = None
@@ -73,6 +80,11 @@ class Site:
     @property
     def width(self) -> int:
         return self.a.shape[0] // self.num_slots
+
+    def rank(self, slot: int) -> int:
+        if self.ranks is None:
+            return self.width
+        return min(max(0, int(self.ranks[slot - 1])), self.width)
 
     def reference(self) -> list[tuple[Tensor, Tensor]]:
         """y of each slice in float64, and what it may be off.
@@ -95,7 +107,8 @@ class Site:
                 y = y + self.biases[index].double()
                 rounded = rounded + self.biases[index].double().abs()
             for slot in set(slots.tolist()) & set(range(1, self.num_slots + 1)):
-                own = slice((slot - 1) * self.width, slot * self.width)
+                first = (slot - 1) * self.width
+                own = slice(first, first + self.rank(slot))
                 rows, b_own = slots == slot, b[own].double()
                 h = x[rows] @ a[own].T
                 y[rows] += h @ b_own
@@ -138,6 +151,8 @@ class Kernels:
             site.ys = [site.x.new_full((len(site.x), b.shape[1]), nan) for b in site.bs]
         if site.routes is None:
             site.routes = self.route(site.slots)
+        if site.ranks is None:
+            site.ranks = site.slots.new_full((site.num_slots,), site.width)
         c = self._c_site(site)
         choice = choice or Choice()
         chosen = Choice(*(getattr(choice, name) for name, *_ in Choice._fields_))
@@ -160,11 +175,13 @@ class Kernels:
         c.element = ELEMENTS[site.x.dtype]
         c.tokens, c.in_ = site.x.shape
         c.rows, c.slots, c.width = len(site.slots), site.num_slots, site.width
-        c.x, c.a, c.routes = (t.data_ptr() for t in (site.x, site.a, site.routes))
+        given = site.x, site.a, site.routes, site.ranks
+        c.x, c.a, c.routes, c.ranks = (t.data_ptr() for t in given if t is not None)
         c.num_slices = len(site.bs)
         for index, b in enumerate(site.bs):
             s = c.slices[index]
-            s.out, s.b, s.y = b.shape[1], b.data_ptr(), site.ys[index].data_ptr()
+            s.out, s.b, s.b_stride = b.shape[1], b.data_ptr(), b.stride(0)
+            s.y = site.ys[index].data_ptr()
             if site.weights:
                 s.weight = site.weights[index].data_ptr()
             else:

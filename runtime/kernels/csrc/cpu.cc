@@ -74,18 +74,19 @@ std::vector<float> row_of(const void* matrix, int64_t row, int64_t width) {
   return values;
 }
 
-// y += value * row of `matrix`.
+// y += value * the row of `matrix` that begins at an element.
 template <typename T>
-void add_row(std::vector<float>& y, float value, const void* matrix, int64_t row) {
+void add_row(std::vector<float>& y, float value, const void* matrix, int64_t begin) {
   const int64_t width = static_cast<int64_t>(y.size());
-  for (int64_t i = 0; i < width; ++i) y[i] += value * T::load(matrix, row * width + i);
+  for (int64_t i = 0; i < width; ++i) y[i] += value * T::load(matrix, begin + i);
 }
 
 // h = x A^T of the token's own slot, rounded to the element type as a graph's operators do.
 template <typename T>
 std::vector<float> shrink(const Site& site, const std::vector<float>& x, int64_t slot) {
-  std::vector<float> h(site.width);
-  for (int64_t w = 0; w < site.width; ++w) {
+  const int64_t rank = rank_of(site.ranks, slot, site.width);
+  std::vector<float> h(rank);
+  for (int64_t w = 0; w < rank; ++w) {
     const int64_t row = (slot - 1) * site.width + w;
     float sum = 0;
     for (int64_t k = 0; k < site.in; ++k) sum += x[k] * T::load(site.a, row * site.in + k);
@@ -110,10 +111,11 @@ void compute_as(const Site& site) {
       std::vector<float> y(slice.out);
       if (slice.weight == nullptr) y = row_of<T>(slice.base, token, slice.out);
       for (int64_t k = 0; slice.weight != nullptr && k < site.in; ++k)
-        add_row<T>(y, x[k], slice.weight, k);
+        add_row<T>(y, x[k], slice.weight, k * slice.out);
       if (slice.bias != nullptr) add_row<T>(y, 1, slice.bias, 0);
       for (size_t w = 0; w < h.size(); ++w)
-        add_row<T>(y, h[w], slice.b, (slot - 1) * site.width + static_cast<int64_t>(w));
+        add_row<T>(y, h[w], slice.b,
+                   ((slot - 1) * site.width + static_cast<int64_t>(w)) * slice.b_stride);
       for (int64_t n = 0; n < slice.out; ++n) T::store(slice.y, token * slice.out + n, y[n]);
     }
   }

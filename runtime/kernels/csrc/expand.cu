@@ -20,10 +20,10 @@ struct Columns {
 
   // b points at the first of the 8 columns, of which `left` are there.
   template <typename E, bool kAligned>
-  __device__ void load(const typename E::Value* b, int left, int out, int rank, int width) {
+  __device__ void load(const typename E::Value* b, int left, int stride, int rank, int width) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      rows[i] = rank + i < width ? load8<E, kAligned>(b + int64_t{rank + i} * out, 0, left)
+      rows[i] = rank + i < width ? load8<E, kAligned>(b + int64_t{rank + i} * stride, 0, left)
                                  : uint4{0, 0, 0, 0};
   }
 
@@ -42,7 +42,8 @@ template <int kRanks16, int kAhead>
 struct Sums {
   float4 h[kRanks16][2] = {};
 
-  __device__ void load(const float* const (&from)[2], int rank, const ExpandArguments& the) {
+  __device__ void load(const float* const (&from)[2], int rank, int width,
+                       const ExpandArguments& the) {
     const int64_t stride = int64_t{the.tokens} * the.padded_width;
 #pragma unroll 1
     for (int split = 0; split < the.splits; split += kAhead) {
@@ -53,7 +54,7 @@ struct Sums {
         for (int k = 0; k < kRanks16; ++k)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const bool there = split + i < the.splits && rank + 16 * k < the.padded_width;
+            const bool there = split + i < the.splits && rank + 16 * k < width;
             const float* at = from[half] + (split + i) * stride + rank + 16 * k;
             parts[i][k][half] =
                 there ? *reinterpret_cast<const float4*>(at) : float4{0, 0, 0, 0};
@@ -127,17 +128,18 @@ __device__ void expand_tile(const ExpandArguments& the, const Slice& slice, int 
                             const Tile<16 * kTokens16>& tile) {
   using Value = typename E::Value;
   const int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
-  const bool adapted = tile.slot >= 1 && tile.slot <= the.slots;
-  if (tile.slot < 0 || !(adapted || the.all)) return wait_for_previous();
-  const int out = static_cast<int>(slice.out), width = adapted ? the.width : 0;
+  // An adapter that has nothing here is as good as none.
+  const int width = tile.rank(the);
+  if (tile.slot < 0 || (width == 0 && !the.all)) return wait_for_previous();
+  const int out = static_cast<int>(slice.out), stride = static_cast<int>(slice.b_stride);
   const int mine = column + 8 * (group / 2) + 32 * (group % 2), first = column + 8 * quad;
   const Value* b = static_cast<const Value*>(slice.b) +
-                   int64_t{adapted ? tile.slot - 1 : 0} * the.width * out + mine;
+                   int64_t{width > 0 ? tile.slot - 1 : 0} * the.width * stride + mine;
   Columns kept[kRanks16];
   const auto keep = [&](int rank) {
 #pragma unroll
     for (int k = 0; k < kRanks16; ++k)
-      kept[k].template load<E, kAligned>(b, out - mine, out, rank + 16 * k + 4 * quad, width);
+      kept[k].template load<E, kAligned>(b, out - mine, stride, rank + 16 * k + 4 * quad, width);
   };
   keep(0);
   const int any = tile.token(0);
@@ -166,7 +168,7 @@ __device__ void expand_tile(const ExpandArguments& the, const Slice& slice, int 
       if (width > 16 * kRanks16) keep(rank);
       // Many tokens have one split, and warps enough to wait for each other.
       Sums<kRanks16, kTokens16 == 1 ? 8 / kRanks16 : 1> loaded;
-      loaded.load(sums, rank, the);
+      loaded.load(sums, rank, width, the);
       uint2 h[kRanks16][2];
 #pragma unroll
       for (int k = 0; k < kRanks16; ++k)
@@ -177,10 +179,11 @@ __device__ void expand_tile(const ExpandArguments& the, const Slice& slice, int 
         }
 #pragma unroll
       for (int k = 0; k < kRanks16; ++k)
+        if (rank + 16 * k < width)
 #pragma unroll
-        for (int j = 0; j < 8; ++j)
-          multiply<E>(c[j], h[k][0].x, h[k][1].x, h[k][0].y, h[k][1].y, kept[k].operand(j, 0),
-                      kept[k].operand(j, 1));
+          for (int j = 0; j < 8; ++j)
+            multiply<E>(c[j], h[k][0].x, h[k][1].x, h[k][0].y, h[k][1].y, kept[k].operand(j, 0),
+                        kept[k].operand(j, 1));
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half)

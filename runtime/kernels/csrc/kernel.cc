@@ -76,7 +76,7 @@ void Kernel::compute_site(ort::KernelContext* context) {
 
 Site Kernel::describe(ort::KernelContext* context) const {
   const Tensor x(api_, context, op_.x()), routes(api_, context, op_.x() + 1);
-  const Tensor a(api_, context, op_.x() + 4);
+  const Tensor ranks(api_, context, op_.x() + 2), a(api_, context, op_.x() + 5);
   Site site;
   site.element = op_.element == ort::kFloat     ? Element::kFloat
                  : op_.element == ort::kFloat16 ? Element::kFloat16
@@ -89,29 +89,38 @@ Site Kernel::describe(ort::KernelContext* context) const {
   site.x = x.data;
   site.a = below(a.data, bias_rows_ * site.in);
   site.routes = routes.data;
+  site.ranks = static_cast<const int64_t*>(ranks.data);
   site.num_slices = static_cast<int>(op_.outputs());
   const int64_t stack = bias_rows_ + slots_ * width_;
   check(routes.dims.size() == 2 && routes.dims[1] == kRouteWords, "routes must come from Route");
   check(site.rows > 0 ? site.tokens % site.rows == 0 : site.tokens == 0,
         "the rows of x must be a multiple of the routed rows");
+  check(ranks.dims == std::vector<int64_t>{slots_, 1}, "ranks must be [S, 1]");
   check(a.dims == std::vector<int64_t>{stack, site.in}, "A must be [K', in]");
   std::vector<int64_t> dims = x.dims;
+  const bool whole = op_.kind == Kind::kLinear;  // b holds the base's rows too, of one y
+  int64_t column = 0;
   for (int i = 0; i < site.num_slices; ++i) {
     Slice& slice = site.slices[i];
-    const Tensor b(api_, context, op_.x() + 5 + i);
-    const bool whole = op_.kind == Kind::kLinear;  // b holds the base's rows too
+    const Tensor b(api_, context, op_.x() + 6 + (whole ? i : 0));
     check(b.dims.size() == 2 && b.dims[0] == (whole ? site.in : 0) + stack,
           "WB must be [in + K', out], B [K, out]");
-    slice.out = dims.back() = b.last();
+    slice.b_stride = b.last();
     if (whole) {
+      slice.out = dims.back() = b.last();
       slice.weight = b.data;
       if (bias_rows_ > 0) slice.bias = below(b.data, site.in * slice.out);
       slice.b = below(b.data, (site.in + bias_rows_) * slice.out);
     } else {
-      const Tensor base(api_, context, 0);
-      check(base.rows() == site.tokens && base.last() == slice.out, "y must be [.., out]");
+      const Tensor base(api_, context, i);
+      slice.out = base.last();
+      const bool ends = i + 1 == site.num_slices;
+      check(base.rows() == site.tokens && (ends ? column + slice.out == b.last()
+                                                : column + slice.out < b.last()),
+            "y must be [.., out], and all of them as wide as B");
       slice.base = base.data;
-      slice.b = b.data;
+      slice.b = below(b.data, column);
+      column += slice.out;
       dims = base.dims;
     }
     slice.y = api_.data(api_.output(context, i, dims.data(), dims.size()));

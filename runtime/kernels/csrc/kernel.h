@@ -14,13 +14,16 @@ enum class Kind { kRoute, kLinear, kAdd };
 struct Op : ort::CustomOp {
   const char* op_name = nullptr;
   Kind kind = Kind::kRoute;
-  int slices = 0;  // WBs of a LoraLinear
+  int slices = 0;  // y of a LoraLinear or LoraAdd
   int element = ort::kInt64;
   bool on_cuda = false;
 
-  size_t inputs() const { return kind == Kind::kRoute ? 1 : kind == Kind::kAdd ? 7 : 5 + slices; }
-  size_t outputs() const { return kind == Kind::kLinear ? slices : 1; }
-  size_t x() const { return kind == Kind::kAdd ? 1 : 0; }
+  size_t inputs() const {
+    if (kind == Kind::kRoute) return 1;
+    return kind == Kind::kLinear ? 6 + slices : 7 + slices + (slices > 1);
+  }
+  size_t outputs() const { return kind == Kind::kRoute ? 1 : slices; }
+  size_t x() const { return kind == Kind::kAdd ? slices : 0; }
 };
 
 class Kernel {

@@ -9,6 +9,7 @@ namespace lora::cuda {
 
 struct SiteArguments {
   const void* routes;
+  const int64_t* ranks;
   int rows, per_row, chunks;
   int tokens, slots, width;
   int padded_width;  // W up to a multiple of 16

@@ -156,6 +156,12 @@ struct Tile {
     return routes.tiles[kSize == 16 ? 0 : kSize == 32 ? 1 : 2];
   }
 
+  // The rank of its slot's adapter; 0 of the base.
+  __device__ int rank(const SiteArguments& the) const {
+    const bool adapted = slot >= 1 && slot <= the.slots;
+    return adapted ? static_cast<int>(rank_of(the.ranks, slot, the.width)) : 0;
+  }
+
   // The token at a place of the tile, -1 for none.
   __device__ int token(int place) const {
     if (place >= count) return -1;

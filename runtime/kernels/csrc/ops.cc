@@ -1,10 +1,11 @@
 // The ops as onnxruntime sees them: names, types, shapes, and what a call works on.
 //
 //   Route(slots) -> routes
-//   LoraLinear(x, routes, owners, rest, A, WB_1) -> y_1; LoraLinear2 and 3 with a WB for each y
-//   LoraAdd(y, x, routes, owners, rest, A, B) -> y + h_own B
+//   LoraLinear(x, routes, ranks, owners, rest, A, WB_1) -> y_1; LoraLinear2, 3: a WB for each y
+//   LoraAdd(y, x, routes, ranks, owners, rest, A, B) -> y + h_own B; LoraAdd2 and 3 of so many y,
+//   with `widths` behind B, which has the columns of all of them
 //
-// `owners` and `rest` are there for the stock operators of the function's body; nothing here reads
+// `owners`, `rest` and `widths` are there for the stock operators of the function's body; nothing here reads
 // them. Every op is registered for each provider and element type: onnxruntime infers the type of
 // an output only if the types of all inputs are fixed.
 #include <exception>
@@ -45,7 +46,9 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
 
 int input_type(const ort::CustomOp* op, size_t index) {
   const Op& self = as_op(op);
-  const bool whole = self.kind == Kind::kRoute || index == self.x() + 1 || index == self.x() + 2;
+  const size_t x = self.x();
+  const bool whole = self.kind == Kind::kRoute || (index > x && index <= x + 3) ||
+                     (self.kind == Kind::kAdd && index == x + 7);
   return whole ? ort::kInt64 : self.element;
 }
 
@@ -73,10 +76,10 @@ ort::Status* infer_shape(const ort::CustomOp* op, ort::ShapeContext* context) {
     };
     std::vector<int64_t> dims, width;
     std::vector<const char*> names, width_names;
-    if (!dims_of(0, dims, names)) return;
     for (size_t i = 0; i < self.outputs(); ++i) {
+      if (!dims_of(self.kind == Kind::kAdd ? i : 0, dims, names)) return;
       if (self.kind == Kind::kLinear) {
-        if (!dims_of(5 + i, width, width_names)) return;
+        if (!dims_of(6 + i, width, width_names)) return;
         dims.back() = width.back();
         names.back() = width_names.back();
       }
@@ -132,7 +135,9 @@ const std::vector<Op>& all_ops() {
         made.push_back(make_op("LoraLinear", Kind::kLinear, 1, element, on_cuda));
         made.push_back(make_op("LoraLinear2", Kind::kLinear, 2, element, on_cuda));
         made.push_back(make_op("LoraLinear3", Kind::kLinear, 3, element, on_cuda));
-        made.push_back(make_op("LoraAdd", Kind::kAdd, 0, element, on_cuda));
+        made.push_back(make_op("LoraAdd", Kind::kAdd, 1, element, on_cuda));
+        made.push_back(make_op("LoraAdd2", Kind::kAdd, 2, element, on_cuda));
+        made.push_back(make_op("LoraAdd3", Kind::kAdd, 3, element, on_cuda));
       }
     }
     return made;

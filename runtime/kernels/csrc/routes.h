@@ -7,11 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define LORA_BOTH __host__ __device__
-#else
-#define LORA_BOTH
-#endif
+#include "site.h"
 
 namespace lora {
 

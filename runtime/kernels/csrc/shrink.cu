@@ -2,9 +2,10 @@
 //
 // A block has 8 warps, which take turns along `in`; their sums are added in a fixed order at the
 // end. A thread loads 16 bytes of a row: 8 values of k that make its share of two mma steps. Both
-// operands are permuted the same way along k, so nothing has to be moved. Where a tile has fewer
-// tokens, or a slot fewer ranks, a neighbour's row is loaded instead, and what comes of it is
-// dropped: loads without conditions are under way together.
+// operands are permuted the same way along k, so nothing has to be moved. A block takes as many
+// ranks at once as the widest slot may have, or a quarter or half of them where its own adapter
+// has no more. Where a tile has fewer tokens, or an adapter fewer ranks still, a neighbour's row is
+// loaded instead, and what comes of it is dropped: loads without conditions are under way together.
 #include "launch.h"
 #include "mma.cuh"
 
@@ -17,7 +18,6 @@ template <int kTokens16, int kRanks8>
 struct Shape {
   static constexpr int kTokens = 16 * kTokens16, kRanks = 8 * kRanks8;
   static constexpr int kPitch = kRanks + 8;  // the 8 keep a warp's stores off each other's banks
-  static constexpr int kBytes = kWarps * kTokens * kPitch * 4;
   // Parts of 32 along k whose loads are under way at once: as many as registers hold.
   static constexpr int kLoads = 2 * kTokens16 + kRanks8;
   static constexpr int kAhead = kLoads <= 6 ? 4 : kLoads <= 12 ? 2 : 1;
@@ -70,25 +70,19 @@ __device__ void add_parts(int& part, int end, const XRows& x_rows, const ARows& 
   }
 }
 
+// The ranks [rank0, rank0 + 8 kRanks8) of a tile's tokens, as far as the adapter has them.
 template <typename E, int kTokens16, int kRanks8, bool kAligned>
-__global__ void __launch_bounds__(32 * kWarps) shrink_kernel(const ShrinkArguments the) {
+__device__ void shrink_tile(const ShrinkArguments& the, const Tile<16 * kTokens16>& tile, int rank0,
+                            int width) {
   using S = Shape<kTokens16, kRanks8>;
   using Value = typename E::Value;
   using Loaded = Part<E, kTokens16, kRanks8>;
   float* const sums = dynamic_shared();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
-
-  wait_for_previous();
-  let_next_start();
-  const Routes routes = Routes::in(const_cast<void*>(the.routes), the.rows);
-  const Tile<S::kTokens> tile(routes, blockIdx.x, the.per_row, the.chunks);
-  if (tile.slot < 1 || tile.slot > the.slots) return;
-
-  const int rank0 = blockIdx.z * S::kRanks;
   const Value* a_rows[kRanks8];
 #pragma unroll
   for (int j = 0; j < kRanks8; ++j) {
-    const int rank = min(rank0 + 8 * j + group, the.width - 1);
+    const int rank = min(rank0 + 8 * j + group, width - 1);
     a_rows[j] = static_cast<const Value*>(the.a) +
                 (int64_t{tile.slot - 1} * the.width + rank) * the.in;
   }
@@ -137,7 +131,7 @@ __global__ void __launch_bounds__(32 * kWarps) shrink_kernel(const ShrinkArgumen
   for (int at = threadIdx.x; at < S::kTokens * kFours; at += 32 * kWarps) {
     const int place = at / kFours, four = 4 * (at % kFours), rank = rank0 + four;
     const int token = tile.token(place);
-    if (token < 0 || rank >= the.padded_width) continue;
+    if (token < 0 || rank >= (width + 15) / 16 * 16) continue;  // the expand reads 16 at once
     float sum[4] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
@@ -145,26 +139,43 @@ __global__ void __launch_bounds__(32 * kWarps) shrink_kernel(const ShrinkArgumen
       for (int i = 0; i < 4; ++i) sum[i] += sums[(w * S::kTokens + place) * S::kPitch + four + i];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (rank + i >= the.width) sum[i] = 0;
+      if (rank + i >= width) sum[i] = 0;
     *reinterpret_cast<float4*>(
         the.sums + (int64_t{blockIdx.y} * the.tokens + token) * the.padded_width + rank) = {
         sum[0], sum[1], sum[2], sum[3]};
   }
 }
 
+// kRanks8: how many times 8 ranks a block takes at most.
+template <typename E, int kTokens16, int kRanks8, bool kAligned>
+__global__ void __launch_bounds__(32 * kWarps) shrink_kernel(const ShrinkArguments the) {
+  wait_for_previous();
+  let_next_start();
+  const Routes routes = Routes::in(const_cast<void*>(the.routes), the.rows);
+  const Tile<16 * kTokens16> tile(routes, blockIdx.x, the.per_row, the.chunks);
+  const int width = tile.rank(the), rank0 = blockIdx.z * 8 * kRanks8, left = width - rank0;
+  if (left <= 0) return;
+  if constexpr (kRanks8 > 4)
+    if (left > 32) return shrink_tile<E, kTokens16, 8, kAligned>(the, tile, rank0, width);
+  if constexpr (kRanks8 > 2)
+    if (left > 16) return shrink_tile<E, kTokens16, 4, kAligned>(the, tile, rank0, width);
+  shrink_tile<E, kTokens16, 2, kAligned>(the, tile, rank0, width);
+}
+
 template <typename E, int kTokens16, int kRanks8, bool kAligned>
 cudaError_t launch_as(const ShrinkArguments& the, const Launch& launch) {
   using S = Shape<kTokens16, kRanks8>;
+  constexpr int kBytes = kWarps * S::kTokens * S::kPitch * 4;
   const auto kernel = shrink_kernel<E, kTokens16, kRanks8, kAligned>;
   // On every call: the limit belongs to the device that is current, and setting it costs little.
-  if (S::kBytes > 48 << 10) {
+  if (kBytes > 48 << 10) {
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(launch.tiles), static_cast<unsigned>(launch.splits),
                   static_cast<unsigned>((the.padded_width + S::kRanks - 1) / S::kRanks));
-  return launch_kernel(kernel, grid, 32 * kWarps, S::kBytes, launch, the);
+  return launch_kernel(kernel, grid, 32 * kWarps, kBytes, launch, the);
 }
 
 template <typename E>

@@ -4,6 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define LORA_BOTH __host__ __device__
+#else
+#define LORA_BOTH
+#endif
+
 namespace lora {
 
 enum class Element { kFloat, kFloat16, kBFloat16 };
@@ -14,12 +20,19 @@ struct Slice {
   const void* weight = nullptr;  // [in, out]: the base is x weight; null: it is `base`
   const void* bias = nullptr;    // [out] or null
   const void* base = nullptr;    // [T, out]
-  const void* b = nullptr;       // [S * W, out]
+  const void* b = nullptr;       // [S * W, out]; of a wider matrix so many columns
+  int64_t b_stride = 0;          // columns of that matrix
   void* y = nullptr;             // [T, out]
 };
 
 constexpr int kMaxSlices = 3;
 constexpr int64_t kMaxSlots = 65535;
+
+// The rows of its slot that an adapter has, from the first on; all of them, if it says more.
+LORA_BOTH inline int64_t rank_of(const int64_t* ranks, int64_t slot, int64_t width) {
+  const int64_t rank = ranks[slot - 1];
+  return rank < 0 ? 0 : rank < width ? rank : width;
+}
 
 struct Site {
   Element element = Element::kFloat;
@@ -27,10 +40,11 @@ struct Site {
   int64_t rows = 0;    // R
   int64_t in = 0;
   int64_t slots = 0;  // S, counted from 1
-  int64_t width = 0;  // W, stack rows of a slot
+  int64_t width = 0;  // W, stack rows of a slot, of which its rank are in use
   const void* x = nullptr;       // [T, in]
   const void* a = nullptr;       // [S * W, in]
   const void* routes = nullptr;  // what `route` made of the R slots
+  const int64_t* ranks = nullptr;  // [S]
   int num_slices = 0;
   Slice slices[kMaxSlices];
 };

@@ -29,6 +29,8 @@ def pack(
     Linear: `A [slices * max_rank, in]`, one block per slice, and `scaling * B^T
     [slices * max_rank, out]`, each slice's block in its own columns, so that `x A^T B` adds every
     slice's `scaling B_k (A_k x)` at once; a stack that lies beside others gets its columns of it.
+    Where the layer has a stack for it, rank [1, 1]: the rows in use. The slices' blocks are then as
+    high as their own ranks, so that all zeros come behind them.
     Embedding: `A^T [vocabulary, max_rank]`, one row per id.
     Where the layer has such stacks: output_scale [1, out], bias [1, out], weight [out, in], of an
     embedding [vocabulary, dim].
@@ -47,6 +49,7 @@ def pack(
     a = np.zeros((len(layer.slices) * layer.max_rank, layer.in_features), dtype=np.float64)
     b = np.zeros((len(layer.slices) * layer.max_rank, layer.out_features), dtype=np.float64)
     values = {"lora_A": a.T if layer.kind == "embedding" else a, "lora_B": b}
+    closes_up, end = layer.stack("rank") is not None, 0
     own = [weights[part.site] for part in layer.slices if part.site in weights]
     for stack in layer.stacks:
         if stack.role in PARAMETERS and (own or stack.role != "weight"):
@@ -58,13 +61,18 @@ def pack(
             _put_head(layer, values, brought, dtype)
         elif brought is not None:
             g = output_scales.get(part.site, np.ones(part.width)).astype(np.float64)
-            rows = slice(index * layer.max_rank, index * layer.max_rank + brought.a.shape[0])
+            first = end if closes_up else index * layer.max_rank
+            end = first + brought.a.shape[0]
+            rows = slice(first, end)
             a[rows] = brought.a
             with np.errstate(over="ignore", invalid="ignore"):  # refused below
                 b[rows, columns] = brought.b.astype(np.float64).T * brought.scaling * scale * g
                 _put_extras(layer, values, brought, scale, g, columns)
     packed = {}
     for stack in layer.stacks:
+        if stack.role == "rank":
+            packed[stack.name] = np.array([[end]])
+            continue
         if stack.role not in values:  # as large as the base's own, which all share
             packed[stack.name] = base_rows[stack.name]
             continue

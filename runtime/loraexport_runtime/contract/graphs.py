@@ -29,7 +29,7 @@ from .manifest import FUNCTION_DOMAIN, Layer, Manifest
 from .onnx_file import TENSOR_TYPES, OnnxFile, TensorType, read_onnx
 
 _TOLD = TensorEntry(ROWS, "int64", ("rows", "told"))
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 
 
 def check_graphs(folder: Path, manifest: Manifest) -> None:
@@ -120,9 +120,10 @@ class _Checked:
             kind = self._graph.initializers.get(stack.name)
             if kind is None or stack.name not in self._graph.inputs:
                 raise self._refuse(f"it has no initializer {stack.name!r} that can be overridden")
-            if kind != TensorType(TENSOR_TYPES[dtype], stack.shape):
+            values = stack.dtype(dtype)
+            if kind != TensorType(TENSOR_TYPES[values], stack.shape):
                 raise self._refuse(
-                    f"its initializer {stack.name!r} is no {dtype} of {list(stack.shape)}"
+                    f"its initializer {stack.name!r} is no {values} of {list(stack.shape)}"
                 )
 
     def check_inputs(self, names: Iterable[str], whole: bool = False) -> None:
@@ -179,11 +180,15 @@ def _read(files: ListedFiles, path: str) -> OnnxFile:
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
     """The graphs hold a first value of every stack, so that the files bound what is allocated."""
-    values = sum(math.prod(stack.shape) for layer in manifest.layers for stack in layer.stacks)
+    asked = sum(
+        math.prod(stack.shape) * _BYTES[stack.dtype(manifest.dtype)]
+        for layer in manifest.layers
+        for stack in layer.stacks
+    )
     size = sum(entry.size for entry in manifest.files.values())
-    if values * _BYTES[manifest.dtype] > size:
+    if asked > size:
         raise ArtifactError(
-            f"{folder}: the manifest asks for stacks of {values * _BYTES[manifest.dtype]:,} bytes,"
+            f"{folder}: the manifest asks for stacks of {asked:,} bytes,"
             f" and all files together have {size:,}; build the artifact again"
         )
 

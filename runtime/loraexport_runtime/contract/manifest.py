@@ -32,7 +32,7 @@ MAX_SIZE = 2**31 - 1
 """Of a dimension: far above any vocabulary."""
 
 Strategy = Literal["segmented", "masked", "augmented", "chunked"]
-Function = Literal["LoraAdd", "LoraLinear", "LoraLinear2", "LoraLinear3"]
+Function = Literal["LoraAdd", "LoraAdd2", "LoraAdd3", "LoraLinear", "LoraLinear2", "LoraLinear3"]
 """For which a library of the host may have kernels."""
 FUNCTION_DOMAIN = "loraexport"
 """Of these functions, and of the one that routes for them."""
@@ -58,11 +58,12 @@ class Stack:
     on. The rows ahead of `row_offset` are the base's: where base and expand are one product
     (augmented) W^T, and where that takes the bias along BIAS_ROWS for it, which are zeros in
     lora_A; its own value where a role replaces a parameter of the base. A layer may have several
-    stacks of role lora_B, side by side.
+    stacks of role lora_B, side by side. Of role rank is one whose rows are numbers: how many of its
+    slot's rows in lora_A and lora_B are in use, from the first on.
     """
 
     name: str
-    role: Literal["lora_A", "lora_B", "output_scale", "bias", "weight"]
+    role: Literal["lora_A", "lora_B", "rank", "output_scale", "bias", "weight"]
     shape: tuple[int, int]
     rows_per_slot: int
     row_offset: int
@@ -74,6 +75,10 @@ class Stack:
     @property
     def columns(self) -> slice:
         return slice(self.column_offset, self.column_offset + self.shape[1])
+
+    def dtype(self, dtype: str) -> str:
+        """Of its values, in an artifact of this dtype."""
+        return "int64" if self.role == "rank" else dtype
 
     def rows(self, slot: int) -> slice:
         if self.slot_rows is not None:
@@ -170,6 +175,7 @@ class Layer:
         sizes = {
             "lora_A": (self.in_features, rank, of_bias),
             "lora_B": (self.out_features, rank, ahead),
+            "rank": (1, 1, 0),
             "output_scale": (self.out_features, 1, 1),
             "bias": (self.out_features, 1, 1),
             "weight": (self.in_features, self.out_features, self.out_features),
@@ -194,6 +200,8 @@ class Layer:
         short = [role for role, count in columns.items() if count != sizes[role][0]]
         if ("lora_A" in columns) != ("lora_B" in columns):
             short.append("lora_A and lora_B")
+        if ("rank" in columns) != (self.function is not None):
+            short.append("rank")
         if short or of_bias not in (0, BIAS_ROWS):
             raise ValueError(
                 f"manifest.layers: the {(short or ['lora_A'])[0]} stacks of layer {self.name!r} do"

@@ -92,7 +92,7 @@ class AdapterHost:
         )
         # One after the other: those of a decoder hold most of the base.
         self._stacks = {
-            stack.name: StackBuffer(stack, values, manifest.dtype, device)
+            stack.name: StackBuffer(stack, values, stack.dtype(manifest.dtype), device)
             for stack, values in self._whole_stacks(dict(self.slots.snapshot().values()))
         }
 
@@ -153,7 +153,7 @@ class AdapterHost:
             for graph, parts in graph_stacks.items()
         }
         slots = {name: slot for name, (slot, _) in snapshot.items()}
-        write_onnx_adapters(folder, graphs, self.manifest.dtype, slots)
+        write_onnx_adapters(folder, graphs, slots)
         return slots
 
     def _write_slot(self, slot: int, blocks: Blocks) -> None:
@@ -285,7 +285,8 @@ class AdapterHost:
                         rows = _read_rows_of(tensors, layer.base_rows, stack)
                     elif rows is None and stack.row_offset:
                         rows = self._read_graph(graph, stack, stack.row_offset)
-                    yield stack, assemble(stack, self._dtype, rows, blocks)
+                    dtype = NUMPY_DTYPES[stack.dtype(self.manifest.dtype)]
+                    yield stack, assemble(stack, dtype, rows, blocks)
 
     def _read_graph(self, graph: GraphTensors, stack: Stack, rows: int) -> np.ndarray:
         """The first rows of a stack of a decoder, whose base is in its graph alone."""

@@ -27,7 +27,6 @@ SUFFIX = ".onnx_adapter"
 def write_onnx_adapters(
     folder: Path,
     graphs: Mapping[str, Mapping[str, np.ndarray]],
-    dtype: str,
     slots: Mapping[str, int],
 ) -> None:
     """Write `<graph>.onnx_adapter` for each graph, then `slots.json`: adapter name -> slot.
@@ -41,7 +40,6 @@ def write_onnx_adapters(
 
     Args:
         graphs: graph name -> stack name -> values `[rows, width]`.
-        dtype: of every stack.
         slots: what the stacks hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +47,9 @@ def write_onnx_adapters(
         file = ort.AdapterFormat()
         file.set_adapter_version(1)
         file.set_model_version(1)
-        file.set_parameters({name: host_value(value, dtype) for name, value in stacks.items()})
+        file.set_parameters(
+            {name: host_value(value, value.dtype.name) for name, value in stacks.items()}
+        )
         _replace(folder / f"{graph}{SUFFIX}", file.export_adapter)
     text = json.dumps(dict(slots), indent=2, ensure_ascii=False) + "\n"
     _replace(folder / SLOTS_FILE, lambda path: Path(path).write_text(text, encoding="utf-8"))

@@ -33,6 +33,7 @@ def make_layer(*roles: str, widths: tuple[int, ...] = (4,), **changes: Any) -> L
     sizes = {
         "lora_A": (SIZE_IN, rows, 0),
         "lora_B": (out, rows, 0),
+        "rank": (1, 1, 0),
         "output_scale": (out, 1, 1),
         "bias": (out, 1, 1),
         "weight": (SIZE_IN, out, out),
@@ -111,6 +112,25 @@ def test_rows_of_a_slot_compute_the_adapter(scale: float) -> None:
     y = own["output_scale"][0] * (weight @ x) + own["bias"][0] + own["lora_A"] @ x @ own["lora_B"]
     np.testing.assert_allclose(y, np.concatenate(expected), rtol=1e-4, atol=1e-5)
     assert {name: one.dtype for name, one in packed.items()} == dict.fromkeys(packed, FLOAT32)
+
+
+def test_slices_lie_one_behind_the_other() -> None:
+    """So that one number says how many rows of the slot are in use."""
+    layer = make_layer(*LORA, "rank", widths=(4, 2, 3))
+    first, last = lora(4, rank=2), lora(3, rank=1)
+    packed = pack(layer, {"site0": first, "site2": last}, 1.0, FLOAT32)
+    assert packed["layer.rank"].tolist() == [[3]]
+    assert packed["layer.rank"].dtype == np.int64
+    a, b = packed["layer.lora_A"], packed["layer.lora_B"]
+    np.testing.assert_array_equal(a[:3], [*first.a, *last.a])
+    assert not a[3:].any()
+    assert not b[3:].any()
+    x = draw(SIZE_IN, seed=3)
+    expected = 1.5 * np.concatenate(
+        [first.b @ first.a @ x, np.zeros(2, np.float32), last.b @ last.a @ x]
+    )
+    np.testing.assert_allclose(a @ x @ b, expected, rtol=1e-5, atol=1e-6)
+    assert pack(layer, {}, 1.0, FLOAT32)["layer.rank"].tolist() == [[0]]
 
 
 def test_the_output_scale_is_folded_into_b() -> None:

@@ -194,6 +194,23 @@ def test_the_manifest_names_the_functions(artifact: Path, home: Home, small: Pat
     assert '"function"' not in text
 
 
+@pytest.mark.parametrize("takes", ["function", "rank"])
+def test_a_function_and_its_ranks_go_together(artifact: Path, tmp_path: Path, takes: str) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(artifact, folder)
+
+    def take(data: dict[str, Any]) -> None:
+        layer = data["layers"][0]
+        if takes == "function":
+            del layer["function"]
+        else:
+            layer["stacks"] = [stack for stack in layer["stacks"] if stack["role"] != "rank"]
+
+    edit_manifest(folder, take)
+    with pytest.raises(ArtifactError, match=r"the rank stacks of layer .* do not tile it"):
+        lr.load(folder)
+
+
 def test_a_manifest_that_names_another_function(artifact: Path, tmp_path: Path) -> None:
     folder = tmp_path / "artifact"
     shutil.copytree(artifact, folder)

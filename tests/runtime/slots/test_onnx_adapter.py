@@ -96,7 +96,7 @@ def test_what_is_written(tenants: Path, tmp_path: Path) -> None:
 def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
     """The CPU provider multiplies no bfloat16, but it casts: y = float(W)."""
     values = np.random.default_rng(0).standard_normal((6, 4)).astype(ml_dtypes.bfloat16)
-    onnx_adapter.write_onnx_adapters(tmp_path, {"cast": {"W": values}}, "bfloat16", {"sql": 1})
+    onnx_adapter.write_onnx_adapters(tmp_path, {"cast": {"W": values}}, {"sql": 1})
     zeros = onnx.TensorProto(name="W", data_type=onnx.TensorProto.BFLOAT16, dims=values.shape)
     zeros.raw_data = bytes(values.nbytes)
     graph = onnx.helper.make_graph(
