@@ -109,7 +109,7 @@ def export_chain(
         shapes, names = (*shapes, [None] * len(stacks)), [*names, *stacks]
     model = export_program(path.stem, module.eval(), arguments, shapes, 23, names, ["y"])
     if outlined_slots is not None:
-        found = outline(model, [layer.layer for layer in layers], outlined_slots)
+        found = outline(model, [layer.layer for layer in layers], outlined_slots, stacks)
         assert len(found) == len(layers), "masked and augmented layers have functions"
     make_overridable(
         model.graph, {name: ir.Tensor(stack, name=name) for name, stack in stacks.items()}
