@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, quoted
+from .request import read_count, read_stop
 from .text.defaults import MAX_NEW_TOKENS, GenerationDefaults
 
 _CHOSEN = (
@@ -19,6 +20,8 @@ _CHOSEN = (
     "stop",
 )
 """What a request has under the same name."""
+_OWN = ("messages", "tools", "documents")
+"""Variables of a chat template that are arguments of their own."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,17 @@ class Options:
 
     def check(self) -> None:
         """Raise InputError for a value that is none."""
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more")
-        stop = self.stop or ()
-        if isinstance(stop, str) or not all(isinstance(end, str) and end for end in stop):
-            raise InputError(f"stop is {stop!r}; expected a list of texts, none of them empty")
+        if self.max_new_tokens is not None:
+            read_count("max_new_tokens", self.max_new_tokens, 1)
+        if self.seed is not None:
+            read_count("seed", self.seed, 0)
+        if self.stop is not None:
+            read_stop(self.stop)
         arguments = self.template_arguments or {}
-        if not isinstance(arguments, Mapping) or {"messages", "tools", "documents"} & {*arguments}:
+        are_variables = isinstance(arguments, Mapping) and all(
+            isinstance(name, str) and name not in _OWN for name in arguments
+        )
+        if not are_variables:
             raise InputError(
                 f"template_arguments is {quoted(arguments)}; expected variables of the chat"
                 " template by name, but for messages, tools and documents: pass these by themselves"
@@ -81,7 +88,7 @@ class Options:
                 least = defaults.min_new_tokens or max(0, defaults.min_length - len(prompt))
                 least = min(least, limit)
             # Rows with one prompt and one seed draw tokens of their own.
-            seed = None if self.seed is None else self.seed + (row << 32)
+            seed = None if self.seed is None else int(self.seed) + (row << 32)
             more = {"max_tokens": limit, "min_tokens": least, "seed": seed}
             requests.append(common | more)
         return requests

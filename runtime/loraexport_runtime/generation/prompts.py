@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import InputError
 from .options import Options
+from .request import read_tokens
 from .text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -35,8 +36,8 @@ class PromptReader:
             if not (options.chat and has_template):
                 return self._tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
-        elif not (len(prompt) > 0 and isinstance(prompt[0], Mapping)):
-            return [int(token) for token in prompt]
+        elif not _is_chat(prompt):
+            return read_tokens(f"prompts[{index}]", prompt, self._vocabulary)
         if not has_template:
             raise InputError(
                 f"prompts[{index}] is a chat, but the tokenizer has no chat template; give text"
@@ -45,15 +46,22 @@ class PromptReader:
         return self._tokenizer.encode_chat(prompt, options.tools, options.documents, **arguments)
 
     def _check(self, tokens: list[int], index: int) -> list[int]:
+        """Of a text: its tokenizer may have tokens that the model lacks."""
         if not tokens:
             raise InputError(f"prompts[{index}] has no tokens")
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-            column, token = next(
-                (column, token)
-                for column, token in enumerate(tokens)
-                if not 0 <= token < self._vocabulary
-            )
-            raise InputError(
-                f"prompts[{index}]: token {column} is {token}; expected 0 to {self._vocabulary - 1}"
-            )
-        return tokens
+        return read_tokens(f"prompts[{index}]", tokens, self._vocabulary)
+
+
+def require_prompts(prompts: Any) -> None:
+    """Raise InputError unless they are a list of prompts."""
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text; expected a list of prompts")
+    if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__len__"):
+        raise InputError(
+            f"prompts is of type {type(prompts).__name__}; expected a list of prompts, each a text,"
+            " token ids, or the messages of a chat"
+        )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)

@@ -76,7 +76,7 @@ def checked(
     tokens = read_tokens("tokens", request.tokens, vocabulary)
     if not tokens:
         raise InputError("tokens is empty; a prompt has one token at least")
-    max_tokens = _count("max_tokens", request.max_tokens, 1)
+    max_tokens = read_count("max_tokens", request.max_tokens, 1)
     if len(tokens) + max_tokens > length:
         raise InputError(
             f"a prompt of {len(tokens)} tokens and {max_tokens} new ones are more than the"
@@ -96,9 +96,9 @@ def checked(
         tokens=tokens,
         adapter=_read_adapter(request.adapter, most_weight),
         max_tokens=max_tokens,
-        min_tokens=_count("min_tokens", request.min_tokens, 0, max_tokens),
+        min_tokens=read_count("min_tokens", request.min_tokens, 0, max_tokens),
         temperature=_number("temperature", request.temperature, 0.0, _LARGEST),
-        top_k=_count("top_k", request.top_k, 0),
+        top_k=read_count("top_k", request.top_k, 0),
         top_p=top_p,
         min_p=_number("min_p", request.min_p, 0.0, 1.0),
         repetition_penalty=repetition,
@@ -106,13 +106,13 @@ def checked(
         frequency_penalty=_number("frequency_penalty", request.frequency_penalty),
         logit_bias=_read_bias(request.logit_bias, vocabulary),
         suppress_tokens=read_tokens("suppress_tokens", request.suppress_tokens, vocabulary),
-        no_repeat_ngram_size=_count("no_repeat_ngram_size", request.no_repeat_ngram_size, 0),
+        no_repeat_ngram_size=read_count("no_repeat_ngram_size", request.no_repeat_ngram_size, 0),
         bad_words_ids=_read_words(request.bad_words_ids, vocabulary),
-        seed=None if request.seed is None else _count("seed", request.seed, 0),
-        stop=_read_stop(request.stop),
+        seed=None if request.seed is None else read_count("seed", request.seed, 0),
+        stop=read_stop(request.stop),
         stop_token_ids=read_tokens("stop_token_ids", request.stop_token_ids, vocabulary),
         ignore_eos=bool(request.ignore_eos),
-        n=_count("n", request.n, 1, MOST_ANSWERS),
+        n=read_count("n", request.n, 1, MOST_ANSWERS),
         logprobs=_optional_count("logprobs", request.logprobs, min(MOST_LOGPROBS, vocabulary)),
         prompt_logprobs=_optional_count(
             "prompt_logprobs", request.prompt_logprobs, min(MOST_LOGPROBS, vocabulary)
@@ -149,7 +149,7 @@ def read_tokens(name: str, tokens: Any, vocabulary: int) -> list[int]:
     """Token ids as Python's numbers. Raises InputError: one is none, or not of the vocabulary."""
     if hasattr(tokens, "tolist") and not isinstance(tokens, list):
         tokens = tokens.tolist()  # numpy's and torch's
-    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
+    if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
         raise InputError(f"{name} is {quoted(tokens)}; expected a list of token ids")
     ids = []
     for index, token in enumerate(tokens):
@@ -171,7 +171,8 @@ def _integer(value: Any) -> int | None:
         return None
 
 
-def _count(name: str, value: Any, least: int, most: int | None = None) -> int:
+def read_count(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number as Python's. Raises InputError: it is none, or out of its limits."""
     number = _integer(value)
     if number is None or number < least or (most is not None and number > most):
         limits = f"from {least} on" if most is None else f"from {least} to {most}"
@@ -180,7 +181,7 @@ def _count(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def _optional_count(name: str, value: Any, most: int) -> int | None:
-    return None if value is None else _count(name, value, 0, most)
+    return None if value is None else read_count(name, value, 0, most)
 
 
 def _number(name: str, value: Any, least: float = -_LARGEST, most: float = _LARGEST) -> float:
@@ -218,7 +219,8 @@ def _read_words(words: Any, vocabulary: int) -> list[list[int]]:
     return read
 
 
-def _read_stop(stop: Any) -> tuple[str, ...]:
+def read_stop(stop: Any) -> tuple[str, ...]:
+    """Texts that end an answer. Raises InputError: they are none, or too many."""
     texts = () if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     are_texts = all(isinstance(text, str) and text for text in texts)
     if isinstance(stop, str) or not isinstance(stop, Iterable) or not are_texts:
