@@ -1,11 +1,13 @@
 """Adapters of every feature that a running session loads, and what has no place there."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from support.peft_adapters import change_config
 from support.peft_features import (
     BASES,
     LENGTHS,
@@ -115,6 +117,16 @@ def test_a_later_adapter_that_has_no_place_says_what_to_build(
     with pytest.raises(AdapterWeightsError, match=message):
         session.load_adapter("late", world.adapter(key), base=world.base(base))
     assert session.list_adapters() == before
+
+
+def test_an_adapter_that_has_lost_its_head(world: World, tmp_path: Path) -> None:
+    """PEFT does not load it; served with the base's head it would be another adapter."""
+    folder = shutil.copytree(world.adapter("llama/plain"), tmp_path / "lost")
+    change_config(folder, modules_to_save=["classifier", "score"])
+    session = world.open("llama")
+    with pytest.raises(AdapterWeightsError, match=r"modules_to_save = .* lack 'score'; config and"):
+        session.load_adapter("lost", folder)
+    assert "lost" not in session.list_adapters()
 
 
 def test_a_base_without_a_head_serves_rows_with_an_adapter_only(world: World) -> None:

@@ -1,9 +1,14 @@
 """Adapters come, change and go while the artifact serves; nothing else can be loaded."""
 
+import asyncio
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -11,6 +16,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support.serving import ADMIN, ALL, Server, error, serving, write_legal
 from support.waiting import wait_until
+
+from loraexport_serve.hosts.watch import Watch
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +214,48 @@ def test_a_folder_is_watched(server: Server, place: Path) -> None:
         assert error(server.post("/v1/embeddings", model=name, input="a"))[0] == 404
     (watched / "out").symlink_to(place / "outside")
     assert error(server.post("/v1/embeddings", model="out", input="a"))[0] == 404
+
+
+class _Updates:
+    """What a watched folder asks for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def find_folder(self, name: str, watched: str) -> Path:
+        return Path(watched) / name
+
+    async def load(self, _: object, name: str, __: Path, *, in_place: bool) -> None:
+        assert in_place
+        self.asked.append(("load", name))
+
+    async def unload(self, _: object, name: str) -> None:
+        self.asked.append(("unload", name))
+
+
+@pytest.mark.parametrize("at", ["tenants", "tenants/acme"])
+def test_a_folder_that_is_away_takes_nobody_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """A share that cannot be read for a while says nothing of its adapters; what serves stays."""
+    folder, updates = tmp_path / "tenants", _Updates()
+    write_legal(folder / "acme", seed=1)
+    host: Any = SimpleNamespace(name="tiny", has=lambda name: ("load", name) in updates.asked)
+    watch = Watch(host, str(folder), cast("Any", updates))
+    asyncio.run(watch.look())
+
+    def fail(self: Path, *_: object, **__: object) -> os.stat_result:
+        if tmp_path / at in (self, self.parent):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return os.stat(self)
+
+    with monkeypatch.context() as away:
+        away.setattr(Path, "iterdir" if at == "tenants" else "stat", fail)
+        asyncio.run(watch.look())
+    assert updates.asked == [("load", "acme")]
+    shutil.rmtree(folder / "acme")
+    asyncio.run(watch.look())
+    assert updates.asked == [("load", "acme"), ("unload", "acme")]
 
 
 def test_without_consent_there_is_no_such_route(encoder: Path) -> None:

@@ -24,7 +24,7 @@ MAX_SAVED = 256
 
 _READ = "read"
 _NO_EFFECT = "no effect"
-_SELECTS = "no effect: it selects modules, and the tensors name those"
+_SELECTS = "read: it selects modules, and the tensors have to be of those"
 _TRAINING = "no effect: it matters in training only"
 
 
@@ -183,7 +183,21 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
     def is_rank(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
 
+    def are_names(value: object) -> bool:
+        is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        return value is None or isinstance(value, str) or is_list
+
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
     checks = {
+        **{
+            key: (are_names(config.get(key)), "a text or a list of texts")
+            for key in ("target_modules", "exclude_modules", "layers_pattern")
+        },
+        "layers_to_transform": (
+            layers is None or all(type(number) is int for number in numbers),
+            "a number or a list of numbers",
+        ),
         "r": (is_rank(config["r"]), "a positive integer"),
         "lora_alpha": (
             is_number(config["lora_alpha"]),
@@ -212,7 +226,7 @@ def _check_types(config: dict[str, Any], file: Path) -> None:
     for key, (ok, expected) in checks.items():
         if not ok:
             raise AdapterConfigError(
-                f"{file}: {key}: expected {expected}, got {quoted(config[key])}"
+                f"{file}: {key}: expected {expected}, got {quoted(config.get(key))}"
             )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..contract.manifest import AdapterEntry, Layer, Slice
-from ..errors import AdapterWeightsError, ArtifactError
+from ..errors import AdapterWeightsError, ArtifactError, quoted
 from .header import AdapterHeader
 
 
@@ -23,6 +23,22 @@ def check_fit(header: AdapterHeader, sites: Mapping[str, str], layers: Sequence[
             raise AdapterWeightsError(
                 f"{header.path}: it brings no {missing[0]!r}, and the base has none of its own;"
                 f" train it with modules_to_save=[{missing[0]!r}]"
+            )
+        _check_head(header, sites, layer)
+
+
+def _check_head(header: AdapterHeader, sites: Mapping[str, str], layer: Layer) -> None:
+    """Refuse an adapter that has lost a head: its config names one, and the file has none."""
+    if layer.stack("weight") is None:
+        return
+    for part in layer.slices:
+        is_named = f".{part.site}".endswith(tuple(f".{name}" for name in header.modules_to_save))
+        if is_named and part.site not in sites:
+            raise AdapterWeightsError(
+                f"{header.path}: its config says modules_to_save ="
+                f" {quoted(list(header.modules_to_save))}, but its weights lack {part.site!r};"
+                " config and weights are not of one training, or the head was lost: save the"
+                " adapter again with peft"
             )
 
 

@@ -3,7 +3,6 @@
 The one parser of PEFT adapters in this project: the exporter imports it from here.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from ..errors import AdapterWeightsError, WeightsError
 from .config import check_lora_config, trained_class
 from .files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from .names import TensorNames
-from .patterns import ModulePatterns
+from .patterns import Scalings
+from .selection import check_selection
 from .tensor_files import FLOAT_DTYPES, TensorInfo, read_header_of
 
 Feature = Literal["dora", "bias", "heads"]
@@ -72,6 +72,8 @@ class AdapterHeader:
     """By module name as PEFT saved it, without `base_model.model.`."""
     saved: dict[str, SavedModule]
     """By module name likewise."""
+    modules_to_save: tuple[str, ...]
+    """Ends of the names of modules that were trained whole, where the model had such."""
     base_copies: dict[str, NamedTensor] = field(repr=False)
     """Weights of the base that PEFT saves beside the LoRA, of embeddings, by module name."""
     files: AdapterFiles = field(repr=False, compare=False)
@@ -144,16 +146,19 @@ def read_adapter(path: Path, *, at_rest: bool = False) -> AdapterHeader:
     if not factors:
         raise AdapterWeightsError(f"{weights}: holds no LoRA tensor at all")
     scalings = Scalings(config, path / CONFIG_FILE)
+    modules = {
+        name: _pair(name, parts, config, scalings, weights)
+        for name, parts in sorted(factors.items())
+    }
+    check_selection(modules, config, weights)
     base_model = config.get("base_model_name_or_path")
     return AdapterHeader(
         path,
         base_model if isinstance(base_model, str) else None,
         bool(config["use_rslora"]),
-        {
-            name: _pair(name, parts, config, scalings, weights)
-            for name, parts in sorted(factors.items())
-        },
+        modules,
         {name: _saved(name, parts, weights) for name, parts in sorted(whole.items())},
+        tuple(config["modules_to_save"]),
         base_copies,
         files,
         bool(config.get("fan_in_fan_out")),
@@ -172,26 +177,6 @@ def _read_infos(files: AdapterFiles) -> dict[str, TensorInfo]:
         )
     with files.open(WEIGHTS_FILE) as opened:
         return read_header_of(opened, weights)
-
-
-class Scalings:
-    """Rank and scaling of every module, by a config's fields and patterns."""
-
-    def __init__(self, config: Mapping[str, Any], file: Path) -> None:
-        self._config = config
-        self._ranks = ModulePatterns[int](config["rank_pattern"], file, "rank_pattern")
-        self._alphas = ModulePatterns[float](config["alpha_pattern"], file, "alpha_pattern")
-
-    def rank(self, module: str) -> int:
-        return self._ranks.value(module, self._config["r"])
-
-    def num_ranks(self, module: str) -> int:
-        """How many patterns give it one."""
-        return len(self._ranks.values(module))
-
-    def scaling(self, module: str, rank: int) -> float:
-        alpha = self._alphas.value(module, self._config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self._config["use_rslora"] else rank)
 
 
 def _saved(module: str, parts: dict[str, NamedTensor], file: Path) -> SavedModule:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import regex
 
@@ -51,6 +51,58 @@ def check_patterns(patterns: Iterable[tuple[str, str]], file: Path) -> None:
         _compile(text, f"{file}: {field}")
 
 
+class Clock:
+    """The time that the patterns of one adapter may take together."""
+
+    def __init__(self) -> None:
+        self._seconds = TOTAL_SECONDS
+
+    def match(
+        self, pattern: "Pattern", module: str, *, whole: bool = False
+    ) -> "regex.Match[str] | None":
+        """Match in bounded time; other threads run meanwhile.
+
+        Args:
+            whole: the pattern is all of the name, and not how it begins.
+
+        Raises:
+            AdapterConfigError: it takes too long.
+        """
+        start = time.thread_time()
+        found = None
+        try:
+            found = _match(pattern.compiled, module, whole)
+        except TimeoutError as error:
+            raise pattern.too_slow(module) from error
+        self._seconds -= time.thread_time() - start
+        if self._seconds < 0:
+            raise pattern.too_slow(module)
+        return found
+
+
+class Pattern:
+    """One regular expression out of a config."""
+
+    def __init__(self, text: str, where: str, ahead: str = "", behind: str = "") -> None:
+        """
+        Args:
+            where: the file and the field.
+            ahead: what stands before it, and behind it.
+
+        Raises:
+            AdapterConfigError: it is none that can be used.
+        """
+        self._text, self._where = text, where
+        self.compiled = _compile(text, where, ahead, behind)
+
+    def too_slow(self, module: str) -> AdapterConfigError:
+        """The error of one that takes too long."""
+        return AdapterConfigError(
+            f"{self._where}: {quoted(self._text)} takes too long to match with {quoted(module)}: it"
+            " repeats what already repeats; write it without, or name the modules"
+        )
+
+
 class ModulePatterns(Generic[_T]):
     """Values by pattern, as rank_pattern and alpha_pattern have them.
 
@@ -62,10 +114,14 @@ class ModulePatterns(Generic[_T]):
         """Raises AdapterConfigError: a pattern is none."""
         self._where = f"{file}: {field}"
         self._values = [
-            (pattern, value, None if _PLAIN.fullmatch(pattern) else self._compiled(pattern))
-            for pattern, value in values.items()
+            (
+                text,
+                value,
+                None if _PLAIN.fullmatch(text) else Pattern(text, self._where, r"(.*\.)?(", ")$"),
+            )
+            for text, value in values.items()
         ]
-        self._seconds = TOTAL_SECONDS
+        self._clock = Clock()
         self._pairs = MAX_PAIRS
 
     def value(self, module: str, default: _T) -> _T:
@@ -86,33 +142,33 @@ class ModulePatterns(Generic[_T]):
             )
         return [
             value
-            for pattern, value, compiled in self._values
+            for text, value, pattern in self._values
             if (
-                _is_named(pattern, module)
-                if compiled is None
-                else self._matches(pattern, compiled, module)
+                _is_named(text, module)
+                if pattern is None
+                else self._clock.match(pattern, module) is not None
             )
         ]
 
-    def _compiled(self, pattern: str) -> "regex.Pattern[str]":
-        return _compile(pattern, self._where, r"(.*\.)?(", ")$")
 
-    def _matches(self, pattern: str, compiled: "regex.Pattern[str]", module: str) -> bool:
-        start = time.thread_time()
-        try:
-            is_match = _match(compiled, module)
-        except TimeoutError as error:
-            raise self._too_slow(pattern, module) from error
-        self._seconds -= time.thread_time() - start
-        if self._seconds < 0:
-            raise self._too_slow(pattern, module)
-        return is_match
+class Scalings:
+    """Rank and scaling of every module, by a config's fields and patterns."""
 
-    def _too_slow(self, pattern: str, module: str) -> AdapterConfigError:
-        return AdapterConfigError(
-            f"{self._where}: {quoted(pattern)} takes too long to match with {quoted(module)}: it"
-            " repeats what already repeats; write it without, or name the modules"
-        )
+    def __init__(self, config: Mapping[str, Any], file: Path) -> None:
+        self._config = config
+        self._ranks = ModulePatterns[int](config["rank_pattern"], file, "rank_pattern")
+        self._alphas = ModulePatterns[float](config["alpha_pattern"], file, "alpha_pattern")
+
+    def rank(self, module: str) -> int:
+        return self._ranks.value(module, self._config["r"])
+
+    def num_ranks(self, module: str) -> int:
+        """How many patterns give it one."""
+        return len(self._ranks.values(module))
+
+    def scaling(self, module: str, rank: int) -> float:
+        alpha = self._alphas.value(module, self._config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self._config["use_rslora"] else rank)
 
 
 def _is_named(pattern: str, module: str) -> bool:
@@ -127,11 +183,12 @@ def _is_named(pattern: str, module: str) -> bool:
     )
 
 
-def _match(compiled: "regex.Pattern[str]", module: str) -> bool:
-    """Other threads run meanwhile. Raises TimeoutError."""
+def _match(compiled: "regex.Pattern[str]", module: str, whole: bool) -> "regex.Match[str] | None":
+    """Raises TimeoutError."""
+    match = compiled.fullmatch if whole else compiled.match
     for last in (False, True):
         try:
-            return bool(compiled.match(module, timeout=MATCH_SECONDS, concurrent=True))
+            return match(module, timeout=MATCH_SECONDS, concurrent=True)
         except TimeoutError:
             # The engine's clock counts what all threads use: a busy service has a second try.
             if last:

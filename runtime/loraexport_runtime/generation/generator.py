@@ -25,7 +25,7 @@ from .answers import Completion, Piece
 from .engine import GenerationEngine
 from .handle import GenerationHandle
 from .options import Options
-from .prompts import Prompt, PromptReader
+from .prompts import Prompt, PromptReader, require_prompts
 from .request import GenerationRequest
 from .text.defaults import GenerationDefaults
 from .text.stream import TextStream
@@ -90,11 +90,12 @@ class TextGenerator(HostsAdapters):
         **options: Any,
     ) -> list[Completion]:
         """The completion of every prompt; arguments and errors as of `stream`."""
-        texts = [""] * len(prompts)
-        tokens: list[list[int]] = [[] for _ in prompts]
-        reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
         with self._gate.entry(), self._gate:
-            for piece in self._start(prompts, adapters, Options(**options)):
+            pieces = self._start(prompts, adapters, Options(**options))
+            texts = [""] * len(prompts)
+            tokens: list[list[int]] = [[] for _ in prompts]
+            reasons: list[Literal["stop", "length"]] = ["length"] * len(prompts)
+            for piece in pieces:
                 texts[piece.row] += piece.text
                 if piece.token is not None:
                     tokens[piece.row].append(piece.token)
@@ -180,6 +181,7 @@ class TextGenerator(HostsAdapters):
     ) -> np.ndarray:
         """The likeliest tokens of every prompt, int64 [batch, steps]; -1 after a row's end."""
         with self._gate.entry(), self._gate:
+            require_prompts(prompts)
             tokens = self._prompts.read(prompts, Options(chat=False))
             requests = [{"max_tokens": steps, "ignore_eos": True}] * len(tokens)
             handles = self._submit(tokens, adapters, requests)
@@ -226,8 +228,7 @@ class TextGenerator(HostsAdapters):
     def _start(
         self, prompts: Sequence[Prompt], adapters: Sequence[RowAdapters] | None, options: Options
     ) -> Generator[Piece, None, None]:
-        if isinstance(prompts, str):
-            raise InputError("prompts is one text; expected a list of prompts")
+        require_prompts(prompts)
         options.check()
         read_rows(adapters, len(prompts))
         if not prompts:

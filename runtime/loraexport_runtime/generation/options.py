@@ -20,6 +20,8 @@ _CHOSEN = (
     "stop",
 )
 """What a request has under the same name."""
+_OWN = ("messages", "tools", "documents")
+"""Variables of a chat template that are arguments of their own."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class Options:
                 read_count(name, value, least)
         read_stop(() if self.stop is None else self.stop)
         arguments = self.template_arguments or {}
-        if not isinstance(arguments, Mapping) or {"messages", "tools", "documents"} & {*arguments}:
+        are_variables = isinstance(arguments, Mapping) and all(
+            isinstance(name, str) and name not in _OWN for name in arguments
+        )
+        if not are_variables:
             raise InputError(
                 f"template_arguments is {quoted(arguments)}; expected variables of the chat"
                 " template by name, but for messages, tools and documents: pass these by themselves"

@@ -48,3 +48,14 @@ class PromptReader:
             )
         arguments = options.template_arguments or {}
         return self._tokenizer.encode_chat(prompt, options.tools, options.documents, **arguments)
+
+
+def require_prompts(prompts: Any) -> None:
+    """Raise InputError unless they are a list of prompts."""
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text; expected a list of prompts")
+    if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__len__"):
+        raise InputError(
+            f"prompts is of type {type(prompts).__name__}; expected a list of prompts, each a text,"
+            " token ids, or the messages of a chat"
+        )

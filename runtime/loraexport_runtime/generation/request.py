@@ -149,7 +149,7 @@ def read_tokens(name: str, tokens: Any, vocabulary: int) -> list[int]:
     """Token ids as Python's numbers. Raises InputError: one is none, or not of the vocabulary."""
     if hasattr(tokens, "tolist") and not isinstance(tokens, list):
         tokens = tokens.tolist()  # numpy's and torch's
-    if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable):
+    if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
         raise InputError(f"{name} is {quoted(tokens)}; expected a list of token ids")
     ids = []
     for index, token in enumerate(tokens):

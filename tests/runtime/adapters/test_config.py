@@ -76,7 +76,6 @@ def test_neutral_value_of_a_refused_field_is_accepted(tmp_path: Path, key: str) 
         ("task_type", "CAUSAL_LM"),
         ("lora_dropout", 0.5),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
         ("exclude_modules", ["x"]),
         ("target_modules", "all-linear"),
         ("velora_config", {"rank": 1}),

@@ -276,6 +276,32 @@ def test_a_chat_without_a_template(
             "stop is 'x'; expected a list of texts, none of them empty",
             id="stop-no-list",
         ),
+        *(
+            pytest.param([[5]], {name: value}, lr.InputError, f"{name} is ", id=f"{name}-{value}")
+            for name, value in (
+                ("max_new_tokens", "a"),
+                ("max_new_tokens", 2.5),
+                ("seed", "a"),
+                ("seed", -1),
+                ("stop", 5),
+                ("template_arguments", {5: 5}),
+            )
+        ),
+        *(
+            pytest.param(prompts, {}, lr.InputError, text, id=f"prompts-{prompts!r:.20}")
+            for prompts, text in (
+                (5, "prompts is of type int; expected a list of prompts"),
+                ({"a": 1}, "prompts is of type dict; expected a list of prompts"),
+                ([5], r"prompts\[0\] is 5; expected a list of token ids"),
+                ([None], r"prompts\[0\] is None; expected a list of token ids"),
+                ([b"abc"], r"prompts\[0\] is b'abc'; expected a list of token ids"),
+                ([{"role": "user"}], r"prompts\[0\] is .*; expected a list of token ids"),
+                ([[1.5]], r"prompts\[0\]\[0\] is 1.5; expected a token id"),
+                ([["5"]], r"prompts\[0\]\[0\] is '5'; expected a token id"),
+                ([[True]], r"prompts\[0\]\[0\] is True; expected a token id"),
+                ([np.ones((1, 2), int)], r"prompts\[0\]\[0\] is \[1, 1\]; expected a token id"),
+            )
+        ),
         pytest.param(
             [[5]],
             {"top_k": -1},

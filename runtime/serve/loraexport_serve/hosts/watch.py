@@ -1,10 +1,12 @@
 """A folder whose subfolders are adapters, `NAME/adapter_config.json`, looked at again and again.
 
 What comes is loaded, what changes is replaced, what goes is unloaded. A folder that cannot be used
-is tried once for each of its changes, and the adapter that serves stays.
+is tried once for each of its changes, and the adapter that serves stays; so does whatever serves
+while a folder cannot be looked at.
 """
 
 import asyncio
+import errno
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +46,10 @@ class Watch:
         """Load, replace and unload until the artifact has what the folder has."""
         async with self._looking:
             there = await asyncio.to_thread(_read_stamps, self._folder)
+            if there is None:
+                return
             for name, stamp in sorted(there.items()):
-                if self._seen.get(name) != stamp:
+                if stamp and self._seen.get(name) != stamp:
                     await self._take(name, stamp)
             for name in self._seen.keys() - there.keys():
                 del self._seen[name]
@@ -65,7 +69,7 @@ class Watch:
     async def _find(self, name: str) -> None:
         async with self._looking:
             stamp = await asyncio.to_thread(_stamp_of, self._folder, name)
-            if stamp is not None and self._seen.get(name) != stamp:
+            if stamp and self._seen.get(name) != stamp:
                 await self._take(name, stamp)
 
     async def _take(self, name: str, stamp: _Stamp) -> None:
@@ -94,24 +98,30 @@ class Watch:
             _LOG.info("%s: adapter %r was unloaded already", self._host.name, name)
 
 
-def _read_stamps(folder: Path) -> Mapping[str, _Stamp]:
-    """The adapters of a folder, and what changes with their files."""
+def _read_stamps(folder: Path) -> Mapping[str, _Stamp] | None:
+    """The adapters of a folder, and what changes with their files.
+
+    None where the folder itself cannot be read: nothing is known of its adapters then, as while a
+    file system is away, and whatever serves stays.
+    """
     try:
         names = [entry.name for entry in folder.iterdir()]
     except OSError as error:
-        _LOG.warning("the folder of adapters cannot be read: %s", error)
-        return {}
+        _LOG.warning("the folder of adapters cannot be read, and what served stays: %s", error)
+        return None
     stamps = {name: _stamp_of(folder, name) for name in names if is_name(name)}
     return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
 def _stamp_of(folder: Path, name: str) -> _Stamp | None:
-    """None of what is no adapter, or not yet."""
+    """None of what is no adapter, or not yet; an empty one of what cannot be looked at now."""
     stamps = []
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         try:
             status = (folder / name / file).stat()
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
+        except OSError as error:
+            return None if error.errno == errno.ELOOP else ()
         stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
     return tuple(stamps)
