@@ -40,7 +40,6 @@ RAYS = {
 }
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
     pytest.mark.timeout(1200),
     pytest.mark.skipif(not PYTHON.is_file(), reason="scripts/setup --end-to-end ray"),
 ]

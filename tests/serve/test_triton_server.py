@@ -26,7 +26,6 @@ from loraexport_serve.cli import main
 
 pytestmark = [
     needs_triton,
-    pytest.mark.xdist_group("triton"),
     pytest.mark.slow,
     pytest.mark.timeout(600),
 ]
