@@ -111,7 +111,7 @@ class Cluster:
 def cluster(encoder: Path, home: Home) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # Ray's sockets want a short path
     decoder = {"path": str(home.artifact(write_tenants)), "rows": 1}
-    settings = {"models": {"tiny": str(encoder), "llama": decoder}}
+    settings = {"models": {"tiny": str(encoder), "llama": decoder}, "queue_timeout": PATIENCE}
     (folder / "settings.json").write_text(json.dumps(settings))
     port = free_port()
     arguments = [str(PYTHON), str(DRIVER), "serve", str(port), str(folder / "settings.json")]
