@@ -5,9 +5,9 @@
 //   LoraAdd(y, x, routes, ranks, owners, rest, A, B) -> y + h_own B; LoraAdd2 and 3 of so many y,
 //   with `widths` behind B, which has the columns of all of them
 //
-// `owners`, `rest` and `widths` are there for the stock operators of the function's body; nothing here reads
-// them. Every op is registered for each provider and element type: onnxruntime infers the type of
-// an output only if the types of all inputs are fixed.
+// `owners`, `rest` and `widths` are there for the stock operators of the function's body; nothing
+// here reads them. Every op is registered for each provider and element type: onnxruntime infers
+// the type of an output only if the types of all inputs are fixed.
 #include <exception>
 #include <vector>
 

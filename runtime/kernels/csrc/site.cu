@@ -14,7 +14,8 @@ int up(int64_t value, int64_t multiple) {
 // The kernels count in 32 bits, but for addresses.
 bool fits(const Site& site) {
   int64_t most = std::max({site.tokens, site.in, site.slots * site.width});
-  for (int i = 0; i < site.num_slices; ++i) most = std::max({most, site.slices[i].out, site.slices[i].b_stride});
+  for (int i = 0; i < site.num_slices; ++i)
+    most = std::max({most, site.slices[i].out, site.slices[i].b_stride});
   return most < (int64_t{1} << 30);
 }
 
@@ -49,8 +50,8 @@ bool aligned_in(const Site& site) {
 
 bool aligned_out(const Site& site) {
   return std::all_of(site.slices, site.slices + site.num_slices, [](const Slice& slice) {
-    return slice.out % 8 == 0 && slice.b_stride % 8 == 0 && multiple_of_16(slice.b) && multiple_of_16(slice.y) &&
-           multiple_of_16(slice.base) && multiple_of_16(slice.bias);
+    return slice.out % 8 == 0 && slice.b_stride % 8 == 0 && multiple_of_16(slice.b) &&
+           multiple_of_16(slice.y) && multiple_of_16(slice.base) && multiple_of_16(slice.bias);
   });
 }
 
