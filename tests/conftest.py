@@ -14,10 +14,15 @@ from support.collected import COLLECTED
 from support.home import Home
 from support.models import write_base
 
+TESTS = Path(__file__).parent
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = list(items)
+    for item in items:
+        if item.path.relative_to(TESTS).parts[0] in ("bench", "serve"):
+            item.add_marker(pytest.mark.by_file)
 
 
 @pytest.fixture
