@@ -4,7 +4,7 @@ The tensors of an adapter say where it applies. PEFT leaves those out that its c
 select, so that a config and tensors which disagree are not of one training.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Selection:
 
     A text is a regular expression of the whole name; a list has names, or what follows one of a
     name's dots. `exclude_modules` goes first. Of what a list selects by its end,
-    `layers_to_transform` leaves the layers with these numbers. Source:
+    `layers_to_transform` leaves the layers with these numbers. Nothing in a module of
+    `modules_to_save`, which is trained whole, has LoRA. Source:
     peft.tuners.tuners_utils.check_target_module_exists.
     """
 
@@ -56,9 +57,12 @@ class Selection:
         self._excluded = (
             _Named(excluded, f"{file}: exclude_modules", self._clock) if excluded else None
         )
+        where = f"{file}: modules_to_save"
+        names = config.get("modules_to_save") or ()
+        self._wholes = [Pattern(name, where, r"(?:^|.*\.)", r"(?:$|\..*)") for name in names]
         layers = config.get("layers_to_transform")
         self._layers = frozenset(layers if isinstance(layers, list) else [layers]) - {None}
-        texts = _layer_patterns(config) if self._layers else ()
+        texts = _layer_patterns(config) if self._layers else []
         self._counts = [Pattern(text, f"{file}: layers_pattern") for text in texts]
 
     def field_against(self, module: str) -> str | None:
@@ -69,6 +73,8 @@ class Selection:
         """
         if self._excluded is not None and self._excluded.names(module):
             return "exclude_modules"
+        if any(self._clock.match(whole, module) for whole in self._wholes):
+            return "modules_to_save"
         if self._targets is None:
             return None
         if not self._targets.names(module):
@@ -92,7 +98,7 @@ class _Named:
         self.ends: frozenset[str] | None = None
         """Names, or what follows a dot of them; None of a regular expression."""
         if not isinstance(value, str):
-            self.ends = frozenset(name for name in value if isinstance(name, str))
+            self.ends = frozenset(value)
 
     def names(self, module: str) -> bool:
         if self._pattern is not None:
@@ -101,13 +107,10 @@ class _Named:
         return any(".".join(parts[start:]) in (self.ends or ()) for start in range(len(parts)))
 
 
-def _layer_patterns(config: Mapping[str, Any]) -> Iterator[str]:
+def _layer_patterns(config: Mapping[str, Any]) -> list[str]:
     """What stands before the number of a layer: PEFT's default is any name."""
     given = config.get("layers_pattern")
-    listed = [given] if isinstance(given, str) else given
-    if not listed:
-        yield _ANY_LAYER + _INDEX
-        return
-    for text in listed if isinstance(listed, list) else ():
-        if isinstance(text, str):
-            yield rf"(?:^|.*?\.){text}\.{_INDEX}"
+    if not given:
+        return [_ANY_LAYER + _INDEX]
+    texts = [given] if isinstance(given, str) else given
+    return [rf"(?:^|.*?\.){text}\.{_INDEX}" for text in texts]

@@ -39,6 +39,8 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"target_modules": ["v", "q"], "layers_to_transform": [1], "layers_pattern": "(layers|blocks)"},
     {"target_modules": ["v"], "layers_to_transform": [], "layers_pattern": None},
     {"target_modules": ["layers.1.q"], "layers_to_transform": [10]},
+    {"target_modules": ["q", "v"], "modules_to_save": ["layers"]},
+    {"target_modules": ["q", "v"], "modules_to_save": ["layer", "experts.10", "blocks.1.v"]},
 )
 
 
