@@ -34,7 +34,7 @@ from ..contract.listed import ListedFiles
 from ..contract.manifest import PARAMETERS, AdapterEntry, Manifest, Stack
 from ..contract.naming import Naming
 from ..device.dtypes import NUMPY_DTYPES
-from ..errors import AdapterError, ArtifactError, LoraexportError
+from ..errors import AdapterError, ArtifactError, LoraexportError, quoted
 from .buffers import StackBuffer
 from .onnx_adapter import write_onnx_adapters
 from .pool import Blocks, Slots
@@ -111,6 +111,8 @@ class AdapterHost:
         """Put an adapter into a slot; see `ArtifactSession.load_adapter`."""
         if not isinstance(name, str) or not name:
             raise AdapterError(f"expected a name for the adapter, got {name!r}")
+        if not isinstance(scale, int | float | np.number):
+            raise AdapterError(f"scale is {quoted(scale)}; expected a finite number")
         if self._is_fixed:
             raise AdapterError(
                 f"{self.folder}: its slots have room for the adapters that they were built with and"

@@ -3,9 +3,6 @@
 import logging
 from pathlib import Path
 
-import numpy as np
-
-from ..errors import AdapterError, quoted
 from .gate import Gate
 from .host import AdapterHost
 from .info import AdapterInfo
@@ -66,8 +63,6 @@ class HostsAdapters:
             ClosedError: the session is closed.
         """
         with self._gate.entry(), self._gate:
-            if not isinstance(scale, int | float | np.number):
-                raise AdapterError(f"scale is {quoted(scale)}; expected a finite number")
             read = None if path is None else Path(path)
             return self._host.load(name, read, scale, None if base is None else Path(base), timeout)
 

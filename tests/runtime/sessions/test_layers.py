@@ -575,6 +575,11 @@ class TestBadAdapters:
             session.load_adapter("sql", fresh, scale=scale)
         assert session["qkv"].run(x, segments=[("sql", 4)]).tobytes() == before.tobytes()
 
+    def test_scale_is_no_number(self, session: lr.LayersSession, fresh: Path) -> None:
+        scale: Any = "2"
+        with pytest.raises(lr.AdapterError, match="scale is '2'; expected a finite number"):
+            session.load_adapter("sql", fresh, scale=scale)
+
     def test_overflow_in_float16(
         self, by_strategy: Callable[[str, str], Path], tmp_path: Path
     ) -> None:
