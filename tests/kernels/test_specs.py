@@ -2,8 +2,6 @@
 operators and kernels to the same reference, row by row."""
 
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from support.home import Home
+from support.specs import beside_its_base, require_base
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("installed")
@@ -26,7 +25,9 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_same_parity(spec: Path, home: Home, tmp_path: Path) -> None:
-    folder = home.build(with_kernels(spec, tmp_path / "specs"), tmp_path / "artifacts")
+    require_base(spec)
+    changed = with_kernels(beside_its_base(spec, tmp_path, home))
+    folder = home.build(changed, tmp_path / "artifacts")
     report = json.loads((folder / "parity/parity.json").read_text(encoding="utf-8"))
     assert report["status"] == "passed"
     held: dict[str, set[tuple[Any, ...]]] = defaultdict(set)
@@ -37,24 +38,12 @@ def test_the_same_parity(spec: Path, home: Home, tmp_path: Path) -> None:
     assert held["onnx-engine-cpu-kernels"] == held["onnx-engine-cpu"]
 
 
-def with_kernels(spec: Path, folder: Path) -> Path:
-    """A copy of a spec beside what it names, with functions; by a strategy that has them."""
-    folder.mkdir()
-    for name in ("adapters", "bases"):
-        (folder / name).symlink_to(ROOT / "specs" / name)
-    if spec.stem == "smollm2":
-        if not (ROOT / "smollm2/config.json").is_file():
-            pytest.skip("its base is made by specs/make/smollm2.py")
-        (folder.parent / "smollm2").symlink_to(ROOT / "smollm2")
-    if spec.stem == "minilm-onnx":
-        script = [sys.executable, str(ROOT / "specs/make/minilm_onnx.py")]
-        made = folder.parent / "minilm-onnx"
-        subprocess.run([*script, "--out", str(made)], check=True, capture_output=True)
+def with_kernels(spec: Path) -> Path:
+    """The same spec with functions; by a strategy that has them."""
     data = yaml.safe_load(spec.read_text(encoding="utf-8"))
     export = data.setdefault("export", {})
     export["kernels"] = True
     if export.get("strategy") in ("segmented", "chunked"):
         export["strategy"] = "masked"
-    copy = folder / spec.name
-    copy.write_text(yaml.safe_dump(data), encoding="utf-8")
-    return copy
+    spec.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return spec

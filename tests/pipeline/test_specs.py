@@ -1,7 +1,6 @@
 """Every spec in specs/ builds, passes parity and serves; its inputs are what their READMEs say."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.home import Home
+from support.specs import beside_its_base, require_base
 
 from loraexport.parity.implementations import has_cuda
 from loraexport_runtime import ArtifactError, ModelSession, load
@@ -26,10 +26,9 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_spec_builds_and_serves_a_mixed_batch(spec: Path, home: Home, tmp_path: Path) -> None:
-    if spec.stem == "smollm2" and not (ROOT / "smollm2/config.json").is_file():
-        pytest.skip("its base is made by specs/make/smollm2.py")
+    require_base(spec)
     if spec.stem == "minilm-onnx":
-        spec = beside_its_graph(spec, tmp_path)
+        spec = beside_its_base(spec, tmp_path, home)
     folder = home.build(spec)
     if spec.stem == "smollm2":
         check_generator(folder)
@@ -65,15 +64,6 @@ def test_spec_builds_and_serves_a_mixed_batch(spec: Path, home: Home, tmp_path: 
             moved[name] = max(moved[name], float(np.abs(mixed[rows] - base[rows]).max()))
         assert mixed[-2:].tobytes() == base[-2:].astype(np.float64).tobytes()
     assert all(moved.values()), f"every adapter changes something: {moved}"
-
-
-def beside_its_graph(spec: Path, folder: Path) -> Path:
-    """A copy of the spec where its base is made, by the script that its header names."""
-    script = [sys.executable, str(ROOT / "specs/make/minilm_onnx.py")]
-    subprocess.run([*script, "--out", str(folder / "minilm-onnx")], check=True, capture_output=True)
-    (folder / "specs").mkdir()
-    (folder / "specs/adapters").symlink_to(ROOT / "specs/adapters")
-    return Path(shutil.copy(spec, folder / "specs"))
 
 
 def check_model(session: ModelSession, names: list[str]) -> None:
