@@ -82,6 +82,11 @@ class Device:
         with suppress(RuntimeError):  # what failed is told already
             torch.cuda.synchronize()
 
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether the runtime takes kernels here of its own accord."""
+        return self.kind == "cuda"
+
     def forget_compiled(self) -> None:
         """Let go of what torch.compile made for a cell: shapes of the next one are others, and it
         keeps eight of a module."""

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
+from support.bench import BERT, LAYERS, LLAMA
 
 from loraexport.bench import run as bench_run
 from loraexport.bench.contest import Contest, Contestant, check_agreement, run_contest
@@ -47,57 +48,20 @@ TINY: dict[str, Any] = {
     "rounds": 3,
     "round_ms": 1,
     "workloads": [
-        {
-            "kind": "layers",
-            "name": "layer",
-            "in_features": 32,
-            "out_features": 32,
-            "chain": 2,
+        LAYERS
+        | {
             "adapters": [2],
-            "ranks": [4],
             "tokens": [7, 12],
-            "rows": 3,
             "strategies": ["masked"],
             "leave_out": ["base torch.compile", "masked torch.compile"],
         },
-        {
-            "kind": "model",
-            "name": "bert",
-            "config": {
-                "model_type": "bert",
-                "vocab_size": 60,
-                "hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 48,
-            },
-            "adapters": [2],
-            "ranks": [4],
-            "shapes": [{"rows": 3, "tokens": 5}],
+        BERT
+        | {
             "fill": 0.6,
             "variants": ["apart", "features", "blend"],
             "leave_out": ["masked torch", "base torch.compile", "masked torch.compile"],
         },
-        {
-            "kind": "generation",
-            "name": "llama",
-            "config": {
-                "model_type": "llama",
-                "vocab_size": 80,
-                "hidden_size": 64,
-                "intermediate_size": 48,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                "pad_token_id": 0,
-            },
-            "adapters": [2],
-            "ranks": [4],
-            "rows": [3],
-            "prompt_tokens": 5,
-            "new_tokens": 6,
-        },
+        LLAMA,
     ],
 }
 BASES = ["base", "base torch"]

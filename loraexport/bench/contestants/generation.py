@@ -79,7 +79,7 @@ class _Batch:
             floors=site_floors(decoder.plan, tokens, used, self._lab.device),
         )
         ours = [*(() if prefill else ("mixed captured",)), "mixed GenAI", "mixed"]
-        if self._lab.device.kind == "cuda":  # where the runtime takes kernels of its own accord
+        if self._lab.device.takes_kernels:
             first = MIXED_KERNELS if prefill else f"{MIXED_KERNELS} captured"
             ours = [first, *ours]
         return Contest(cell, list(self._contestants()), ours, workload.leave_out)

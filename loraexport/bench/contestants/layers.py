@@ -55,6 +55,7 @@ class _Tokens:
             for _ in range(self._lab.device.num_copies(nbytes))
         ]
         self._segments = (torch.tensor(self.bounds), torch.tensor(self.slots))
+        self._device_segments = [one.to(self._lab.device.torch) for one in self._segments]
         self._shown = torch.linspace(0, tokens - 1, min(tokens, _COMPARED)).long()
 
     def contest(self) -> Contest:
@@ -98,7 +99,7 @@ class _Tokens:
         chosen = chains.chosen(self.tokens)
         others = [one for one in chains.workload.strategies if one != chosen]
         ours = [f"{chosen} captured", chosen, *others]
-        if self._lab.device.kind == "cuda":
+        if self._lab.device.takes_kernels:
             name = f"{chains.chosen(self.tokens, kernels=True)}{KERNELS}"
             ours = [f"{name} captured", name, *ours]
         return ours
@@ -127,14 +128,12 @@ class _Tokens:
 
     def masked(self) -> Work:
         module, stacks = self._chains.modules["masked"], [*self._chains.device_stacks.values()]
-        segments = [segment.to(self._lab.device.torch) for segment in self._segments]
-        return self._eager(lambda x: module(x, *segments, stacks))
+        return self._eager(lambda x: module(x, *self._device_segments, stacks))
 
     def masked_compiled(self) -> Work:
-        stacks = [*self._chains.device_stacks.values()]
-        segments = [segment.to(self._lab.device.torch) for segment in self._segments]
-        module = BoundInputs(self._chains.modules["masked"], segments, stacks)
-        return self._eager(compile_module(module, self.copies[0]))
+        module, stacks = self._chains.modules["masked"], [*self._chains.device_stacks.values()]
+        bound = BoundInputs(module, self._device_segments, stacks)
+        return self._eager(compile_module(bound, self.copies[0]))
 
     def peft(self) -> Work:
         """`adapter_names`, a name for each row; rows of different lengths: one for each token."""

@@ -47,6 +47,7 @@ class _Batch:
         seed, device = self._lab.bench.seed, self._lab.device
         self.slots = draw_slots(model.workload.distribution, shape.rows, model.adapters, seed)
         self._ids = torch.tensor(self.slots)
+        self._device_ids = self._ids.to(device.torch)
         self._size = model.outputs[0].sizes(shape.rows, shape.tokens)
         torch.manual_seed(seed)
         vocabulary = transformers.AutoConfig.from_pretrained(model.directory).vocab_size
@@ -73,7 +74,7 @@ class _Batch:
         ]
         contestants += variant_contestants(workload.variants, self.onnx)
         ours = ["mixed captured", "mixed"]
-        if self._lab.device.kind == "cuda":  # where the runtime takes them of its own accord
+        if self._lab.device.takes_kernels:
             ours = [f"{MIXED_KERNELS} captured", MIXED_KERNELS, *ours]
         if workload.fill < 1:
             packed = partial(self.onnx, "packed", False)
@@ -111,8 +112,8 @@ class _Batch:
         return self._eager(lambda inputs: module(inputs, self._ids, []))
 
     def base_compiled(self) -> Work:
-        ids = self._ids.to(self._lab.device.torch)  # nothing on the host, or nothing is captured
-        module = BoundInputs(self._model.base_torch, [ids], [])
+        # With nothing on the host, or it is not captured.
+        module = BoundInputs(self._model.base_torch, [self._device_ids], [])
         return self._eager(compile_module(module, self.copies[0]))
 
     def loop(self) -> Work:
@@ -121,12 +122,11 @@ class _Batch:
 
     def masked(self) -> Work:
         module, _, stacks = self._model.eager
-        ids = self._ids.to(self._lab.device.torch)
-        return self._eager(lambda inputs: module(inputs, ids, stacks))
+        return self._eager(lambda inputs: module(inputs, self._device_ids, stacks))
 
     def masked_compiled(self) -> Work:
         module, _, stacks = self._model.eager
-        bound = BoundInputs(module, [self._ids.to(self._lab.device.torch)], stacks)
+        bound = BoundInputs(module, [self._device_ids], stacks)
         return self._eager(compile_module(bound, self.copies[0]))
 
     def peft(self) -> Work:
@@ -143,7 +143,7 @@ class _Batch:
     def onnx(self, kind: str, captured: bool) -> Work:
         tokens = 0 if kind == "base" else self.shape.num_tokens
         graph, name = self._model.graph(kind, captured, tokens), self._model.outputs[0].name
-        control = {"adapter_ids": self._ids.to(self._lab.device.torch)}
+        control = {"adapter_ids": self._device_ids}
         control = {key: value for key, value in control.items() if key in graph.inputs}
         outputs = [self._empty(self._size) for _ in self.copies]
         calls = [

@@ -10,6 +10,7 @@ run of a model; the last column is what they take.
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from plain import Choice, Kernels, Site
@@ -102,23 +103,8 @@ class Cell:
 
     def added(self) -> float:
         """The LoRA part alone, beside a base that is there: its y are inputs."""
-        sites = [
-            Site(
-                s.num_slots,
-                s.slots,
-                self.x,
-                s.a,
-                s.bs,
-                [],
-                [self.x],
-                [],
-                s.ranks,
-                s.ys,
-                None,
-                s.routes,
-            )
-            for s in self.sites
-        ]
+        beside = {"weights": (), "bases": [self.x], "biases": (), "scratch": None}
+        sites = [replace(site, x=self.x, **beside) for site in self.sites]
         return replayed(lambda: [self.kernels.compute(site) for site in sites]) / LAYERS
 
     def by_kernel(self) -> list[str]:
