@@ -137,8 +137,9 @@ def _export(
 ) -> dict[str, Function]:
     model = _trace(graph)
     fuse(model)
-    slots = outlined_slots
-    found = {} if slots is None else outline(model, layers, slots, graph.stacks)
+    found: dict[str, Function] = {}
+    if outlined_slots is not None:
+        found = outline(model, layers, outlined_slots, graph.stacks)
     _name_by_role(model.graph, graph.name)
     stacks = {name: ir.Tensor(array, name=name) for name, array in graph.stacks.items()}
     make_overridable(model.graph, stacks)

@@ -283,7 +283,6 @@ def test_a_chat_without_a_template(
                 ("max_new_tokens", 2.5),
                 ("seed", "a"),
                 ("seed", -1),
-                ("stop", 5),
                 ("template_arguments", {5: 5}),
             )
         ),

@@ -44,10 +44,14 @@ class PromptRead:
     """That were read, those that fill prompts up counted too."""
     told: tuple[int, ...]
     """There are logits after so many tokens of each prompt: its last one, or all."""
-    width: int
     rows: RowLogits | HostLogits
     memory: ort.OrtValue
     vocabulary: int
+
+    @property
+    def width(self) -> int:
+        """From the logits of one prompt to those of the next one, in tokens."""
+        return max(self.told)
 
     def places(self, at: int) -> np.ndarray:
         """int64 [n]: where the logits of one of the prompts lie."""
@@ -240,7 +244,7 @@ class Runner:
             chosen = np.array([captured.run(prompts[0], uses[0], wholes[0])])
             self.cache.copy(0, row, width, captured.cache)
             of = self._wide, captured.logits, self.vocabulary
-            return PromptRead(chosen, captured.tokens, (1,), 1, *of)
+            return PromptRead(chosen, captured.tokens, (1,), *of)
         graph, told = self._graph, (1,) * num
         if tells_all or graph.tells_all:
             told = tuple(map(len, prompts))
@@ -248,7 +252,7 @@ class Runner:
         to = int(memory.data_ptr()), tells_all
         chosen = read_prompts(graph, self.cache, row, prompts, uses, past, wholes, *to)
         of = self._wide, memory, self.vocabulary
-        read = PromptRead(chosen, num * width, told, max(told), *of)
+        read = PromptRead(chosen, num * width, told, *of)
         if graph.next:
             return read
         ends = np.array([read.places(at)[-1] for at in range(len(prompts))])
