@@ -101,12 +101,7 @@ class AdapterHost:
         return self._stacks[name].value
 
     def load(
-        self,
-        name: str,
-        path: Path | None,
-        scale: float,
-        base: Path | None,
-        timeout: float | None,
+        self, name: str, path: Path | None, scale: float, base: Path | None, timeout: float | None
     ) -> int:
         """Put an adapter into a slot; see `ArtifactSession.load_adapter`."""
         if not isinstance(name, str) or not name:
