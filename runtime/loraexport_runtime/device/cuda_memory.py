@@ -4,6 +4,7 @@ onnxruntime copies whole tensors only, each in a call that waits.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 from ..errors import ProviderError
 from .cuda_libraries import open_cudart
@@ -12,39 +13,79 @@ _ON_DEVICE = 3
 """CUDA's number for a copy from the device to the device."""
 
 
+class _Pitched(ctypes.Structure):
+    """cudaPitchedPtr."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("pitch", "xsize", "ysize")),
+    )
+
+
+class _Sizes(ctypes.Structure):
+    """cudaExtent, and cudaPos."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in ("width", "height", "depth"))
+
+
+class _Copy(ctypes.Structure):
+    """cudaMemcpy3DParms, without arrays."""
+
+    _fields_ = (
+        ("source_array", ctypes.c_void_p),
+        ("source_place", _Sizes),
+        ("source", _Pitched),
+        ("target_array", ctypes.c_void_p),
+        ("target_place", _Sizes),
+        ("target", _Pitched),
+        ("sizes", _Sizes),
+        ("kind", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where blocks of pieces lie."""
+
+    address: int
+    pitch: int
+    """Bytes from a piece to the next one."""
+    stride: int
+    """Pitches from a block to the next one."""
+
+    def _pitched(self, width: int) -> _Pitched:
+        return _Pitched(self.address, self.pitch, width, self.stride)
+
+
 class CudaMemory:
     """A device's. What is begun is done after `wait`, behind which a run may come."""
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._cudart = open_cudart()
+        cudart = open_cudart()
+        self._set_device, self._synchronize = cudart.cudaSetDevice, cudart.cudaStreamSynchronize
+        self._zero, self._copy = cudart.cudaMemset3D, cudart.cudaMemcpy3D
 
-    def zero(self, address: int, pitch: int, width: int, pieces: int) -> None:
-        """Zeros in `width` bytes of each of so many pieces, which begin `pitch` bytes apart."""
+    def zero(self, blocks: Blocks, width: int, pieces: int, num: int) -> None:
+        """Zeros in `width` bytes of each of so many pieces of so many blocks."""
         self._begin()
-        place, size = ctypes.c_void_p(address), (ctypes.c_size_t(width), ctypes.c_size_t(pieces))
-        self._check(self._cudart.cudaMemset2D(place, ctypes.c_size_t(pitch), 0, *size))
+        self._check(self._zero(blocks._pitched(width), 0, _Sizes(width, pieces, num)))
 
-    def copy(
-        self, source: tuple[int, int], target: tuple[int, int], width: int, pieces: int
-    ) -> None:
-        """`width` bytes of each of so many pieces; both places: (address, pitch)."""
+    def copy(self, source: Blocks, target: Blocks, width: int, pieces: int, num: int) -> None:
+        """`width` bytes of each of so many pieces of so many blocks."""
         self._begin()
-        places = [
-            part
-            for address, pitch in (target, source)
-            for part in (ctypes.c_void_p(address), ctypes.c_size_t(pitch))
-        ]
-        size = ctypes.c_size_t(width), ctypes.c_size_t(pieces)
-        self._check(self._cudart.cudaMemcpy2D(*places, *size, _ON_DEVICE))
+        places = source._pitched(width), target._pitched(width)
+        copy = _Copy(source=places[0], target=places[1], kind=_ON_DEVICE)
+        copy.sizes = _Sizes(width, pieces, num)
+        self._check(self._copy(ctypes.byref(copy)))
 
     def wait(self) -> None:
         """Return when all is done."""
         self._begin()
-        self._check(self._cudart.cudaStreamSynchronize(None))
+        self._check(self._synchronize(None))
 
     def _begin(self) -> None:
-        self._check(self._cudart.cudaSetDevice(self._index))  # of this thread
+        self._check(self._set_device(self._index))  # of this thread
 
     def _check(self, status: int) -> None:
         if status != 0:

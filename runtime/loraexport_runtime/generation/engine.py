@@ -17,6 +17,7 @@ from ..contract.kinds import Decoder
 from ..contract.listed import ListedFiles
 from ..contract.manifest import Manifest
 from ..device import providers as devices
+from ..device.captures import beside_captures
 from ..device.kernels import Kernels, choose_kernels
 from ..device.ort_session import require_device
 from ..errors import ClosedError, InputError
@@ -266,16 +267,16 @@ class GenerationEngine(HostsAdapters, RequestEngine):
         device = devices.session_device(providers[0])
         for provider in providers:
             require_device(devices.session_device(provider))
-        guard = threading.RLock()
-        self._host = AdapterHost(folder, manifest, device, guard)
-        every = (stack.name for layer in manifest.layers for stack in layer.stacks)
-        stacks = {name: self._host.stack(name) for name in every}
-        steps = None
+        guard, steps = threading.RLock(), None
         if decoder.steps is not None:
             steps = StepFiles(*(resolve(folder, path) for path in decoder.steps.files()))
         choice = choose_kernels(kernels, manifest, providers)
         sizes = rows, length, guard, decoder.reread_length, steps
-        runner = Runner(where, providers, capture, stacks, *sizes, kernels=choice)
+        every = (stack.name for layer in manifest.layers for stack in layer.stacks)
+        with beside_captures(device):
+            self._host = AdapterHost(folder, manifest, device, guard)
+            stacks = {name: self._host.stack(name) for name in every}
+            runner = Runner(where, providers, capture, stacks, *sizes, kernels=choice)
         files = ListedFiles(folder, manifest.files)
         grammars = GrammarReader(files, decoder.folder, runner.vocabulary, ends)
         super().__init__(

@@ -20,6 +20,7 @@ import loraexport_runtime as lr
 from loraexport_runtime.contract.kinds import GOES_ON
 from loraexport_runtime.generation.engine import GenerationEngine
 from loraexport_runtime.generation.handle import GenerationHandle
+from loraexport_runtime.generation.loop import reading
 from loraexport_runtime.generation.loop import worker as working
 from loraexport_runtime.generation.request import GenerationRequest
 from loraexport_runtime.generation.steps import runner as running
@@ -366,6 +367,7 @@ def test_a_round_reads_prompts_up_to_its_quota(
     least: int | None, first: list[str], artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In four runs at most where a run counts as a fourth of it at least, as on a device."""
+    monkeypatch.setattr(reading, "MOST_QUOTAS", 1)  # as where most rows decode
     with open_engine(artifact, rows=8, quota=32) as engine:
         if least is not None:
             engine._worker._prompts._least = least
@@ -572,12 +574,11 @@ def test_no_number_left_by_another_text_reaches_a_row(engine: GenerationEngine) 
     wait_until(lambda: engine.stats().running == 0)
     for row in worker._rows.rows:
         row.num_read, row.num_touched = 0, engine.length
-    for memory in worker._runner.cache._memory.values():
-        memory._array[:] = np.nan  # type: ignore[union-attr]
+    memory: Any = worker._runner.cache._memory
+    memory._array[:] = np.nan
     assert [tokens_of(send(engine, prompt)) for prompt in prompts] == wanted
     for row in worker._rows.rows:  # behind what a row keeps, too
-        for memory in worker._runner.cache._memory.values():
-            memory._array[row.index, :, row.num_read :] = np.nan  # type: ignore[union-attr]
+        memory._array[:, row.index, :, row.num_read :] = np.nan
         row.num_touched = engine.length
     again = send(engine, prompts[0]).result(DEADLINE)
     assert again.reused_tokens == 38
@@ -593,12 +594,12 @@ def test_nothing_of_another_text_is_left_in_a_row(engine: GenerationEngine) -> N
     assert shared.reused_tokens == 30
     wait_until(lambda: engine.stats().running == 0)
     kept = [row for row in worker._rows.rows if row.is_kept]
+    memory: Any = worker._runner.cache._memory
     assert {row.num_read for row in kept} >= {5, 32}
     for row in kept:
-        for memory in worker._runner.cache._memory.values():
-            array = memory._array[row.index]  # type: ignore[union-attr]
-            assert np.abs(array[:, : row.num_read]).min(axis=(0, 2)).all()
-            assert not array[:, row.num_read + 1 :].any()  # the next place is written by steps
+        array = memory._array[:, row.index]  # [layers' keys and values, heads, length, size]
+        assert np.abs(array[:, :, : row.num_read]).min(axis=(1, 3)).all()
+        assert not array[:, :, row.num_read + 1 :].any()  # the next place is written by steps
 
 
 # Faults
@@ -706,6 +707,7 @@ def test_runs_that_capture_advance_no_row(
 
     def check(runner: running.Runner, rows: int) -> None:
         """At the end of a row there is no place to advance to."""
+        runner.inputs.write()
         assert not runner.inputs.values[GOES_ON].numpy()[:rows].any()
         made.append(rows)
         make_step(runner, rows)

@@ -8,6 +8,8 @@ from .rows import Row, Rows
 MOST_RUNS, MOST_SINGLE_RUNS = 4, 16
 """In a round, whatever is left of the quota: on a device the shortest run launches all kernels, and
 short prompts are read together; on a CPU, where each is read alone, it reads all weights."""
+MOST_QUOTAS, MOST_JOINED = 8, 4
+"""Quotas of a round where more rows wait for their prompts than decode, and of one run of it."""
 PATIENCE = 4
 """So many shorter prompts may be read before a longer one that came earlier."""
 
@@ -31,11 +33,18 @@ class PromptOrder:
         """What is read before the next steps, run by run, until the quota is used up. A run is a
         chunk of one prompt, or some prompts of neighbouring rows; it has been read when the next
         one is asked for."""
-        left = self._quota
+        left = self._quota * self._num_quotas()
         while left > 0 and (rows := self._next(left)):
             width = max(self.chunk_end(row) - row.num_read for row in rows)
             left -= max(len(rows) * width, self._least)
             yield rows
+
+    def _num_quotas(self) -> int:
+        """A step takes about as long for one row as for all: who decodes waits for as many quotas
+        as there are rows that wait for each of them."""
+        used = self._rows.used
+        decoding = sum(row.user is not None and row.user.goes_on for row in used)
+        return min(MOST_QUOTAS, max(1, (len(used) - decoding) // max(1, decoding)))
 
     def _next(self, left: int) -> list[Row[Answer]]:
         """The shortest remainder first; but one that others overtook often goes ahead of them.
@@ -74,7 +83,8 @@ class PromptOrder:
                 return False
             size = len(answer.prompt)
             width = max(longest, size)
-            return width * (len(rows) + 1) <= left and 2 * min(longest, size) >= width
+            most = min(left, MOST_JOINED * self._quota)
+            return width * (len(rows) + 1) <= most and 2 * min(longest, size) >= width
 
         if not fits(first):
             return rows

@@ -96,6 +96,7 @@ class Worker:
     def run(self) -> None:
         """Work until `stop`."""
         error: BaseException = ClosedError(self._closed)
+        self._runner.enter_thread()
         try:
             while not self._is_stopping:
                 self._wait()
@@ -108,8 +109,7 @@ class Worker:
             self._admission.refuse(error)
             for row in self._rows.used:
                 self._leave(row, error=error)
-            for _, done in self._warm:
-                done.set()
+            _set(*(done for _, done in self._warm))
             self._runner.release()
 
     def _wait(self) -> None:

@@ -6,7 +6,7 @@ so many rows, where they are: a run has the same addresses every time, as a CUDA
 
 import numpy as np
 
-from ...device.cuda_memory import CudaMemory
+from ...device.cuda_memory import Blocks, CudaMemory
 from ...device.dtypes import NUMPY_DTYPES
 from .decoder_graph import DecoderGraph
 
@@ -16,24 +16,21 @@ class Cache:
 
     def __init__(self, graph: DecoderGraph, rows: int, length: int) -> None:
         self.rows, self.length = rows, length
-        self._graph = graph
-        kind: type[_HostMemory] | type[_DeviceMemory]
+        self._shape = [graph.heads, length, graph.head_size]
         kind = _HostMemory if graph.device[0] == "cpu" else _DeviceMemory
-        self._memory = {name: kind(graph, rows, length) for name in graph.present}
+        self._memory: _Memory | None = kind(graph, rows, length)
+        self._names = list(graph.present)
 
     def places(self, row: int, num: int) -> dict[str, tuple[list[int], int]]:
         """Shape and address of the memory of `num` rows from `row` on, by the graph's input."""
-        shape = [num, self._graph.heads, self.length, self._graph.head_size]
-        return {name: (shape, memory.address(row)) for name, memory in self._memory.items()}
+        shape, memory = [num, *self._shape], self._there()
+        return {name: (shape, memory.address(at, row)) for at, name in enumerate(self._names)}
 
     def clear(self, row: int, start: int, stop: int) -> None:
         """Zeros from one position of a row to another: a kernel multiplies by 0 what an earlier
         text left behind a row's end, which is no number for what was none."""
-        if stop <= start:
-            return
-        for memory in self._memory.values():
-            memory.clear(row, start, stop)
-        memory.wait()
+        if stop > start:
+            self._there().clear(row, start, stop)
 
     def copy(self, source: int, target: int, stop: int, other: "Cache | None" = None) -> None:
         """The first positions of a row to another row, of which the rest stays.
@@ -43,66 +40,69 @@ class Cache:
         """
         if (other is None and source == target) or stop == 0:
             return
-        sources = (other or self)._memory
-        for name, memory in self._memory.items():
-            memory.copy(source, target, stop, sources[name])
-        memory.wait()
+        self._there().copy(source, target, stop, (other or self)._there())
 
     def release(self) -> None:
         """Give the memory up."""
-        self._memory.clear()
+        self._memory = None
+
+    def _there(self) -> "_Memory":
+        assert self._memory is not None, "it is not released"
+        return self._memory
 
 
 class _HostMemory:
-    """Of one layer's keys or values; its pages are taken as they are written."""
+    """[keys and values of all layers, rows, heads, length, size]; its pages are taken as they are
+    written."""
 
     def __init__(self, graph: DecoderGraph, rows: int, length: int) -> None:
-        shape = (rows, graph.heads, length, graph.head_size)
+        shape = (len(graph.present), rows, graph.heads, length, graph.head_size)
         self._array = np.zeros(shape, NUMPY_DTYPES[graph.cache_dtype])
 
-    def address(self, row: int) -> int:
-        return int(self._array.ctypes.data + row * self._array.strides[0])
+    def address(self, at: int, row: int) -> int:
+        strides = self._array.strides
+        return int(self._array.ctypes.data + at * strides[0] + row * strides[1])
 
     def clear(self, row: int, start: int, stop: int) -> None:
-        self._array[row, :, start:stop] = 0
+        self._array[:, row, :, start:stop] = 0
 
     def copy(self, source: int, target: int, stop: int, other: "_Memory") -> None:
         assert isinstance(other, _HostMemory), "of the same device"
-        self._array[target, :, :stop] = other._array[source, :, :stop]
-
-    def wait(self) -> None:
-        """What was begun is done already."""
+        self._array[:, target, :, :stop] = other._array[:, source, :, :stop]
 
 
 class _DeviceMemory:
-    """The same on a device."""
+    """The same on a device, where a text is cleared or copied in one call for all layers."""
 
     def __init__(self, graph: DecoderGraph, rows: int, length: int) -> None:
-        self._heads = graph.heads
+        self._num, self._rows, self._heads = len(graph.present), rows, graph.heads
         self._line = graph.head_size * NUMPY_DTYPES[graph.cache_dtype].itemsize
         self._pitch = length * self._line
         """Bytes from a head to the next one."""
-        self._value = graph.allocate(
-            [rows * graph.heads * length, graph.head_size], graph.cache_dtype
-        )
+        lines = self._num * rows * graph.heads * length
+        self._value = graph.allocate([lines, graph.head_size], graph.cache_dtype)
         self._cuda = CudaMemory(graph.device[1])
-        self._cuda.zero(self.address(0), self._pitch, self._pitch, rows * graph.heads)
-        self.wait()
+        for row in range(rows):
+            self.clear(row, 0, length)
 
-    def address(self, row: int) -> int:
-        return int(self._value.data_ptr()) + row * self._heads * self._pitch
+    def address(self, at: int, row: int) -> int:
+        return int(self._value.data_ptr()) + (at * self._rows + row) * self._heads * self._pitch
 
     def clear(self, row: int, start: int, stop: int) -> None:
-        place = self.address(row) + start * self._line
-        self._cuda.zero(place, self._pitch, (stop - start) * self._line, self._heads)
+        blocks, width = self._blocks(row, start), (stop - start) * self._line
+        self._cuda.zero(blocks, width, self._heads, self._num)
+        self._cuda.wait()
 
     def copy(self, source: int, target: int, stop: int, other: "_Memory") -> None:
         assert isinstance(other, _DeviceMemory), "of the same device"
-        places = (other.address(source), other._pitch), (self.address(target), self._pitch)
-        self._cuda.copy(*places, stop * self._line, self._heads)
-
-    def wait(self) -> None:
+        places, width = (other._blocks(source), self._blocks(target)), stop * self._line
+        self._cuda.copy(*places, width, self._heads, self._num)
         self._cuda.wait()
+
+    def _blocks(self, row: int, start: int = 0) -> Blocks:
+        """Those of a row: a block is its keys or values of a layer, a piece those of a head."""
+        address = self.address(0, row) + start * self._line
+        return Blocks(address, self._pitch, self._rows * self._heads)
 
 
 _Memory = _HostMemory | _DeviceMemory

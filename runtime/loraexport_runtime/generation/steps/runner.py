@@ -14,6 +14,7 @@ import onnxruntime as ort
 from ...adapters.packing import lowest
 from ...contract.genai_config import read_genai_config
 from ...device import providers as devices
+from ...device.captures import stay_beside_captures
 from ...device.dtypes import NUMPY_DTYPES
 from ...device.kernels import STOCK, KernelChoice
 from ...device.ort_session import open_session
@@ -174,6 +175,10 @@ class Runner:
         self._steps: dict[int, Step] = {}
         self.prompts = PromptGraphs(graph, self.length, self._guard)
         self._bound: dict[tuple[tuple[int, ...], int], Any] = {}
+
+    def enter_thread(self) -> None:
+        """Call it first in the one thread that uses it."""
+        stay_beside_captures(self._graph.device)
 
     def step_rows(self, num: int) -> int:
         """So many rows has the step for the first `num`: captured ones round up to a power of two.

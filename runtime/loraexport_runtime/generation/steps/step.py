@@ -1,6 +1,7 @@
 """One more token for the first rows of a cache, captured or not."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -38,36 +39,48 @@ class RowInputs:
             ADAPTER_WEIGHTS: np.zeros((rows, graph.blend_slots or 0), np.float32),
         }
         self._blend_slots = graph.blend_slots
-        self._rows = [(1, BASE_USE, False)] * rows
-        """(length, use, goes on) of each, as it was put last, and then advanced."""
+        self._rows = [(0, 1, BASE_USE, False)] * rows
+        """(token, length, use, goes on) of each, as it was put last, and then advanced."""
+        self._changed: set[int] = set()
+        """Rows that were put since the last step."""
         self.values = {
             name: graph.upload(array) for name, array in first.items() if name in graph.inputs
         }
         self._views: dict[tuple[str, int, int], ort.OrtValue] = {}
 
     def put(self, row: int, token: int, length: int, use: RowUse, goes_on: bool) -> None:
-        """All of one row.
+        """All of one row, to be there at the next `write`.
 
         Args:
             token: that the next step reads.
             length: of the row's tokens, with that one.
             use: its adapter's slot, or the weights of several.
         """
-        self._rows[row] = (length, use, goes_on)
+        self._rows[row] = (token, length, use, goes_on)
+        self._changed.add(row)
+
+    def write(self) -> None:
+        """Write what was put to the device, neighbouring rows at once: a copy there waits."""
+        rows = sorted(self._changed)
+        self._changed.clear()
+        for _, run in groupby(enumerate(rows), lambda pair: pair[1] - pair[0]):
+            self._write([row for _, row in run])
+
+    def _write(self, rows: Sequence[int]) -> None:
+        tokens, lengths, uses, goes_on = zip(*(self._rows[row] for row in rows), strict=True)
+        ends = np.array(lengths, dtype=np.int64)[:, None]
         values = {
-            "input_ids": token,
-            "attention_mask": mask(np.array([[length]]), self._length),
-            "position_ids": length - 1,
-            "adapter_ids": use.slot,
-            LENGTHS: length,
-            GOES_ON: int(goes_on),
+            "input_ids": np.array(tokens, dtype=np.int64)[:, None],
+            "attention_mask": mask(ends, self._length),
+            "position_ids": ends - 1,
+            "adapter_ids": np.array([use.slot for use in uses], dtype=np.int64)[:, None],
+            LENGTHS: ends,
+            GOES_ON: np.array(goes_on, dtype=np.int64)[:, None],
         }
-        for name in values.keys() & self.values.keys():
-            array = np.array(values[name], dtype=np.int64).reshape(1, -1)
-            self._view(name, row, row + 1).update_inplace(array)
         if self._blend_slots is not None:
-            weights = weight_rows([use.weights], self._blend_slots)
-            self._view(ADAPTER_WEIGHTS, row, row + 1).update_inplace(weights)
+            values[ADAPTER_WEIGHTS] = weight_rows([use.weights for use in uses], self._blend_slots)
+        for name in values.keys() & self.values.keys():
+            self._view(name, rows[0], rows[-1] + 1).update_inplace(values[name])
 
     def advance(self, tokens: np.ndarray) -> None:
         """Leave what the next step takes in the first rows, after a graph that does not.
@@ -76,11 +89,11 @@ class RowInputs:
             tokens: int64 [m], the likeliest.
         """
         for row, token in enumerate(tokens.tolist()):
-            length, use, goes_on = self._rows[row]
+            _, length, use, goes_on = self._rows[row]
             self.put(row, token, length + goes_on, use, goes_on)
 
     def put_tokens(self, tokens: np.ndarray) -> None:
-        """What the next step reads in the first rows, int64 [m]."""
+        """What the next step reads in the first rows, int64 [m], but in those that are put."""
         self._view("input_ids", 0, len(tokens)).update_inplace(tokens[:, None])
 
     def tokens(self, num: int) -> np.ndarray:
@@ -112,7 +125,7 @@ class Step:
         self._graph = graph
         self._graph_id = graph.next_graph_id() if graph.capture else None
         self._options = None if self._graph_id is None else graph_options(self._graph_id)
-        self._alive = inputs
+        self._inputs = inputs
         binding = graph.session.io_binding()
         for name, value in inputs.values.items():
             width = [] if name == "adapter_ids" else [value.shape()[1]]
@@ -126,6 +139,7 @@ class Step:
 
     def run(self) -> None:
         """A first run that captures is several of the graph: no row may go on then."""
+        self._inputs.write()
         self._graph.session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()  # what follows reads on streams of its own
 
