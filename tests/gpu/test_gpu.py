@@ -1,5 +1,6 @@
 """On a CUDA device: no sync in the seed's loop, every strategy and dtype, device buffers, slots."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -397,9 +398,9 @@ def test_no_number_left_in_a_cache_reaches_a_captured_step(decoder: Decoder, dty
     batch = _batch([3, 20, 2])
     expected = generator.greedy(*batch, 12)
     worker: Any = generator.engine._worker
-    for memory in worker._runner.cache._memory.values():
-        nothing = np.full(memory._value.shape(), np.nan, NUMPY_DTYPES[dtype])
-        memory._value.update_inplace(host_value(nothing, dtype))
+    memory = worker._runner.cache._memory
+    nothing = np.full(memory._value.shape(), np.nan, NUMPY_DTYPES[dtype])
+    memory._value.update_inplace(host_value(nothing, dtype))
     for row in worker._rows.rows:
         row.num_read, row.num_touched = 0, generator.engine.length
     assert np.array_equal(generator.greedy(*batch, 12), expected)
@@ -432,6 +433,34 @@ def test_a_captured_generator_hosts_adapters(decoder: Decoder) -> None:
     generator.load_adapter("first", artifact.parents[1] / "second", timeout=60)
     assert generator.greedy([prompt], ["first"], 12).tolist() != alone[1]
     assert len(running.result(60).answers[0].tokens) == 60
+
+
+def test_captures_beside_other_generators(decoder: Decoder) -> None:
+    """Of the same process, which decode, load and open meanwhile."""
+    artifact = decoder("Llama", "float16")
+    batch, ended = _batch([20, 9, 5]), threading.Event()
+    with load_generator(artifact, ["cuda"], cuda_graphs=True, rows=4) as busy:
+        busy.warm_up()
+        alone = busy.greedy(*batch, 12)
+
+        def load() -> int:
+            count = 0
+            while not ended.is_set():
+                busy.load_adapter("third", artifact.parents[1] / "first")
+                assert np.array_equal(busy.greedy(*batch, 12), alone)
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(2) as threads:
+            loads = [threads.submit(load) for _ in range(2)]
+            try:
+                for _ in range(6):
+                    with load_generator(artifact, ["cuda"], cuda_graphs=True, rows=4) as fresh:
+                        fresh.warm_up()
+                        assert np.array_equal(fresh.greedy(*batch, 12), alone)
+            finally:
+                ended.set()
+            assert all(one.result(60) > 0 for one in loads)
 
 
 def test_a_prefix_is_copied_on_the_device(decoder: Decoder) -> None:

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import WeakSet
@@ -13,6 +14,7 @@ import onnxruntime as ort
 
 from ..contract.manifest import Manifest
 from ..device.binding import run_bound
+from ..device.captures import stay_beside_captures
 from ..device.providers import graph_options
 from ..errors import ProviderError
 from .bucket import Bucket
@@ -29,16 +31,17 @@ class Replays:
     and no thread may copy to the device while another one captures: hence one lock.
     """
 
-    def __init__(self, capture: bool) -> None:
-        """`capture`: False on a device without CUDA graphs, where buckets run as they are."""
-        self.capture = capture
+    def __init__(self, device: tuple[str, int]) -> None:
+        self.capture = capture = device[0] == "cuda"
+        """False on a device without CUDA graphs, where buckets run as they are."""
         self.lock = threading.Lock()
         self.plain_options = graph_options(-1) if capture else None
         self.num_hits = self.num_misses = 0
         """Runs in a bucket, and those that fitted into none; changed with `lock` held."""
         self._ids = count(1)
         self._mine = threading.local()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-replay")
+        own = partial(stay_beside_captures, device)
+        self._worker = ThreadPoolExecutor(1, "loraexport-replay", initializer=own)
 
     def next_options(self) -> ort.RunOptions | None:
         """For the graph of a new bucket; no id is given twice."""

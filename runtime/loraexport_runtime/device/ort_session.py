@@ -8,9 +8,10 @@ from typing import Any
 import onnxruntime as ort
 
 from ..errors import ArtifactError, ProviderError
+from .captures import beside_captures
 from .cuda_libraries import load_cuda_libraries, missing_device, missing_library
 from .dtypes import ONNX_TYPES
-from .providers import CPU, CUDA
+from .providers import CPU, CUDA, session_device
 
 _FATAL = 4
 """onnxruntime's severity above errors: each of those is an exception as well, which tells it."""
@@ -68,7 +69,8 @@ def open_session(
         _register(options, library)
     names = [name for name, _ in providers]
     try:
-        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
+        with beside_captures(session_device(providers[0])):
+            session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ProviderError(
             f"{path}: onnxruntime {ort.__version__} cannot open this graph on"

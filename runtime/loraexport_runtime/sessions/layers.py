@@ -14,6 +14,7 @@ from ..buckets.tokens import TokenBuckets
 from ..contract.files import resolve
 from ..contract.manifest import Layer, Manifest, Stack
 from ..device.binding import empty_output, run_bound
+from ..device.captures import beside_captures
 from ..device.dtypes import NUMPY_DTYPES
 from ..device.kernels import Kernels
 from ..device.memory import dtype_of, host_view, shape_of
@@ -147,7 +148,7 @@ class LayerSession:
                 SegmentsError, InputError.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate:
+        with self._gate.entry(), self._gate, beside_captures(self._device):
             num_tokens = self.check_input(x)
             if segments is not None and seg_indptr is None and seg_slots is None:
                 pairs = read_segments(segments, num_tokens)
@@ -165,9 +166,9 @@ class LayerSession:
         A run then takes the smallest bucket that holds its tokens, padded with tokens of the base;
         one with more tokens than any, or more segments than a bucket has (twice the slots and 64
         at least; `chunked`: one of each slot and of the base), is computed as ever. Adapters that
-        are loaded later are seen by what is captured. Call it before other threads use the device:
-        CUDA refuses much of their work during a capture. The thread that calls it replays at
-        once; others hand their runs to a thread of the session.
+        are loaded later are seen by what is captured. No thread of another library may use the
+        device meanwhile: CUDA refuses much of its work during a capture. The thread that calls it
+        replays at once; others hand their runs to a thread of the session.
 
         Args:
             sizes: numbers of tokens.
@@ -177,7 +178,7 @@ class LayerSession:
             ProviderError: onnxruntime cannot capture this graph.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate:
+        with self._gate.entry(), self._gate, beside_captures(self._device):
             for (num_tokens,) in check_sizes(sizes, "numbers of tokens", 1):
                 if self._buckets is not None:
                     self._buckets.warm_up(num_tokens)

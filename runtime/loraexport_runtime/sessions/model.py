@@ -16,6 +16,7 @@ from ..contract.kinds import ADAPTER_WEIGHTS, Model, sequence_of
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
+from ..device.captures import beside_captures
 from ..device.dtypes import NUMPY_DTYPES
 from ..device.kernels import Kernels
 from ..device.memory import dtype_of, shape_of
@@ -111,7 +112,7 @@ class ModelSession(ArtifactSession):
                 InputError.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate:
+        with self._gate.entry(), self._gate, beside_captures(self._device):
             batch, sequence = self._check_inputs(inputs)
             rows = read_rows(adapters, batch)
             self._check_rows(rows)
@@ -126,9 +127,9 @@ class ModelSession(ArtifactSession):
         filled up on the right, masked. That holds for numpy arrays, and for models that give the
         same for padded texts, which is tried for each bucket; otherwise, and for device tensors,
         a bucket takes texts of just its length. What fits into none is computed as ever. Adapters
-        that are loaded later are seen by what is captured. Call it before other threads use the
-        device: CUDA refuses much of their work during a capture. The thread that calls it replays
-        at once; others hand their runs to a thread of the session.
+        that are loaded later are seen by what is captured. No thread of another
+        library may use the device meanwhile: CUDA refuses much of its work during a capture. The
+        thread that calls it replays at once; others hand their runs to a thread of the session.
 
         Args:
             sizes: (rows, tokens per row); of a model of images numbers of rows.
@@ -138,7 +139,7 @@ class ModelSession(ArtifactSession):
             ProviderError: onnxruntime cannot capture this graph.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate:
+        with self._gate.entry(), self._gate, beside_captures(self._device):
             pairs = read_sizes(self.model, sizes)
             for _, tokens in pairs:
                 check_length(tokens, self.model.facts.positions, "warm_up: sizes")

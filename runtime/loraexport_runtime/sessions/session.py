@@ -10,6 +10,7 @@ from typing import Any, Self
 from ..buckets.replays import Replays, check_capturable
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
+from ..device.captures import beside_captures
 from ..device.kernels import Kernels, choose_kernels
 from ..device.ort_session import require_device
 from ..slots.gate import Gate
@@ -28,9 +29,8 @@ class ArtifactSession(HostsAdapters, ABC):
     until it ends: so it sees the weights of before a load, an unload or a replacement that happens
     meanwhile, or, if it began later, those of after it, and never a mixture. A load waits for the
     runs that use the slot that it writes. `close` waits for the calls that have begun, and those
-    that come later raise ClosedError. With CUDA graphs one run computes at a time, and `warm_up`
-    has to come before other threads use the device: CUDA refuses much of their work during a
-    capture.
+    that come later raise ClosedError. With CUDA graphs one run computes at a time, and while
+    `warm_up` captures no thread of another library may use the device.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class ArtifactSession(HostsAdapters, ABC):
         for provider in providers:
             require_device(devices.session_device(provider))
         self._kernels = choose_kernels(kernels, manifest, providers)
-        self._replays = Replays(capture=self._device[0] == "cuda") if cuda_graphs else None
+        self._replays = Replays(self._device) if cuda_graphs else None
         if self._replays is not None:
             check_capturable(manifest)
         # Not while a graph is captured: CUDA refuses the copy, and gives the capture up.
         guard = nullcontext() if self._replays is None else self._replays.lock
-        self._host = AdapterHost(folder, manifest, self._device, guard)
+        with beside_captures(self._device):
+            self._host = AdapterHost(folder, manifest, self._device, guard)
         self._gate = Gate(f"the session of {folder}", "open the artifact again")
         self._providers = providers
         if self._replays is not None and self._replays.capture:

@@ -33,6 +33,7 @@ from ..contract.kinds import Decoder
 from ..contract.listed import ListedFiles
 from ..contract.manifest import PARAMETERS, AdapterEntry, Manifest, Stack
 from ..contract.naming import Naming
+from ..device.captures import beside_captures
 from ..device.dtypes import NUMPY_DTYPES
 from ..errors import AdapterError, ArtifactError, LoraexportError, quoted
 from .buffers import StackBuffer
@@ -154,7 +155,7 @@ class AdapterHost:
         return slots
 
     def _write_slot(self, slot: int, blocks: Blocks) -> None:
-        with self._guard:
+        with self._guard, beside_captures(self.device):
             for stack, block in blocks.items():
                 self._stacks[stack].write(slot, block)
 
