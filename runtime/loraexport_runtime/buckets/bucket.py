@@ -23,7 +23,7 @@ class Bucket:
     """One size of batch: memory of its own, bound once. What a batch does not fill is padding.
 
     Padding holds what an earlier batch left there, so it is as valid as a batch is, and its outputs
-    are never read. Not for two threads at once: hold `Replays.lock`.
+    are never read. Not for two threads at once: hold `Replays.running`.
     """
 
     def __init__(

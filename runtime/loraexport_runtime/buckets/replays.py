@@ -2,9 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +14,7 @@ import onnxruntime as ort
 
 from ..contract.manifest import Manifest
 from ..device.binding import run_bound
-from ..device.captures import stay_beside_captures
+from ..device.captures import capturing, using
 from ..device.providers import graph_options
 from ..errors import ProviderError
 from .bucket import Bucket
@@ -27,28 +27,40 @@ class Replays:
 
     onnxruntime keeps a captured graph with the thread that made it. So a bucket is captured twice:
     by the thread that warms it up, which replays it without a detour, and by a thread of our own,
-    which replays it for all others. Graphs and plain runs of a session compute in the same memory,
-    and no thread may copy to the device while another one captures: hence one lock.
+    which replays it for all others. Graphs and plain runs of a session compute in the same memory:
+    hence one lock.
     """
 
     def __init__(self, device: tuple[str, int]) -> None:
         self.capture = capture = device[0] == "cuda"
         """False on a device without CUDA graphs, where buckets run as they are."""
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self.plain_options = graph_options(-1) if capture else None
         self.num_hits = self.num_misses = 0
-        """Runs in a bucket, and those that fitted into none; changed with `lock` held."""
+        """Runs in a bucket, and those that fitted into none; changed in `running`."""
         self._ids = count(1)
         self._mine = threading.local()
-        own = partial(stay_beside_captures, device)
-        self._worker = ThreadPoolExecutor(1, "loraexport-replay", initializer=own)
+        self._device = device
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-replay")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold it while a bucket or a plain run computes."""
+        with self._lock, using(self._device):
+            yield
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Hold it while buckets are made and captured."""
+        with self._lock, capturing(self._device):
+            yield
 
     def next_options(self) -> ort.RunOptions | None:
         """For the graph of a new bucket; no id is given twice."""
         return graph_options(next(self._ids)) if self.capture else None
 
     def warm_up(self, bucket: Bucket) -> None:
-        """Capture a bucket. Hold `lock`.
+        """Capture a bucket. Hold `warming_up`.
 
         Raises:
             ProviderError: onnxruntime cannot capture this graph.
@@ -71,7 +83,7 @@ class Replays:
         return bucket in self._mine.__dict__.get("buckets", ())
 
     def run(self, bucket: Bucket) -> None:
-        """Replay a bucket over what was written into it. Hold `lock`."""
+        """Replay a bucket over what was written into it. Hold `running`."""
         if self.is_captured_here(bucket):
             _run(bucket)
         else:
@@ -90,7 +102,7 @@ class Replays:
         device: tuple[str, int],
     ) -> dict[str, Any]:
         """`run_bound`, captured by nobody."""
-        with self.lock:
+        with self.running():
             self.num_misses += 1
             return run_bound(session, tensors, control, outputs, device, self.plain_options)
 

@@ -50,7 +50,7 @@ class RowBuckets:
     def warm_up(self, sizes: Sequence[tuple[int, int]]) -> None:
         """See `ModelSession.warm_up`; (rows, tokens), of `read_sizes`."""
         for rows, tokens in sizes:
-            with self._replays.lock:
+            with self._replays.warming_up():
                 existing = [
                     sized for sized in self._buckets if (sized.rows, sized.tokens) == (rows, tokens)
                 ]
@@ -88,7 +88,7 @@ class RowBuckets:
         values = inputs
         if not on_host:
             values = {name: device_value(inputs[name], self._device, name) for name in inputs}
-        with self._replays.lock:
+        with self._replays.running():
             self._replays.num_hits += 1
             self._fill(bucket, values, batch, sequence, adapter_ids, weights)
             if not on_host:

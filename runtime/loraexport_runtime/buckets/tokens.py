@@ -42,7 +42,7 @@ class TokenBuckets:
 
     def warm_up(self, num_tokens: int) -> None:
         """Capture a bucket of so many tokens. Raises ProviderError: onnxruntime cannot."""
-        with self._replays.lock:
+        with self._replays.warming_up():
             existing = [bucket for bucket in self._buckets if bucket.tokens == num_tokens]
             sized = existing[0] if existing else self._make(num_tokens)
             if not self._replays.is_captured_here(sized.bucket):
@@ -64,7 +64,7 @@ class TokenBuckets:
         on_host, name = isinstance(x, np.ndarray), self._layer.input_name
         if not on_host:
             x = device_value(x, self._device, name)
-        with self._replays.lock:
+        with self._replays.running():
             self._replays.num_hits += 1
             indptr, slots = bucket.host["seg_indptr"], bucket.host["seg_slots"]
             indptr[: len(seg_indptr)] = seg_indptr

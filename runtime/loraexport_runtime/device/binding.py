@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from .captures import using
 from .dtypes import NUMPY_DTYPES, ONNX_TYPES
 from .memory import device_value, host_value
 
@@ -28,6 +29,18 @@ def run_bound(
     Returns:
         numpy arrays for numpy inputs, else `onnxruntime.OrtValue`s on the device.
     """
+    with using(device):
+        return _run_bound(session, tensors, control, outputs, device, options)
+
+
+def _run_bound(
+    session: ort.InferenceSession,
+    tensors: Mapping[str, tuple[Any, str]],
+    control: Mapping[str, np.ndarray],
+    outputs: Mapping[str, tuple[list[int], str]],
+    device: tuple[str, int],
+    options: ort.RunOptions | None,
+) -> dict[str, Any]:
     binding = session.io_binding()
     on_host = all(isinstance(tensor, np.ndarray) for tensor, _ in tensors.values())
     alive: list[Any] = []  # bound memory must outlive the run

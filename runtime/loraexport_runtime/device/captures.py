@@ -1,46 +1,84 @@
-"""Work on a device while another thread captures a CUDA graph.
+"""The device, used by many threads of the process, or by the one that captures a CUDA graph.
 
-onnxruntime captures in CUDA's global mode: until that ends, CUDA refuses copies that wait and new
-memory to every thread of the process, and whoever asks for them spoils the capture too. It leaves
-threads alone that are in its relaxed mode.
+While onnxruntime captures, CUDA refuses copies that wait and new memory to every thread of the
+process, and whoever asks for them spoils the capture too. CUDA's relaxed mode for the other threads
+is not enough: onnxruntime waits for the whole device, which spoils it as well.
 """
 
-import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
-from .cuda_libraries import open_cudart
 
-_RELAXED = 2
-"""cudaStreamCaptureModeRelaxed."""
-_cudart = cache(open_cudart)
+class Captures:
+    """Uses that stand beside each other, and captures that stand alone. Every use may hold others
+    of its thread; whoever waits for a use holds nothing that another use waits for."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._uses: dict[int, int] = {}
+        """How many each thread holds."""
+        self._num_waiting = 0
+        self._capturer: int | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Hold a use, once nobody captures or waits to."""
+        me = threading.get_ident()
+        with self._changed:
+            if me not in self._uses and me != self._capturer:
+                self._changed.wait_for(lambda: self._capturer is None and not self._num_waiting)
+            self._uses[me] = self._uses.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._uses[me] -= 1
+                if not self._uses[me]:
+                    del self._uses[me]
+                    self._changed.notify_all()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Stand alone, once no other thread holds a use; this thread's own rest meanwhile."""
+        me = threading.get_ident()
+        with self._changed:
+            own = self._uses.pop(me, 0)
+            self._num_waiting += 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._capturer is None and not self._uses)
+                self._capturer = me
+            finally:
+                self._num_waiting -= 1
+                if own:
+                    self._uses[me] = own
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._capturer = None
+                self._changed.notify_all()
+
+
+_CAPTURES = Captures()
 
 
 @contextmanager
-def beside_captures(device: tuple[str, int]) -> Iterator[None]:
-    """Let what this thread does on a device, which is known to be there, stand beside captures.
-
-    It has its own mode again afterwards: the thread may be somebody else's.
-    """
+def using(device: tuple[str, int]) -> Iterator[None]:
+    """What is done on a device, and is no capture."""
     if device[0] == "cpu":
         yield
         return
-    before = _exchange(_RELAXED)
-    try:
+    with _CAPTURES.use():
         yield
-    finally:
-        _exchange(before)
 
 
-def stay_beside_captures(device: tuple[str, int]) -> None:
-    """The same for all that a thread of our own does from here on."""
-    if device[0] != "cpu":
-        _exchange(_RELAXED)
-
-
-def _exchange(mode: int) -> int:
-    """Give this thread a mode; the one that it had."""
-    value = ctypes.c_int(mode)
-    _cudart().cudaThreadExchangeStreamCaptureMode(ctypes.byref(value))
-    return value.value
+@contextmanager
+def capturing(device: tuple[str, int]) -> Iterator[None]:
+    """A run that captures a CUDA graph: no other thread of the runtime uses any device then."""
+    if device[0] == "cpu":
+        yield
+        return
+    with _CAPTURES.capture():
+        yield

@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime as ort
 
 from ..errors import ArtifactError, ProviderError
-from .captures import beside_captures
+from .captures import using
 from .cuda_libraries import load_cuda_libraries, missing_device, missing_library
 from .dtypes import ONNX_TYPES
 from .providers import CPU, CUDA, session_device
@@ -69,7 +69,7 @@ def open_session(
         _register(options, library)
     names = [name for name, _ in providers]
     try:
-        with beside_captures(session_device(providers[0])):
+        with using(session_device(providers[0])):
             session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise ProviderError(

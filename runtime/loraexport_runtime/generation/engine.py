@@ -17,7 +17,7 @@ from ..contract.kinds import Decoder
 from ..contract.listed import ListedFiles
 from ..contract.manifest import Manifest
 from ..device import providers as devices
-from ..device.captures import beside_captures
+from ..device.captures import using
 from ..device.kernels import Kernels, choose_kernels
 from ..device.ort_session import require_device
 from ..errors import ClosedError, InputError
@@ -267,14 +267,14 @@ class GenerationEngine(HostsAdapters, RequestEngine):
         device = devices.session_device(providers[0])
         for provider in providers:
             require_device(devices.session_device(provider))
-        guard, steps = threading.RLock(), None
+        steps = None
         if decoder.steps is not None:
             steps = StepFiles(*(resolve(folder, path) for path in decoder.steps.files()))
         choice = choose_kernels(kernels, manifest, providers)
-        sizes = rows, length, guard, decoder.reread_length, steps
+        sizes = rows, length, decoder.reread_length, steps
         every = (stack.name for layer in manifest.layers for stack in layer.stacks)
-        with beside_captures(device):
-            self._host = AdapterHost(folder, manifest, device, guard)
+        with using(device):
+            self._host = AdapterHost(folder, manifest, device)
             stacks = {name: self._host.stack(name) for name in every}
             runner = Runner(where, providers, capture, stacks, *sizes, kernels=choice)
         files = ListedFiles(folder, manifest.files)

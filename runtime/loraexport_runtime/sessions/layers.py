@@ -14,7 +14,6 @@ from ..buckets.tokens import TokenBuckets
 from ..contract.files import resolve
 from ..contract.manifest import Layer, Manifest, Stack
 from ..device.binding import empty_output, run_bound
-from ..device.captures import beside_captures
 from ..device.dtypes import NUMPY_DTYPES
 from ..device.kernels import Kernels
 from ..device.memory import dtype_of, host_view, shape_of
@@ -148,7 +147,7 @@ class LayerSession:
                 SegmentsError, InputError.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate, beside_captures(self._device):
+        with self._gate.entry(), self._gate:
             num_tokens = self.check_input(x)
             if segments is not None and seg_indptr is None and seg_slots is None:
                 pairs = read_segments(segments, num_tokens)
@@ -178,7 +177,7 @@ class LayerSession:
             ProviderError: onnxruntime cannot capture this graph.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate, beside_captures(self._device):
+        with self._gate.entry(), self._gate:
             for (num_tokens,) in check_sizes(sizes, "numbers of tokens", 1):
                 if self._buckets is not None:
                     self._buckets.warm_up(num_tokens)

@@ -16,7 +16,6 @@ from ..contract.kinds import ADAPTER_WEIGHTS, Model, sequence_of
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
 from ..device.binding import run_bound
-from ..device.captures import beside_captures
 from ..device.dtypes import NUMPY_DTYPES
 from ..device.kernels import Kernels
 from ..device.memory import dtype_of, shape_of
@@ -112,7 +111,7 @@ class ModelSession(ArtifactSession):
                 InputError.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate, beside_captures(self._device):
+        with self._gate.entry(), self._gate:
             batch, sequence = self._check_inputs(inputs)
             rows = read_rows(adapters, batch)
             self._check_rows(rows)
@@ -139,7 +138,7 @@ class ModelSession(ArtifactSession):
             ProviderError: onnxruntime cannot capture this graph.
             ClosedError: the session is closed.
         """
-        with self._gate.entry(), self._gate, beside_captures(self._device):
+        with self._gate.entry(), self._gate:
             pairs = read_sizes(self.model, sizes)
             for _, tokens in pairs:
                 check_length(tokens, self.model.facts.positions, "warm_up: sizes")

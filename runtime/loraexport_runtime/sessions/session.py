@@ -3,14 +3,13 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 from ..buckets.replays import Replays, check_capturable
 from ..contract.manifest import Manifest, Stack
 from ..device import providers as devices
-from ..device.captures import beside_captures
+from ..device.captures import using
 from ..device.kernels import Kernels, choose_kernels
 from ..device.ort_session import require_device
 from ..slots.gate import Gate
@@ -50,10 +49,8 @@ class ArtifactSession(HostsAdapters, ABC):
         self._replays = Replays(self._device) if cuda_graphs else None
         if self._replays is not None:
             check_capturable(manifest)
-        # Not while a graph is captured: CUDA refuses the copy, and gives the capture up.
-        guard = nullcontext() if self._replays is None else self._replays.lock
-        with beside_captures(self._device):
-            self._host = AdapterHost(folder, manifest, self._device, guard)
+        with using(self._device):
+            self._host = AdapterHost(folder, manifest, self._device)
         self._gate = Gate(f"the session of {folder}", "open the artifact again")
         self._providers = providers
         if self._replays is not None and self._replays.capture:
@@ -101,10 +98,11 @@ class ArtifactSession(HostsAdapters, ABC):
         self._gate.close(self._give_up)
 
     def _give_up(self) -> None:
-        self._drop_graphs()
-        self._host.close()
-        if self._replays is not None:
-            self._replays.close()
+        with using(self._device):
+            self._drop_graphs()
+            self._host.close()
+            if self._replays is not None:
+                self._replays.close()
         _LOG.info("closed %s", self.folder)
 
     def __enter__(self) -> Self:

@@ -5,9 +5,7 @@ Takes the folder, its manifest and a device; a session of any kind owns one.
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -33,7 +31,7 @@ from ..contract.kinds import Decoder
 from ..contract.listed import ListedFiles
 from ..contract.manifest import PARAMETERS, AdapterEntry, Manifest, Stack
 from ..contract.naming import Naming
-from ..device.captures import beside_captures
+from ..device.captures import using
 from ..device.dtypes import NUMPY_DTYPES
 from ..errors import AdapterError, ArtifactError, LoraexportError, quoted
 from .buffers import StackBuffer
@@ -58,11 +56,8 @@ class AdapterHost:
         folder: Path,
         manifest: Manifest,
         device: tuple[str, int],
-        guard: AbstractContextManager[Any],
     ) -> None:
-        """`guard`: held while a slot is written, as often as that happens."""
         self.folder, self.manifest, self.device = folder, manifest, device
-        self._guard = guard
         self._files = ListedFiles(folder, manifest.files)
         self._dtype = NUMPY_DTYPES[manifest.dtype]
         with ListedTensors(self._files) as tensors:
@@ -155,7 +150,7 @@ class AdapterHost:
         return slots
 
     def _write_slot(self, slot: int, blocks: Blocks) -> None:
-        with self._guard, beside_captures(self.device):
+        with using(self.device):
             for stack, block in blocks.items():
                 self._stacks[stack].write(slot, block)
 

@@ -1,69 +1,116 @@
-"""Threads that work beside captures, over a stand-in for CUDA's runtime."""
+"""Uses of a device beside each other, and captures alone."""
 
-import ctypes
 import threading
-from types import SimpleNamespace
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from loraexport_runtime.device import captures
-from loraexport_runtime.errors import InputError
+from loraexport_runtime.device import captures as module
+from loraexport_runtime.device.captures import Captures, capturing, using
 
-GLOBAL, RELAXED = 0, 2
+DEADLINE = 30.0
 
 
-class _Cudart:
-    """Keeps a mode for each thread, as CUDA does."""
+def _holding(hold: Callable[[], Any], threads: ThreadPoolExecutor) -> tuple[threading.Event, Any]:
+    """A thread that is inside until it is told to leave; and its end, or its wait for the entry."""
+    entered, leave = threading.Event(), threading.Event()
 
-    def __init__(self) -> None:
-        self._modes: dict[int, int] = {}
+    def work() -> None:
+        with hold():
+            entered.set()
+            assert leave.wait(DEADLINE)
 
-    @property
-    def mode(self) -> int:
-        return self._modes.get(threading.get_ident(), GLOBAL)
-
-    def exchange(self, mode: Any) -> int:
-        value = ctypes.cast(mode, ctypes.POINTER(ctypes.c_int))
-        value[0], self._modes[threading.get_ident()] = self.mode, value[0]
-        return 0
+    done: Future[None] = threads.submit(work)
+    return leave, (entered, done)
 
 
 @pytest.fixture
-def cudart(monkeypatch: pytest.MonkeyPatch) -> _Cudart:
-    made = _Cudart()
-    library = SimpleNamespace(cudaThreadExchangeStreamCaptureMode=made.exchange)
-    monkeypatch.setattr(captures, "_cudart", lambda: library)
-    return made
+def captures() -> Captures:
+    return Captures()
 
 
-def test_a_thread_has_its_own_mode_again(cudart: _Cudart) -> None:
-    with captures.beside_captures(("cuda", 0)):
-        assert cudart.mode == RELAXED
-        with pytest.raises(InputError), captures.beside_captures(("cuda", 0)):
-            raise InputError("refused")
-        assert cudart.mode == RELAXED
-    assert cudart.mode == GLOBAL
+def _waits(entered: threading.Event) -> bool:
+    return not entered.wait(0.05)
 
 
-def test_a_thread_of_our_own_stays_there(cudart: _Cudart) -> None:
-    modes = []
+def test_uses_stand_beside_each_other(captures: Captures) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        held = [_holding(captures.use, threads) for _ in range(2)]
+        for _, (entered, _) in held:
+            assert entered.wait(DEADLINE)
+        for leave, (_, done) in held:
+            leave.set()
+            done.result(DEADLINE)
+
+
+def test_a_capture_stands_alone(captures: Captures) -> None:
+    """It waits for those who use the device, and whoever comes then waits for it."""
+    with ThreadPoolExecutor(3) as threads:
+        first_leave, (first, first_done) = _holding(captures.use, threads)
+        assert first.wait(DEADLINE)
+        leave, (entered, done) = _holding(captures.capture, threads)
+        assert _waits(entered)
+        late_leave, (late, late_done) = _holding(captures.use, threads)
+        assert _waits(late)
+        first_leave.set()
+        first_done.result(DEADLINE)
+        assert entered.wait(DEADLINE)
+        assert _waits(late)
+        leave.set()
+        done.result(DEADLINE)
+        assert late.wait(DEADLINE)
+        late_leave.set()
+        late_done.result(DEADLINE)
+
+
+def test_who_uses_it_may_use_it_again_and_capture(captures: Captures) -> None:
+    with captures.use(), captures.use(), captures.capture(), captures.use():
+        pass
+    with captures.capture():
+        pass
+    assert not captures._uses
+
+
+def test_two_that_use_it_may_both_capture(captures: Captures) -> None:
+    """Each gives its use up meanwhile, and has it again afterwards."""
+    both, inside, most = threading.Barrier(2), 0, 0
 
     def work() -> None:
-        captures.stay_beside_captures(("cuda", 0))
-        modes.append(cudart.mode)
+        nonlocal inside, most
+        with captures.use():
+            both.wait(DEADLINE)
+            with captures.capture():
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.01)
+                inside -= 1
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert (modes, cudart.mode) == ([RELAXED], GLOBAL)
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(work) for _ in range(2)]:
+            done.result(DEADLINE)
+    assert most == 1
+    assert not captures._uses
 
 
-def test_a_cpu_has_no_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise AssertionError("there may be no CUDA")
+def test_an_error_leaves_nothing_held(captures: Captures) -> None:
+    for hold in (captures.use, captures.capture):
+        with pytest.raises(KeyError, match="what it was"), hold():
+            raise KeyError("what it was")
+    with ThreadPoolExecutor(1) as threads:
+        leave, (entered, done) = _holding(captures.capture, threads)
+        assert entered.wait(DEADLINE)
+        leave.set()
+        done.result(DEADLINE)
 
-    monkeypatch.setattr(captures, "_cudart", fail)
-    captures.stay_beside_captures(("cpu", 0))
-    with captures.beside_captures(("cpu", 0)):
-        pass
+
+def test_a_cpu_has_no_captures(captures: Captures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CAPTURES", captures)
+    with using(("cpu", 0)), capturing(("cpu", 0)):
+        assert not captures._uses
+    with using(("cuda", 0)):
+        assert captures._uses == {threading.get_ident(): 1}
+    with capturing(("cuda", 1)):
+        assert captures._capturer == threading.get_ident()

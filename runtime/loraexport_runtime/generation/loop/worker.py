@@ -96,11 +96,11 @@ class Worker:
     def run(self) -> None:
         """Work until `stop`."""
         error: BaseException = ClosedError(self._closed)
-        self._runner.enter_thread()
         try:
             while not self._is_stopping:
                 self._wait()
-                self._round()
+                with self._runner.using():
+                    self._round()
         except BaseException as fault:
             _LOG.exception("the thread that generates has ended")
             self.fault, error = fault, fault

@@ -6,13 +6,12 @@ a past the prompts of several rows. So a run is one of these.
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from ...contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
+from ...device.captures import capturing
 from ...device.dtypes import ONNX_TYPES
 from ...device.memory import host_value
 from ...device.providers import graph_options
@@ -152,16 +151,10 @@ class PromptGraphs:
     """The captured graphs for prompts, each made when it is first needed, and the row that they
     read into; none where nothing is captured."""
 
-    def __init__(
-        self, graph: DecoderGraph, length: int, guard: AbstractContextManager[Any]
-    ) -> None:
-        """
-        Args:
-            length: of the rows for which prompts are read.
-            guard: held while a graph is captured.
-        """
+    def __init__(self, graph: DecoderGraph, length: int) -> None:
+        """`length`: of the rows for which prompts are read."""
         self.sizes = tuple(size for size in _SIZES if graph.capture and size <= length)
-        self._graph, self._guard = graph, guard
+        self._graph = graph
         self._made: dict[int, PromptGraph] = {}
         self._row: tuple[Cache, ort.OrtValue] | None = None
 
@@ -180,7 +173,7 @@ class PromptGraphs:
             logits = self._graph.allocate(size, self._graph.logits_dtype)
             self._row = Cache(self._graph, 1, self.sizes[-1]), logits
         made = PromptGraph(self._graph, *self._row, tokens)
-        with self._guard:
+        with capturing(self._graph.device):
             made.run(np.zeros(1, np.int64), BASE_USE, 1)
         _LOG.info("captured prompts of up to %d tokens", tokens)
         self._made[tokens] = made

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import onnxruntime as ort
 from ...adapters.packing import lowest
 from ...contract.genai_config import read_genai_config
 from ...device import providers as devices
-from ...device.captures import stay_beside_captures
+from ...device.captures import capturing, using
 from ...device.dtypes import NUMPY_DTYPES
 from ...device.kernels import STOCK, KernelChoice
 from ...device.ort_session import open_session
@@ -98,7 +98,6 @@ class Runner:
         stacks: Mapping[str, ort.OrtValue],
         rows: int | None,
         length: int | None,
-        guard: AbstractContextManager[Any] | None = None,
         reread_length: int | None = None,
         steps: StepFiles | None = None,
         threads: int | None = None,
@@ -109,7 +108,6 @@ class Runner:
             capture: the steps as CUDA graphs; else they run over the same memory as they are.
             stacks: the adapters' memory, in place of the graph's initializers.
             rows, length: see `choose_sizes`.
-            guard: held while a graph is captured.
             reread_length: see rope.py.
             steps: the artifact's; None: it has none, and the host chooses the tokens.
             threads: of the host; None: onnxruntime's own choice.
@@ -157,7 +155,6 @@ class Runner:
         context = int(config["model"]["context_length"])
         self.rows, self.length = choose_sizes(graph, context, rows, length)
         self.joins_prompts = device[0] != "cpu"
-        self._guard = nullcontext() if guard is None else guard
         self._top: TopTokens | None = None
         self._wide: RowLogits | HostLogits = HostLogits()
         if steps is not None:
@@ -173,12 +170,12 @@ class Runner:
         self._logits = graph.allocate([self.rows, 1, graph.vocabulary], graph.logits_dtype)
         self._prompt_logits: ort.OrtValue | None = None
         self._steps: dict[int, Step] = {}
-        self.prompts = PromptGraphs(graph, self.length, self._guard)
+        self.prompts = PromptGraphs(graph, self.length)
         self._bound: dict[tuple[tuple[int, ...], int], Any] = {}
 
-    def enter_thread(self) -> None:
-        """Call it first in the one thread that uses it."""
-        stay_beside_captures(self._graph.device)
+    def using(self) -> AbstractContextManager[None]:
+        """What the thread that uses it holds as it does."""
+        return using(self._graph.device)
 
     def step_rows(self, num: int) -> int:
         """So many rows has the step for the first `num`: captured ones round up to a power of two.
@@ -199,7 +196,7 @@ class Runner:
         graph = self._graph
         step = Step(graph, self.cache, self.inputs, rows, int(self._logits.data_ptr()))
         if graph.capture:
-            with self._guard:
+            with capturing(graph.device):
                 step.run()
             _LOG.info("captured the decode step of %d rows of up to %d tokens", rows, self.length)
         self._steps[rows] = step
@@ -265,13 +262,14 @@ class Runner:
 
     def release(self) -> None:
         """Give captured graphs and memory up."""
-        for step in self._steps.values():
-            step.release()
-        self._steps.clear()
-        self.prompts.release()
-        self._bound.clear()
-        self.cache.release()
-        self._prompt_logits = None
+        with self.using():
+            for step in self._steps.values():
+                step.release()
+            self._steps.clear()
+            self.prompts.release()
+            self._bound.clear()
+            self.cache.release()
+            self._prompt_logits = None
 
     def _shape(self) -> list[int]:
         return [self.rows, 1, self.vocabulary]
