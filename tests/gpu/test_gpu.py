@@ -464,7 +464,7 @@ def test_captures_beside_other_generators(decoder: Decoder) -> None:
 
 
 def test_a_prefix_is_copied_on_the_device(decoder: Decoder) -> None:
-    generator = load_generator(decoder("Llama", "float16"), ["cuda"], cuda_graphs=True, rows=8)
+    generator = load_generator(decoder("Llama", "float16"), ["cuda"], rows=8)
     prompts = _batch([40, 41, 42, 43])[0]
     requests = [GenerationRequest(tokens=prompt, max_tokens=6) for prompt in prompts]
     first = [generator.engine.submit(request).result(60) for request in requests]

@@ -29,7 +29,7 @@ class Places:
         """Make a row that nobody uses a prompt's; how many of its tokens are read already."""
         source, num = None, 0
         side = is_long(len(prompt), self._runner.reread_length)
-        if may_reuse:
+        if may_reuse and not self._runner.reads_at_once(len(prompt)):
             source, num = self._rows.longest_prefix(prompt, content, side)
         if row.is_kept and row is not source:
             spare = self._rows.spare(row, source)

@@ -188,6 +188,10 @@ class Runner:
         least = 2 if self._graph.device[0] == "cpu" else 1
         return min(max(num, least), self.rows)
 
+    def reads_at_once(self, tokens: int) -> bool:
+        """Whether a prompt is one captured run, which takes less than the rest behind a prefix."""
+        return any(tokens <= size for size in self.prompts.sizes)
+
     def has_step(self, rows: int) -> bool:
         return rows in self._steps
 
