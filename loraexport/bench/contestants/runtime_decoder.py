@@ -4,6 +4,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class PacedRunner(Runner):
         super().__init__(*arguments, **options)
         self.joins_prompts = True  # so that all rows begin to decode at the same time
         self.permits = threading.Semaphore(0)
+
+    def using(self) -> AbstractContextManager[None]:
+        """Nothing: where it waits for a permit it uses no device, and others may capture."""
+        return nullcontext()
 
     def step(self, rows: int) -> None:
         self.permits.acquire()
