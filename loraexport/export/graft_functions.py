@@ -1,7 +1,7 @@
 """The functions that a graft adds to a graph, until they are inlined: what they compute is in
 graft_modules.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +18,10 @@ from .onnx import export_program
 
 _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _ROWS = torch.export.Dim("rows")
+Example = tuple[nn.Module, Any, Any]
+_EXPORTED: dict[tuple[Any, ...], ir.Graph] = {}
+"""What functions are made of -> their graphs, of models of before too: an export takes a second."""
+_MOST_EXPORTED = 256
 
 
 def parameters(layer: Layer) -> list[Stack]:
@@ -26,7 +30,7 @@ def parameters(layer: Layer) -> list[Stack]:
 
 
 class SiteFunctions:
-    """The functions of a model, exported once for each shape of layer."""
+    """The functions of a model, exported once for each shape of layer, also of several models."""
 
     def __init__(
         self, model: ir.Model, num_slots: int, dtype: torch.dtype, opset: int, blend: bool
@@ -59,9 +63,11 @@ class SiteFunctions:
 
     def selector(self, adapter_ids: ir.Value, weights: ir.Value) -> ir.Node:
         """A call of `Selector`."""
-        assert isinstance(self._rows, RowBlend), "else adapter_ids select"
+        rows = self._rows
+        assert isinstance(rows, RowBlend), "else adapter_ids select"
         ids, mix = torch.zeros(3, dtype=torch.int64), torch.zeros(3, self._num_slots)
-        self._add("selector", Selector(self._rows), (ids, mix), ({0: _BATCH}, {0: _BATCH}))
+        shapes = {0: _BATCH}, {0: _BATCH}
+        self._add("selector", (), lambda: (Selector(rows), (ids, mix), shapes))
         return self._call("selector", [adapter_ids, weights], 1)
 
     def route(self, target: Graft, selector: ir.Value) -> ir.Node:
@@ -76,7 +82,7 @@ class SiteFunctions:
                 arguments.append(torch.zeros(21, size, dtype=self._dtype))
                 shapes.append({0: _ROWS})
             route = Route(sizes, target.layout, isinstance(self._rows, RowBlend))
-            self._add(name, route, tuple(arguments), tuple(shapes))
+            self._add(name, (sizes,), lambda: (route, tuple(arguments), tuple(shapes)))
         return self._call(name, [selector, target.x] if is_flat else [selector], 1)
 
     def site(
@@ -97,13 +103,13 @@ class SiteFunctions:
         ys = [node.outputs[0] for node in target.nodes]
         takes_ys = layer.strategy != "augmented" and "weight" not in roles
         if (FUNCTION_DOMAIN, name, "") not in self._model.functions:
-            self._add(name, *self._example(target, sizes, takes_ys))
+            stacks_of = tuple((stack.role, stack.shape) for stack in layer.stacks)
+            made_of = sizes, stacks_of
+            self._add(name, made_of, lambda: self._example(target, sizes, takes_ys))
         behind = ys if takes_ys else []
         return self._call(name, [target.x, *routes, *stacks, *behind], len(ys))
 
-    def _example(
-        self, target: Graft, sizes: StackSizes | None, takes_ys: bool
-    ) -> tuple[nn.Module, Any, Any]:
+    def _example(self, target: Graft, sizes: StackSizes | None, takes_ys: bool) -> Example:
         """The module of a site, arguments to export it with, and their shapes."""
         layer, is_embedding = target.layer, target.layer.kind == "embedding"
         lead, row = [21], {0: _ROWS}
@@ -136,14 +142,30 @@ class SiteFunctions:
     def _call(self, name: str, inputs: Sequence[ir.Value], num_outputs: int) -> ir.Node:
         return ir.Node(FUNCTION_DOMAIN, name, inputs, num_outputs=num_outputs)
 
-    def _add(self, name: str, module: nn.Module, arguments: Any, shapes: Any) -> None:
-        program = export_program(name, module.eval(), arguments, shapes, self._opset)
-        graph = program.graph
-        for initializer in list(graph.initializers.values()):  # a function has none
-            value = ir.Attr("value", ir.AttributeType.TENSOR, initializer.const_value)
-            constant = ir.Node("", "Constant", [], [value])
-            graph.insert_before(graph[0], constant)
-            initializer.replace_all_uses_with(constant.outputs[0])
-        graph.initializers.clear()
+    def _add(self, name: str, made_of: tuple[Any, ...], example: Callable[[], Example]) -> None:
+        """Put a function into the model.
+
+        Args:
+            made_of: what it is made of, beside what its name says and what all of a model share.
+            example: its module, arguments to export it with, and their shapes.
+        """
+        blends = isinstance(self._rows, RowBlend)
+        key = (name, *made_of, self._num_slots, self._dtype, self._opset, blends)
+        if key not in _EXPORTED:
+            while len(_EXPORTED) >= _MOST_EXPORTED:
+                _EXPORTED.pop(next(iter(_EXPORTED)))
+            _EXPORTED[key] = _export(name, *example(), self._opset)
+        graph = _EXPORTED[key].clone()
         function = ir.Function(FUNCTION_DOMAIN, name, "", graph=graph, attributes={})
         self._model.functions[function.identifier()] = function
+
+
+def _export(name: str, module: nn.Module, arguments: Any, shapes: Any, opset: int) -> ir.Graph:
+    graph = export_program(name, module.eval(), arguments, shapes, opset).graph
+    for initializer in list(graph.initializers.values()):  # a function has none
+        value = ir.Attr("value", ir.AttributeType.TENSOR, initializer.const_value)
+        constant = ir.Node("", "Constant", [], [value])
+        graph.insert_before(graph[0], constant)
+        initializer.replace_all_uses_with(constant.outputs[0])
+    graph.initializers.clear()
+    return graph
