@@ -23,7 +23,7 @@ COUNTS = {
     "disks": 3,
 }
 SLOW = pytest.mark.slow
-SLOW_ONES = ("builds", "generators", "kills", "disks", "adapters", "artifacts")
+SLOW_ONES = {*COUNTS} - {"specs"}
 ALWAYS_SOUND = ("kills", "disks")
 """They start from sound inputs: it is the machine that fails."""
 PATIENCE_S = 120

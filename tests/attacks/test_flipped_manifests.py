@@ -129,8 +129,14 @@ def _other(value: Any, generator: np.random.Generator) -> Any:
     return others[int(generator.integers(len(others)))]
 
 
-@pytest.mark.parametrize("way", [flips, edits])
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=pytest.mark.slow if kind == "decoder" else ())
+        for kind in RUNS
+        for way in (flips, edits)
+    ],
+)
 def test_numbers_or_a_refusal(
     kind: str, way: Callable[..., Iterator[bytes]], artifacts: dict[str, Path], tmp_path: Path
 ) -> None:

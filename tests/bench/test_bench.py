@@ -498,7 +498,8 @@ def test_a_run_with_a_wrong_contestant_fails(
     from loraexport.bench.contestants import layers
 
     monkeypatch.setattr(layers, "rows_by_slot", lambda slots: {1: list(range(len(slots)))})
-    layer = TINY["workloads"][0] | {"tokens": [12], "leave_out": ["PEFT", "masked torch"]}
+    others = ["PEFT", "masked torch", "base torch.compile", "masked torch.compile"]
+    layer = TINY["workloads"][0] | {"tokens": [12], "leave_out": others}
     path = write(tmp_path, TINY | {"workloads": [layer]})
     code, out, err = run(path, "--out", tmp_path)
     assert code == 3
