@@ -44,8 +44,8 @@ class _Copy(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Where blocks of pieces lie."""
+class Pieces:
+    """Where pieces lie, so many in each of some blocks."""
 
     address: int
     pitch: int
@@ -66,12 +66,12 @@ class CudaMemory:
         self._set_device, self._synchronize = cudart.cudaSetDevice, cudart.cudaStreamSynchronize
         self._zero, self._copy = cudart.cudaMemset3D, cudart.cudaMemcpy3D
 
-    def zero(self, blocks: Blocks, width: int, pieces: int, num: int) -> None:
+    def zero(self, place: Pieces, width: int, pieces: int, num: int) -> None:
         """Zeros in `width` bytes of each of so many pieces of so many blocks."""
         self._begin()
-        self._check(self._zero(blocks._pitched(width), 0, _Sizes(width, pieces, num)))
+        self._check(self._zero(place._pitched(width), 0, _Sizes(width, pieces, num)))
 
-    def copy(self, source: Blocks, target: Blocks, width: int, pieces: int, num: int) -> None:
+    def copy(self, source: Pieces, target: Pieces, width: int, pieces: int, num: int) -> None:
         """`width` bytes of each of so many pieces of so many blocks."""
         self._begin()
         places = source._pitched(width), target._pitched(width)

@@ -6,7 +6,7 @@ so many rows, where they are: a run has the same addresses every time, as a CUDA
 
 import numpy as np
 
-from ...device.cuda_memory import Blocks, CudaMemory
+from ...device.cuda_memory import CudaMemory, Pieces
 from ...device.dtypes import NUMPY_DTYPES
 from .decoder_graph import DecoderGraph
 
@@ -89,20 +89,20 @@ class _DeviceMemory:
         return int(self._value.data_ptr()) + (at * self._rows + row) * self._heads * self._pitch
 
     def clear(self, row: int, start: int, stop: int) -> None:
-        blocks, width = self._blocks(row, start), (stop - start) * self._line
-        self._cuda.zero(blocks, width, self._heads, self._num)
+        pieces, width = self._pieces(row, start), (stop - start) * self._line
+        self._cuda.zero(pieces, width, self._heads, self._num)
         self._cuda.wait()
 
     def copy(self, source: int, target: int, stop: int, other: "_Memory") -> None:
         assert isinstance(other, _DeviceMemory), "of the same device"
-        places, width = (other._blocks(source), self._blocks(target)), stop * self._line
+        places, width = (other._pieces(source), self._pieces(target)), stop * self._line
         self._cuda.copy(*places, width, self._heads, self._num)
         self._cuda.wait()
 
-    def _blocks(self, row: int, start: int = 0) -> Blocks:
+    def _pieces(self, row: int, start: int = 0) -> Pieces:
         """Those of a row: a block is its keys or values of a layer, a piece those of a head."""
         address = self.address(0, row) + start * self._line
-        return Blocks(address, self._pitch, self._rows * self._heads)
+        return Pieces(address, self._pitch, self._rows * self._heads)
 
 
 _Memory = _HostMemory | _DeviceMemory
