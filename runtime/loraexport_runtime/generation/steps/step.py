@@ -91,6 +91,7 @@ class RowInputs:
         for row, token in enumerate(tokens.tolist()):
             _, length, use, goes_on = self._rows[row]
             self.put(row, token, length + goes_on, use, goes_on)
+        self.write()
 
     def put_tokens(self, tokens: np.ndarray) -> None:
         """What the next step reads in the first rows, int64 [m], but in those that are put."""
