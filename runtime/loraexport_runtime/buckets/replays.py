@@ -32,6 +32,7 @@ class Replays:
     """
 
     def __init__(self, device: tuple[str, int]) -> None:
+        self._device = device
         self.capture = capture = device[0] == "cuda"
         """False on a device without CUDA graphs, where buckets run as they are."""
         self._lock = threading.Lock()
@@ -40,7 +41,6 @@ class Replays:
         """Runs in a bucket, and those that fitted into none; changed in `running`."""
         self._ids = count(1)
         self._mine = threading.local()
-        self._device = device
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="loraexport-replay")
 
     @contextmanager

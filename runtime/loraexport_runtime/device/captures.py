@@ -7,12 +7,15 @@ is not enough: onnxruntime waits for the whole device, which spoils it as well.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 
 class Captures:
-    """Uses that stand beside each other, and captures that stand alone. Every use may hold others
-    of its thread; whoever waits for a use holds nothing that another use waits for."""
+    """Uses that stand beside each other, and captures that stand alone.
+
+    A thread may take both within a use of its own. One that waits for its first use may hold
+    nothing that another waits for within one, as a capture waits for all uses to end.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -64,21 +67,11 @@ class Captures:
 _CAPTURES = Captures()
 
 
-@contextmanager
-def using(device: tuple[str, int]) -> Iterator[None]:
+def using(device: tuple[str, int]) -> AbstractContextManager[None]:
     """What is done on a device, and is no capture."""
-    if device[0] == "cpu":
-        yield
-        return
-    with _CAPTURES.use():
-        yield
+    return nullcontext() if device[0] == "cpu" else _CAPTURES.use()
 
 
-@contextmanager
-def capturing(device: tuple[str, int]) -> Iterator[None]:
+def capturing(device: tuple[str, int]) -> AbstractContextManager[None]:
     """A run that captures a CUDA graph: no other thread of the runtime uses any device then."""
-    if device[0] == "cpu":
-        yield
-        return
-    with _CAPTURES.capture():
-        yield
+    return nullcontext() if device[0] == "cpu" else _CAPTURES.capture()

@@ -126,9 +126,9 @@ class ModelSession(ArtifactSession):
         filled up on the right, masked. That holds for numpy arrays, and for models that give the
         same for padded texts, which is tried for each bucket; otherwise, and for device tensors,
         a bucket takes texts of just its length. What fits into none is computed as ever. Adapters
-        that are loaded later are seen by what is captured. No thread of another
-        library may use the device meanwhile: CUDA refuses much of its work during a capture. The
-        thread that calls it replays at once; others hand their runs to a thread of the session.
+        that are loaded later are seen by what is captured. No thread of another library may use the
+        device meanwhile: CUDA refuses much of its work during a capture. The thread that calls it
+        replays at once; others hand their runs to a thread of the session.
 
         Args:
             sizes: (rows, tokens per row); of a model of images numbers of rows.

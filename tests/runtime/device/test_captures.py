@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -14,8 +14,10 @@ from loraexport_runtime.device.captures import Captures, capturing, using
 DEADLINE = 30.0
 
 
-def _holding(hold: Callable[[], Any], threads: ThreadPoolExecutor) -> tuple[threading.Event, Any]:
-    """A thread that is inside until it is told to leave; and its end, or its wait for the entry."""
+def _holding(
+    hold: Callable[[], AbstractContextManager[None]], threads: ThreadPoolExecutor
+) -> tuple[threading.Event, threading.Event, "Future[None]"]:
+    """A thread that holds something until it is told: (it does, it is to leave, it has left)."""
     entered, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -23,8 +25,7 @@ def _holding(hold: Callable[[], Any], threads: ThreadPoolExecutor) -> tuple[thre
             entered.set()
             assert leave.wait(DEADLINE)
 
-    done: Future[None] = threads.submit(work)
-    return leave, (entered, done)
+    return entered, leave, threads.submit(work)
 
 
 @pytest.fixture
@@ -39,9 +40,9 @@ def _waits(entered: threading.Event) -> bool:
 def test_uses_stand_beside_each_other(captures: Captures) -> None:
     with ThreadPoolExecutor(2) as threads:
         held = [_holding(captures.use, threads) for _ in range(2)]
-        for _, (entered, _) in held:
+        for entered, _, _ in held:
             assert entered.wait(DEADLINE)
-        for leave, (_, done) in held:
+        for _, leave, done in held:
             leave.set()
             done.result(DEADLINE)
 
@@ -49,11 +50,11 @@ def test_uses_stand_beside_each_other(captures: Captures) -> None:
 def test_a_capture_stands_alone(captures: Captures) -> None:
     """It waits for those who use the device, and whoever comes then waits for it."""
     with ThreadPoolExecutor(3) as threads:
-        first_leave, (first, first_done) = _holding(captures.use, threads)
+        first, first_leave, first_done = _holding(captures.use, threads)
         assert first.wait(DEADLINE)
-        leave, (entered, done) = _holding(captures.capture, threads)
+        entered, leave, done = _holding(captures.capture, threads)
         assert _waits(entered)
-        late_leave, (late, late_done) = _holding(captures.use, threads)
+        late, late_leave, late_done = _holding(captures.use, threads)
         assert _waits(late)
         first_leave.set()
         first_done.result(DEADLINE)
@@ -100,7 +101,7 @@ def test_an_error_leaves_nothing_held(captures: Captures) -> None:
         with pytest.raises(KeyError, match="what it was"), hold():
             raise KeyError("what it was")
     with ThreadPoolExecutor(1) as threads:
-        leave, (entered, done) = _holding(captures.capture, threads)
+        entered, leave, done = _holding(captures.capture, threads)
         assert entered.wait(DEADLINE)
         leave.set()
         done.result(DEADLINE)

@@ -160,9 +160,12 @@ class PromptGraphs:
 
     def find(self, prompts: Sequence[np.ndarray], past: int) -> PromptGraph | None:
         """The smallest that takes these prompts of neighbouring rows; None: none does."""
-        fitting = (size for size in self.sizes if size >= len(prompts[0]))
-        size = next(fitting, None) if past == 0 and len(prompts) == 1 else None
+        size = self.size_for(len(prompts[0])) if past == 0 and len(prompts) == 1 else None
         return None if size is None else self.make(size)
+
+    def size_for(self, tokens: int) -> int | None:
+        """Of the smallest that takes a prompt of so many tokens; None: none does."""
+        return next((size for size in self.sizes if size >= tokens), None)
 
     def make(self, tokens: int) -> PromptGraph:
         """Capture the one of so many tokens, if it is not there yet."""

@@ -190,7 +190,7 @@ class Runner:
 
     def reads_at_once(self, tokens: int) -> bool:
         """Whether a prompt is one captured run, which takes less than the rest behind a prefix."""
-        return any(tokens <= size for size in self.prompts.sizes)
+        return self.prompts.size_for(tokens) is not None
 
     def has_step(self, rows: int) -> bool:
         return rows in self._steps
