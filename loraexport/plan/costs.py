@@ -3,7 +3,7 @@
 microseconds = launch * launches + gbyte * GB moved + gflop * GFLOP computed, over the base alone,
 of what the strategy's graph does beside the base's product. The three are fitted to measured layers
 (`loraexport bench --calibrate`), so that they stand for a device; costs.json has an H200's. The
-kernels of loraexport-kernels have three of their own.
+kernels of loraexport-kernels have three of their own, there an H100's.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def fit(device: str, measured: Sequence[Measured]) -> Costs:
     stock = _fit([one for one in measured if not one.with_kernels], "", "h200")
     timed = [one for one in measured if one.with_kernels]
     kernels = _fit(timed, " with kernels", "kernels") if timed else None
-    return Costs(device=device, **stock.model_dump(), kernels=kernels)
+    return Costs(**stock.model_dump() | {"device": device}, kernels=kernels)
 
 
 def _fit(measured: Sequence[Measured], which: str, example: str) -> CostTerms:

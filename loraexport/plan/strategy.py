@@ -52,13 +52,16 @@ def choose_strategy(
     candidates = list(WITH_KERNELS)
     if spec.base.kind == "layers" and not spec.export.kernels:
         candidates.append("chunked")
-    by_kernels = spec.export.kernels and costs.kernels is not None
+    terms = costs.kernels if spec.export.kernels else None
+    by_kernels, device = terms is not None, f"one {costs.device}"
+    if terms is not None:
+        device = f"the kernels on one {terms.device or costs.device}"
     extra = {candidate: added(costs, candidate, shape, by_kernels) for candidate in candidates}
     best, *costlier = sorted(candidates, key=lambda candidate: extra[candidate])
     comparison = ", ".join(f"{candidate} {extra[candidate]:.1f}" for candidate in costlier)
     return best, (
-        f"least by the costs of {'the kernels on ' if by_kernels else ''}one {costs.device} for"
-        f" {tokens} tokens and {num_slots} slots: {extra[best]:.1f} us over the base; {comparison}"
+        f"least by the costs of {device} for {tokens} tokens and {num_slots} slots:"
+        f" {extra[best]:.1f} us over the base; {comparison}"
         f"{'' if by_kernels or not spec.export.kernels else _NO_KERNEL_COSTS}"
     )
 

@@ -175,6 +175,7 @@ class CostTerms(_Model):
     launch: Cost
     gbyte: Cost
     gflop: Cost
+    device: Text | None = Field(None, description="default: that of stock operators' terms")
 
 
 class Costs(CostTerms):

@@ -288,6 +288,8 @@ def test_auto_by_the_kernels_costs(project: Project) -> None:
         "least by the costs of the kernels on one slow memory for 4096 tokens and 2 slots:"
         f" {expected:.1f} us over the base; masked "
     )
+    _, why = choose(True, stock | {"kernels": terms | {"device": "fast memory"}})
+    assert why.startswith("least by the costs of the kernels on one fast memory for 4096 tokens")
     assert choose(False, stock | {"kernels": terms})[0] == "masked"
     strategy, why = choose(True, stock)
     assert strategy == "masked"
