@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,6 +23,7 @@ from loraexport_runtime.contract.kinds import Decoder
 from loraexport_runtime.contract.manifest import Manifest
 from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.generation.engine import GenerationEngine
+from loraexport_runtime.generation.steps.runner import Runner
 from support.builds import Project
 
 CPU: list[tuple[str, dict[str, Any]]] = [("CPUExecutionProvider", {})]
@@ -278,6 +280,17 @@ def write_tenants(folder: Path, **changes: Any) -> Path:
         }
         save_file(drawn, more / "adapter_model.safetensors", {"format": "pt"})
     return spec
+
+
+def make_remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engines that are opened on a CPU work as on a device, but for captures."""
+    make = Runner.__init__
+
+    def remote(runner: Runner, *arguments: Any, **options: Any) -> None:
+        make(runner, *arguments, **options)
+        runner.is_remote = True
+
+    monkeypatch.setattr(Runner, "__init__", remote)
 
 
 def open_engine(artifact: Path, provider: str = "cpu", **options: Any) -> GenerationEngine:

@@ -4,7 +4,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from loraexport_runtime.device.kernels import STOCK, KernelChoice
 from loraexport_runtime.generation.handle import GeneratedToken, GenerationHandle
 from loraexport_runtime.generation.request import GenerationRequest
 from loraexport_runtime.generation.steps.files import StepFiles
-from loraexport_runtime.generation.steps.runner import Runner
+from loraexport_runtime.generation.steps.runner import NOTHING, Runner
 
 from ..device import Device
 from ..engine.timed import engine_over
@@ -29,16 +29,21 @@ class PacedRunner(Runner):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.joins_prompts = True  # so that all rows begin to decode at the same time
+        self.is_remote = True  # so that all rows begin to decode at the same time
         self.permits = threading.Semaphore(0)
 
     def using(self) -> AbstractContextManager[None]:
         """Nothing: where it waits for a permit it uses no device, and others may capture."""
         return nullcontext()
 
-    def step(self, rows: int) -> None:
-        self.permits.acquire()
-        super().step(rows)
+    def step(self, rows: int, meanwhile: AbstractContextManager[None] = NOTHING) -> None:
+        super().step(rows, self._paced(meanwhile))
+
+    @contextmanager
+    def _paced(self, meanwhile: AbstractContextManager[None]) -> Iterator[None]:
+        with meanwhile:
+            self.permits.acquire()
+            yield
 
 
 class RuntimeDecoder:

@@ -10,7 +10,8 @@ from typing import Any
 from loraexport_runtime.device.providers import normalise_providers
 from loraexport_runtime.generation.engine import RequestEngine
 from loraexport_runtime.generation.steps.files import StepFiles
-from loraexport_runtime.generation.steps.runner import PromptRead, Runner
+from loraexport_runtime.generation.steps.prompts import PromptRead
+from loraexport_runtime.generation.steps.runner import Runner
 from loraexport_runtime.slots.pool import Blocks, Slots
 from loraexport_runtime.slots.table import HostAdapter
 
@@ -34,10 +35,10 @@ class TimedRunner(Runner):
         super().__init__(*arguments, **options)
         self.runs = Runs()
 
-    def step(self, rows: int) -> None:
+    def step(self, *arguments: Any) -> None:
         begin = time.perf_counter()
-        super().step(rows)
-        self.runs.steps.append((rows, time.perf_counter() - begin))
+        super().step(*arguments)
+        self.runs.steps.append((arguments[0], time.perf_counter() - begin))
 
     def read(self, *arguments: Any) -> PromptRead:
         begin = time.perf_counter()

@@ -196,7 +196,7 @@ class _Alone:
             uses, sizes = [RowUse(ask.slot) for ask in batch], [len(one) for one in tokens]
             self._runner.runs = Runs()
             for _ in range(2):  # the first one meets these shapes for the first time
-                self._runner.read(0, tokens, uses, 0, sizes)
+                self._runner.read(range(len(batch)), tokens, uses, 0, sizes)
             total += self._runner.runs.reads[-1][1]
         return total
 

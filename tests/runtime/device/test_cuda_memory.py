@@ -30,6 +30,12 @@ def _zero(pitched: Any, value: int, sizes: Any) -> int:
     return 0
 
 
+def _zero_blocks(address: Any, pitch: Any, value: int, width: Any, num: Any) -> int:
+    for block in range(num.value):
+        ctypes.memset(address.value + block * pitch.value, value, width.value)
+    return 0
+
+
 def _copy(reference: Any) -> int:
     copy = reference._obj
     assert (copy.source_array, copy.target_array, copy.kind) == (None, None, 3)
@@ -45,6 +51,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> CudaMemory:
         cudaSetDevice=lambda index: index,
         cudaStreamSynchronize=lambda stream: 0,
         cudaMemset3D=_zero,
+        cudaMemset2D=_zero_blocks,
         cudaMemcpy3D=_copy,
     )
     monkeypatch.setattr(cuda_memory, "open_cudart", lambda: library)
@@ -63,6 +70,19 @@ def test_a_row_of_all_blocks_is_zeroed(memory: CudaMemory) -> None:
     memory.zero(_of(array, 2, 3), 4 * array.strides[3], 2, 3)
     memory.wait()
     assert np.array_equal(array, expected)
+
+
+def test_a_whole_row_of_all_blocks_is_zeroed(
+    memory: CudaMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one launch, where the gaps are not too large for it."""
+    for most in (cuda_memory._MOST_PITCH, 8):
+        monkeypatch.setattr(cuda_memory, "_MOST_PITCH", most)
+        array = np.arange(1, 1 + np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+        expected = array.copy()
+        expected[:, 2] = 0
+        memory.zero(_of(array, 2, 0), array.strides[2], 2, 3)
+        assert np.array_equal(array, expected)
 
 
 def test_a_row_is_copied_from_memory_of_another_size(memory: CudaMemory) -> None:

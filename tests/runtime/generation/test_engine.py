@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from support.decoders import CONTEXT, VOCABULARY, make_prompts, open_engine, write_tenants
+from support.decoders import (
+    CONTEXT,
+    VOCABULARY,
+    make_prompts,
+    make_remote,
+    open_engine,
+    write_tenants,
+)
 from support.home import Home
 from support.waiting import DEADLINE, wait_until
 
@@ -35,8 +42,13 @@ def artifact(home: Home) -> Path:
     return home.artifact(write_tenants)
 
 
-@pytest.fixture
-def engine(artifact: Path) -> Iterator[GenerationEngine]:
+@pytest.fixture(params=["cpu", "remote"])
+def engine(
+    artifact: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[GenerationEngine]:
+    """Also as on a device: prompts are read together, and tokens told beside the next step."""
+    if request.param == "remote":
+        make_remote(monkeypatch)
     with open_engine(artifact, rows=4, quota=32) as engine:
         yield engine
 
@@ -136,7 +148,7 @@ def test_prompts_that_are_read_together(artifact: Path) -> None:
     with open_engine(artifact, rows=4, quota=64) as engine:
         wanted = [tokens_of(send(engine, prompt, adapter="first")) for prompt in prompts]
         chunks = engine.stats().chunks
-        engine._worker._prompts._joins = True
+        engine._worker._prompts._joined = engine._worker._runner.prompts.joined_tokens
         gate = threading.Event()
         engine._worker._warm.append((1, _Waiter(gate)))  # type: ignore[arg-type]
         sent = [send(engine, [*prompt], adapter="first") for prompt in prompts]
@@ -168,13 +180,13 @@ def test_prompts_of_fixed_sizes(artifact: Path, monkeypatch: pytest.MonkeyPatch)
     with open_engine(artifact, rows=4) as engine:
         graphs = engine._worker._runner.prompts
         monkeypatch.setattr(PromptGraph, "release", lambda graph: None)  # CUDA's
-        graphs.sizes = (32, 64)
+        graphs.shapes = [(1, 32), (1, 64)]
         for (prompt, name), text in zip(zip(prompts, names, strict=True), texts, strict=True):
             found = send(engine, prompt, adapter=name, logprobs=2).result(DEADLINE).answers[0]
             assert [one.token for one in found.tokens] == [one.token for one in text]
             likeliest = [[one.likeliest for one in part] for part in (found.tokens, text)]
             assert np.allclose(*likeliest, rtol=1e-4, atol=1e-5)
-        assert set(graphs._made) == {32, 64}, "70 tokens are read as they are"
+        assert set(graphs._made) == {(1, 32), (1, 64)}, "70 tokens are read as they are"
 
 
 def test_logprobs(engine: GenerationEngine, graph: ort.InferenceSession) -> None:
@@ -375,13 +387,13 @@ def test_a_round_reads_prompts_up_to_its_quota(
         step, read = runner.step, runner.read
         events: list[str | int] = []
 
-        def record_step(rows: int) -> None:
+        def record_step(*arguments: Any) -> None:
             events.append("step")
-            step(rows)
+            step(*arguments)
 
-        def record_read(row: int, prompts: Any, *arguments: Any) -> Any:
+        def record_read(rows: Any, prompts: Any, *arguments: Any) -> Any:
             events.append(len(prompts[0]))
-            return read(row, prompts, *arguments)
+            return read(rows, prompts, *arguments)
 
         monkeypatch.setattr(runner, "step", record_step)
         monkeypatch.setattr(runner, "read", record_read)
@@ -410,12 +422,12 @@ def test_who_comes_to_a_free_row_waits_for_two_steps(
     events: list[str] = []
     later: list[GenerationHandle] = []
 
-    def record_step(rows: int) -> None:
+    def record_step(*arguments: Any) -> None:
         events.append("step")
         if events.count("step") in (5, 16, 27):
             events.append("comes")
             later.append(send(engine, [5, 6, 7], max_tokens=40))
-        step(rows)
+        step(*arguments)
 
     def record_read(*arguments: Any) -> Any:
         events.append("read")
@@ -634,7 +646,8 @@ def test_a_prompt_that_fails(engine: GenerationEngine, monkeypatch: pytest.Monke
         return read(*arguments)
 
     monkeypatch.setattr(running, "read_prompts", fail)
-    prompts = make_prompts(20, 9, 5)
+    monkeypatch.setattr(reading, "LAUNCHES", 0)  # none is read with another one
+    prompts = make_prompts(20, 9, 4)
     sent = [send(engine, prompt) for prompt in prompts]
     with pytest.raises(lr.StepError, match="out of memory"):
         sent[1].result(DEADLINE)
@@ -725,8 +738,8 @@ def test_runs_that_capture_advance_no_row(
         sent = [first, *(send(captured, prompt, max_tokens=20) for prompt in prompts[1:])]
         assert [tokens_of(handle) for handle in sent] == wanted
         captured.warm_up()
-        sizes = captured._worker._runner.prompts.sizes
-        assert len(sessions[0].captured) == 3 + len(sizes) == 6
+        shapes = captured._worker._runner.prompts.shapes
+        assert len(sessions[0].captured) == 3 + len(shapes)
         assert sorted(made) == [1, 2, 4]
     assert sessions[0].captured == set()
 

@@ -107,11 +107,11 @@ def test_prompts_of_fixed_sizes(home: Home, monkeypatch: pytest.MonkeyPatch) -> 
     whole, prompts = Whole(artifact), make_prompts(7, 12, 13, 30, 40)
     with open_engine(artifact, rows=3, quota=32) as engine:
         graphs = engine._worker._runner.prompts
-        graphs.sizes = (16, 32)
+        graphs.shapes = [(1, 16), (1, 32)]
         for at, prompt in enumerate(prompts):
             name = NAMES[at % 3]
             check(whole, engine, prompt, name, send(engine, prompt, name).result(DEADLINE))
-        assert set(graphs._made) == {16, 32}
+        assert set(graphs._made) == {(1, 16), (1, 32)}
 
 
 def test_no_prefix_of_other_factors_is_reused(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,7 @@ def test_a_step_leaves_the_inputs_of_the_next(
     for row in range(4):
         inputs.put(row, int(tokens[row]), int(lengths[row]), BASE_USE, goes_on=bool(goes_on[row]))
     for index in range(LENGTH - 7):
+        inputs.write()
         step.run()
         tokens = next_tokens(tokens, lengths)
         lengths += goes_on
@@ -175,6 +176,7 @@ def test_the_lower_of_two_tokens_that_are_equally_likely(tmp_path: Path) -> None
     tables["of_token"][:, [9, 4, 12]] = 1.0
     graph = _open(_write_model(tmp_path / "model.onnx", "float16", tables, ()), "float16", ())
     inputs, step, _logits = _step(graph, 2, "float16")
+    inputs.write()
     step.run()
     assert inputs.tokens(2).tolist() == [4, 4]
 
@@ -187,6 +189,7 @@ def test_other_tokens_may_be_put_in_place_of_those_chosen(tmp_path: Path) -> Non
     inputs.put_tokens(np.array([11, 5]))
     assert inputs.tokens(3).tolist() == [11, 5, 0]
     assert chosen.tolist() == [0, 0, 0]  # a copy
+    inputs.write()
     step.run()
     assert inputs.tokens(3).tolist() == tables["of_token"][[11, 5, 0]].argmax(axis=1).tolist()
 

@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from loraexport_runtime.generation.handle import GenerationHandle
+from loraexport_runtime.generation.loop import reading
 from loraexport_runtime.generation.loop.jobs import Answer, Job
 from loraexport_runtime.generation.loop.reading import MOST_QUOTAS, PromptOrder
 from loraexport_runtime.generation.loop.rows import Rows
 from loraexport_runtime.generation.request import GenerationRequest
 from loraexport_runtime.generation.sampling import Sampler
 
-QUOTA = 64
+QUOTA, MOST = 64, 128
+
+
+@pytest.fixture(autouse=True)
+def _cheap_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LAUNCHES", 16)
 
 
 def _answer(size: int, order: int, goes_on: bool) -> Answer:
@@ -26,12 +32,18 @@ def _answer(size: int, order: int, goes_on: bool) -> Answer:
     return answer
 
 
+def _joined(num: int, tokens: int) -> int | None:
+    """Filled up to a multiple of 8 tokens."""
+    size = num * -(-tokens // 8) * 8
+    return size if num == 1 or size <= MOST else None
+
+
 def _round(sizes: list[int], decoding: int = 0, joins: bool = True) -> list[list[int]]:
     """The rows of each run of one round, which reads what it gives; the first rows decode."""
     rows = Rows[Answer].make(decoding + len(sizes), 1024)
     for row, size in zip(rows.rows, [8] * decoding + sizes, strict=True):
         row.user = _answer(size, row.index, row.index < decoding)
-    order = PromptOrder(rows, QUOTA, joins)
+    order = PromptOrder(rows, QUOTA, _joined if joins else None)
     runs = []
     for run in order.round():
         runs.append([row.index for row in run])
@@ -46,8 +58,14 @@ def test_the_shortest_come_first_until_the_quota_is_used_up() -> None:
     assert _round([60, 20, 30], decoding=3, joins=False) == [[4], [5]]
 
 
-def test_neighbours_of_like_length_are_one_run() -> None:
-    assert _round([16, 20, 40, 9], decoding=4) == [[7], [4, 5]]
+def test_prompts_are_one_run_where_that_takes_less_time() -> None:
+    """Wherever their rows are: where what fills them up is less than a run costs by itself."""
+    assert _round([16, 60, 25, 60, 9], decoding=5) == [[9, 5], [7], [6]]
+
+
+def test_prompts_that_are_read_together_count_half_of_the_quota() -> None:
+    assert _round([30] * 8, decoding=8) == [[8, 9, 10, 11]]
+    assert _round([30] * 8, decoding=8, joins=False) == [[8], [9]]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +79,8 @@ def test_a_round_reads_more_where_few_rows_decode(waiting: int, decoding: int, q
 
 
 def test_a_run_has_a_bound_of_its_own() -> None:
-    assert _round([QUOTA // 2] * 20) == [list(range(8)), list(range(8, 16))]
+    """A sixth prompt makes it 6 x 24 tokens, more than `MOST`."""
+    assert _round([20] * 12) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
 
 
 def test_a_long_prompt_is_read_chunk_by_chunk() -> None:

@@ -24,9 +24,11 @@ class Admission:
     ) -> None:
         self._queue = queue
         self._slots = slots
-        self._counts = counts
+        self.counts = counts
         self.cancels = threading.Event()
         """Set where somebody was cancelled."""
+        self.news = threading.Event()
+        """Set where a round has something else to look at: who came, went, or left room."""
         self._look = 0.0
 
     @property
@@ -71,16 +73,17 @@ class Admission:
     ) -> None:
         """An answer is over; with the last one of its request the slot is free."""
         job = answer.job
+        self.news.set()  # who waits for a row may have its own
         job.num_open -= 1
         if job.num_open == 0 and job.lease is not None:
             job.lease.release()
         if error is not None:
-            self._counts.failed += 1
+            self.counts.failed += 1
             job.handle.fail(error)
         else:
             assert reason is not None, "it ends for a reason, or by an error"
-            self._counts.cancelled += reason == "cancelled"
-            self._counts.finished += reason != "cancelled"
+            self.counts.cancelled += reason == "cancelled"
+            self.counts.finished += reason != "cancelled"
             job.handle.finish(answer.index, reason)
 
     def _try(self, answer: Answer, may_page: bool, is_aged: bool) -> bool:

@@ -1,5 +1,7 @@
 """Which text is where in the cache, and what a step reads of every row."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ...slots.lease import BASE_USE, Content, RowUse
@@ -52,21 +54,27 @@ class Places:
 
     def forget(self, row: Row[Answer]) -> None:
         """Something is wrong with what a row holds."""
-        self._runner.cache.clear(row.index, 0, row.num_touched)
+        self._runner.cache.clear(row.index, 0, min(row.end, self._runner.length))
         row.num_read = row.num_touched = 0
         row.content = None
 
-    def read_outgrown(self) -> None:
+    def outgrown(self) -> list[Row[Answer]]:
         """Rows whose text the next token makes too long for the factors that its keys were made
-        with are read again: no key of theirs is right any more."""
-        for row in self._rows.used:
-            answer, size = row.user, row.num_read + 1
-            is_over = not row.is_long and is_long(size, self._runner.reread_length)
-            if answer is None or not answer.goes_on or not is_over:
-                continue
-            answer.again = row.tokens[:size].copy()
+        with: no key of theirs is right any more."""
+        size = self._runner.reread_length
+        if size is None:
+            return []
+        going = (row for row in self._rows.used if row.user and row.user.goes_on)
+        return [row for row in going if not row.is_long and is_long(row.num_read + 1, size)]
+
+    def read_again(self, rows: Iterable[Row[Answer]]) -> None:
+        """Let the text of rows that decode be a prompt, which is read with other factors."""
+        for row in rows:
+            answer = row.user
+            assert answer is not None, "it decodes"
+            answer.again = row.tokens[: row.num_read + 1].copy()
             answer.goes_on = answer.reports = False
-            self._runner.cache.clear(row.index, 0, row.num_touched)
+            self._runner.cache.clear(row.index, 0, min(row.end, self._runner.length))
             row.num_read = row.num_touched = 0
             row.is_long = True
             self.park(row)
@@ -106,8 +114,8 @@ class Places:
         """Prepare the steps of up to so many rows, and the graphs for prompts."""
         for num in sorted({self._runner.step_rows(1 + at) for at in range(rows)}):
             self.prepare(num)
-        for size in self._runner.prompts.sizes:
-            self._runner.prompts.make(size)
+        for shape in self._runner.prompts.shapes:
+            self._runner.prompts.captured(*shape)
 
     def _move(self, source: Row[Answer], target: Row[Answer], num: int) -> None:
         """Copy a text's first tokens to a row that nobody uses."""
@@ -115,6 +123,5 @@ class Places:
         target.tokens[:num] = source.tokens[:num]
         target.num_read, target.content = num, source.content
         target.is_long = source.is_long
-        target.num_touched = max(target.num_touched, source.num_touched)
         target.last_use = source.last_use
         self.park(target)

@@ -31,6 +31,12 @@ class Row(Generic[T]):
     last_use: int = 0
 
     @property
+    def end(self) -> int:
+        """From here on all positions are zero: a step may have been made for the token behind those
+        that are read."""
+        return max(self.num_touched, self.num_read + 1)
+
+    @property
     def is_kept(self) -> bool:
         """Whether nobody uses it, and it holds a text."""
         return self.user is None and self.num_read > 0

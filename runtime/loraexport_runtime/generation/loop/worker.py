@@ -11,16 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
-
-from ...errors import ClosedError, StepError
+from ...errors import ClosedError
 from ...slots.admission import AdmissionQueue
 from ...slots.pool import Slots
-from ..handle import FinishReason, GeneratedToken
 from ..stats import GenerationCounts
 from ..steps.runner import Runner
 from .admitting import Admission, is_over, why_over
-from .choosing import Chosen, choose, choose_from, prompt_tokens, take_likeliest
+from .choosing import choose_from, prompt_tokens, take_likeliest
+from .decoding import Decoding
 from .jobs import Answer, step_error
 from .places import Places
 from .reading import PromptOrder
@@ -29,6 +27,11 @@ from .rows import Row, Rows
 _LOG = logging.getLogger(__name__)
 STEPS, FEWEST = 4, 2
 """Steps of a round, and of one in which somebody comes for whom there is a row."""
+MOST_STEPS = 8
+"""On a device, of a round after which no prompt waits: its last tokens are told with no step
+beside."""
+HELD, SHARE = 16, 8
+"""So many steps a free row waits at most for others, until they are this part of all rows."""
 
 
 def _set(*events: threading.Event) -> None:
@@ -58,8 +61,12 @@ class Worker:
         self._closed = closed
         self._rows = Rows[Answer].make(runner.rows, runner.length)
         self._places = Places(runner, self._rows)
-        self._prompts = PromptOrder(self._rows, quota, runner.joins_prompts)
-        self._news = threading.Event()
+        joined = runner.prompts.joined_tokens if runner.is_remote else None
+        self._prompts = PromptOrder(self._rows, quota, joined)
+        self._decoding = Decoding(runner, self._rows, self._places, self._admission)
+        self._held_from: int | None = None
+        """The count of steps from which on free rows wait for others."""
+        self._news = self._admission.news
         self._is_stopping = False
         self.fault: BaseException | None = None
         """Why the thread has ended by itself."""
@@ -108,8 +115,9 @@ class Worker:
             self._is_stopping = True
             self._admission.refuse(error)
             for row in self._rows.used:
-                self._leave(row, error=error)
+                self._decoding.leave(row, error=error)
             _set(*(done for _, done in self._warm))
+            self._decoding.close()
             self._runner.release()
 
     def _wait(self) -> None:
@@ -131,12 +139,13 @@ class Worker:
             self._read(rows)
             if self._is_stopping:
                 return
-        for made in range(1, STEPS + 1):
-            if self._is_stopping or not self._step():
+        most = STEPS if self._prompts.waiting or not self._runner.is_remote else MOST_STEPS
+        for made in range(1, most + 1):
+            if self._is_stopping or not self._decoding.step():
                 break
-            has_room = made >= FEWEST and self._rows.lowest_free() is not None
-            if has_room and self._news.is_set() and self._admission.num_waiting:
+            if made >= FEWEST and self._news.is_set() and self._is_called():
                 break
+        self._decoding.tell()
 
     # Who goes, and who comes
 
@@ -146,9 +155,30 @@ class Worker:
         self._admission.drop(now, at_once=not self._rows.used)
         for row in self._rows.used:
             if row.user is not None and is_over(row.user, now):
-                self._leave(row, *why_over(row.user))
+                self._decoding.leave(row, *why_over(row.user))
+
+    def _is_called(self) -> bool:
+        """Whether there is something to do between steps."""
+        if self._admission.cancels.is_set():
+            return True
+        has_room = self._rows.lowest_free() is not None and self._admission.num_waiting > 0
+        return has_room and not self._holds_back()
+
+    def _holds_back(self) -> bool:
+        """Whether the rows that are free wait for some more: where more requests wait than there
+        are such rows, and their prompts are read together."""
+        num, free = len(self._rows.rows), len(self._rows.rows) - self.num_running
+        saves = self._runner.is_remote and 0 < free < num // SHARE
+        if not saves or self._admission.num_waiting <= free:
+            self._held_from = None
+            return False
+        if self._held_from is None:
+            self._held_from = self.counts.steps
+        return self.counts.steps - self._held_from < HELD
 
     def _admit(self) -> None:
+        if self._holds_back():
+            return
         while (row := self._rows.lowest_free()) is not None:
             answer = self._admission.take()
             if answer is None:
@@ -172,27 +202,10 @@ class Worker:
         self.counts.prefix_tokens += num
         self.counts.prompt_tokens += len(job.prompt)
 
-    def _leave(
-        self,
-        row: Row[Answer],
-        reason: FinishReason | None = None,
-        error: BaseException | None = None,
-    ) -> None:
-        """An answer is over; its row keeps what it has read, unless something is wrong with it."""
-        answer, row.user = row.user, None
-        assert answer is not None, "it is used"
-        if isinstance(error, StepError):
-            self._places.forget(row)
-        self._rows.touch(row)
-        self._news.set()  # who waits for a row may have this one
-        if not self._is_stopping:
-            self._places.park(row)
-        self._admission.close(answer, reason, error)
-
     # Prompts
 
     def _read(self, rows: Sequence[Row[Answer]]) -> None:
-        """One chunk of one prompt, or some short prompts of neighbouring rows."""
+        """One chunk of one prompt, or some short prompts."""
         chunks, uses, wholes = [], [], []
         for row in rows:
             answer = row.user
@@ -203,10 +216,11 @@ class Worker:
             wholes.append(len(answer.prompt))
         past, reports = rows[0].num_read, any(row.user and row.user.reports for row in rows)
         try:
-            read = self._runner.read(rows[0].index, chunks, uses, past, wholes, reports)
+            indices = [row.index for row in rows]
+            read = self._runner.read(indices, chunks, uses, past, wholes, reports)
         except Exception as error:
             for row in rows:
-                self._leave(row, error=step_error(error))
+                self._decoding.leave(row, error=step_error(error))
             return
         self.counts.chunks += 1
         for at, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
@@ -224,77 +238,4 @@ class Worker:
                 told = take_likeliest(answer, int(read.likeliest[at]))
             else:
                 told = choose_from(answer, read.logits(read.places(at)[-1:])[0])
-            if self._accept(row, told):
-                self._go_on(row)
-
-    # Steps
-
-    def _step(self) -> bool:
-        """One token of every row that decodes; False: there is none."""
-        self._places.read_outgrown()
-        rows = [row for row in self._rows.used if row.user is not None and row.user.goes_on]
-        if not rows:
-            return False
-        try:
-            num = self._places.prepare(rows[-1].index + 1)
-            self._runner.step(num)
-        except Exception as error:
-            for row in rows:
-                self._leave(row, error=step_error(error))
-            return False
-        self.counts.steps += 1
-        self.counts.step_rows += len(rows)
-        for row in rows:
-            row.num_read += 1
-            row.num_touched = max(row.num_touched, row.num_read + 1)
-        tokens = self._runner.inputs.tokens(num)
-        others = []
-        for row in rows:
-            answer = row.user
-            assert answer is not None, "it decodes"
-            if answer.takes_likeliest:
-                self._accept(row, take_likeliest(answer, int(tokens[row.index])))
-            else:
-                others.append(row)
-        pairs = [(row.index, row.user) for row in others if row.user]
-        for row, told in zip(others, choose(self._runner, pairs), strict=True):
-            tokens[row.index] = told.token if isinstance(told, GeneratedToken) else 0
-            self._accept(row, told)
-        if others:
-            self._runner.inputs.put_tokens(np.maximum(tokens, 0))  # of rows that are left too
-        return True
-
-    def _accept(self, row: Row[Answer], told: Chosen) -> bool:
-        """A row's next token is known, or why there is none; whether the row goes on."""
-        answer = row.user
-        assert answer is not None, "it decodes"
-        if not isinstance(told, GeneratedToken):
-            self._leave(row, error=told)
-            return False
-        job, token = answer.job, told.token
-        if token in answer.ends:
-            self._leave(row, "stop")
-            return False
-        answer.num_tokens += 1
-        is_over = answer.sampler.note(token)
-        self.counts.generated_tokens += 1
-        job.handle.push(told)
-        if answer.text is not None:
-            answer.text.push(token)
-            is_over |= answer.text.stopped is not None
-        if is_over:
-            self._leave(row, "stop")
-        elif answer.num_tokens >= job.request.max_tokens:
-            self._leave(row, "length")
-        else:
-            row.tokens[row.num_read] = token
-            return True
-        return False
-
-    def _go_on(self, row: Row[Answer]) -> None:
-        """A row's prompt and first token are there: from here on steps give the next ones."""
-        answer = row.user
-        assert answer is not None, "it decodes"
-        assert answer.job.lease is not None, "it was admitted"
-        self._places.go_on(row, answer.job.lease.use)
-        answer.goes_on = True
+            self._decoding.begin(row, told)

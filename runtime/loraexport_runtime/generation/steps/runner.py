@@ -3,8 +3,8 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +25,15 @@ from .cache import Cache
 from .decoder_graph import DecoderGraph, read_decoder_graph
 from .files import StepFiles
 from .host_logits import HostLogits, likeliest_tokens
-from .prompts import PromptGraphs, read_prompts
+from .prompts import PromptCache, PromptRead, read_prompts
 from .sizes import choose_sizes
 from .step import RowInputs, Step
 from .top_tokens import RowLogits, TopTokens
 
 _LOG = logging.getLogger(__name__)
+NOTHING = nullcontext()
 _BOUND = 64
 """So many selections of rows keep their bindings."""
-
-
-@dataclass(frozen=True)
-class PromptRead:
-    """What came of a run over prompts."""
-
-    likeliest: np.ndarray
-    """int64 [m]: after each prompt."""
-    num_tokens: int
-    """That were read, those that fill prompts up counted too."""
-    told: tuple[int, ...]
-    """There are logits after so many tokens of each prompt: its last one, or all."""
-    rows: RowLogits | HostLogits
-    memory: ort.OrtValue
-    vocabulary: int
-
-    @property
-    def width(self) -> int:
-        """From the logits of one prompt to those of the next one, in tokens."""
-        return max(self.told)
-
-    def places(self, at: int) -> np.ndarray:
-        """int64 [n]: where the logits of one of the prompts lie."""
-        return at * self.width + np.arange(self.told[at])
-
-    def logits(self, places: np.ndarray) -> np.ndarray:
-        """float32 [m, vocabulary]; until the next prompts are read."""
-        shape = [len(self.told), self.width, self.vocabulary]
-        return self.rows.read(self.memory, shape, places)
 
 
 def require_cache(folder: Path, device: tuple[str, int], dtype: str) -> None:
@@ -154,7 +126,9 @@ class Runner:
         self.reread_length = reread_length
         context = int(config["model"]["context_length"])
         self.rows, self.length = choose_sizes(graph, context, rows, length)
-        self.joins_prompts = device[0] != "cpu"
+        self.is_remote = device[0] != "cpu"
+        """Whether the host has time while a run goes on. There prompts are read together; on a CPU
+        what a row gives shall not depend, to the last bit, on who else is there."""
         self._top: TopTokens | None = None
         self._wide: RowLogits | HostLogits = HostLogits()
         if steps is not None:
@@ -170,7 +144,7 @@ class Runner:
         self._logits = graph.allocate([self.rows, 1, graph.vocabulary], graph.logits_dtype)
         self._prompt_logits: ort.OrtValue | None = None
         self._steps: dict[int, Step] = {}
-        self.prompts = PromptGraphs(graph, self.length)
+        self.prompts = PromptCache(graph, self.rows, self.length)
         self._bound: dict[tuple[tuple[int, ...], int], Any] = {}
 
     def using(self) -> AbstractContextManager[None]:
@@ -190,7 +164,7 @@ class Runner:
 
     def reads_at_once(self, tokens: int) -> bool:
         """Whether a prompt is one captured run, which takes less than the rest behind a prefix."""
-        return self.prompts.size_for(tokens) is not None
+        return self.prompts.shape_for(1, tokens) is not None
 
     def has_step(self, rows: int) -> bool:
         return rows in self._steps
@@ -200,14 +174,21 @@ class Runner:
         graph = self._graph
         step = Step(graph, self.cache, self.inputs, rows, int(self._logits.data_ptr()))
         if graph.capture:
+            self._settle()
             with capturing(graph.device):
                 step.run()
             _LOG.info("captured the decode step of %d rows of up to %d tokens", rows, self.length)
         self._steps[rows] = step
 
-    def step(self, rows: int) -> None:
-        """One token for each of the first rows; `inputs` has the likeliest ones then."""
-        self._steps[rows].run()
+    def step(self, rows: int, meanwhile: AbstractContextManager[None] = NOTHING) -> None:
+        """One token for each of the first rows; `inputs` has the likeliest ones then.
+
+        Args:
+            meanwhile: what is done as the device computes; it may put inputs of the next step.
+        """
+        self._settle()
+        with meanwhile:
+            self._steps[rows].run()
         if not self._graph.next:
             self.inputs.advance(likeliest_tokens(self.logits(np.arange(rows))))
 
@@ -231,38 +212,53 @@ class Runner:
 
     def read(
         self,
-        row: int,
+        rows: Sequence[int],
         prompts: Sequence[np.ndarray],
         uses: Sequence[RowUse],
         past: int,
         wholes: Sequence[int],
         tells_all: bool = False,
     ) -> PromptRead:
-        """Read tokens into a row, or from their beginning into rows that lie side by side.
+        """Read tokens into a row, or from their beginning into several.
 
         Args:
             wholes: of how many tokens the texts are that these are parts of.
             tells_all: logits after all tokens of the one prompt, and not after its last one alone.
         """
-        width, num = max(map(len, prompts)), len(prompts)
-        captured = None if tells_all else self.prompts.find(prompts, past)
-        if captured is not None:
-            chosen = np.array([captured.run(prompts[0], uses[0], wholes[0])])
-            self.cache.copy(0, row, width, captured.cache)
-            of = self._wide, captured.logits, self.vocabulary
-            return PromptRead(chosen, captured.tokens, (1,), *of)
-        graph, told = self._graph, (1,) * num
-        if tells_all or graph.tells_all:
-            told = tuple(map(len, prompts))
+        longest, num, graph = max(map(len, prompts)), len(prompts), self._graph
+        shape = None if past or tells_all else self.prompts.shape_for(num, longest)
+        if shape is not None:
+            run = self.prompts.captured(*shape)
+            chosen = run.run(prompts, uses, wholes)
+            self._take(run.cache, rows, prompts)
+            of = self._wide, run.logits, self.vocabulary
+            return PromptRead(chosen, math.prod(shape), (1,) * num, *of)
+        told = tuple(map(len, prompts)) if tells_all or graph.tells_all else (1,) * num
         memory = self._prompt_memory(num * max(told))
+        cache, first = self.cache, rows[0]
+        if list(rows) != list(range(first, first + num)):  # they do not lie side by side
+            cache, first = self.prompts.room(num, longest), 0
+            cache.clear_all()  # another tenant's
         to = int(memory.data_ptr()), tells_all
-        chosen = read_prompts(graph, self.cache, row, prompts, uses, past, wholes, *to)
+        chosen = read_prompts(graph, cache, first, prompts, uses, past, wholes, *to)
+        if cache is not self.cache:
+            self._take(cache, rows, prompts)
         of = self._wide, memory, self.vocabulary
-        read = PromptRead(chosen, num * width, told, *of)
+        read = PromptRead(chosen, num * longest, told, *of)
         if graph.next:
             return read
-        ends = np.array([read.places(at)[-1] for at in range(len(prompts))])
+        ends = np.array([read.places(at)[-1] for at in range(num)])
         return replace(read, likeliest=likeliest_tokens(read.logits(ends)))
+
+    def _take(self, cache: Cache, rows: Sequence[int], prompts: Sequence[np.ndarray]) -> None:
+        """Copy what was read of prompts into their rows."""
+        for at, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            self.cache.copy(at, row, len(prompt), cache)
+
+    def _settle(self) -> None:
+        """What was put and begun is there for a run."""
+        self.inputs.write()
+        self.cache.wait()
 
     def release(self) -> None:
         """Give captured graphs and memory up."""

@@ -126,7 +126,6 @@ class Step:
         self._graph = graph
         self._graph_id = graph.next_graph_id() if graph.capture else None
         self._options = None if self._graph_id is None else graph_options(self._graph_id)
-        self._inputs = inputs
         binding = graph.session.io_binding()
         for name, value in inputs.values.items():
             width = [] if name == "adapter_ids" else [value.shape()[1]]
@@ -139,8 +138,8 @@ class Step:
         self._binding = binding
 
     def run(self) -> None:
-        """A first run that captures is several of the graph: no row may go on then."""
-        self._inputs.write()
+        """A first run that captures is several of the graph: no row may go on then. What was put
+        has been written."""
         self._graph.session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()  # what follows reads on streams of its own
 
