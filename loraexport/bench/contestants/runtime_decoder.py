@@ -14,7 +14,8 @@ from loraexport_runtime.device.kernels import STOCK, KernelChoice
 from loraexport_runtime.generation.handle import GeneratedToken, GenerationHandle
 from loraexport_runtime.generation.request import GenerationRequest
 from loraexport_runtime.generation.steps.files import StepFiles
-from loraexport_runtime.generation.steps.runner import NOTHING, Runner
+from loraexport_runtime.generation.steps.runner import Runner
+from loraexport_runtime.generation.steps.step import NOTHING
 
 from ..device import Device
 from ..engine.timed import engine_over

@@ -151,9 +151,9 @@ def read_tokens(name: str, tokens: Any, vocabulary: int) -> list[int]:
         tokens = tokens.tolist()  # numpy's and torch's
     if isinstance(tokens, str | bytes | Mapping) or not isinstance(tokens, Iterable):
         raise InputError(f"{name} is {quoted(tokens)}; expected a list of token ids")
-    if isinstance(tokens, list) and {*map(type, tokens)} == {int}:  # as most are
-        if min(tokens) >= 0 and max(tokens) < vocabulary:
-            return [*tokens]
+    are_plain = isinstance(tokens, list) and {*map(type, tokens)} == {int}
+    if are_plain and min(tokens) >= 0 and max(tokens) < vocabulary:  # as most are
+        return [*tokens]
     ids = []
     for index, token in enumerate(tokens):
         number = _integer(token)

@@ -40,17 +40,19 @@ class Admission:
         ends = self._queue.values(lambda answer: answer.job.end)
         return min((end for end in ends if end is not None), default=None)
 
-    def drop(self, now: float, at_once: bool) -> None:
+    def drop(self, now: float, at_once: bool) -> bool:
         """Take out who was cancelled, and whose time is over.
 
-        Many may wait, and each is looked at: after a cancellation, and else now and then.
+        Many may wait, and each is looked at: after a cancellation, and else now and then; whether
+        they were now.
         """
         if not (at_once or now >= self._look or self.cancels.is_set()):
-            return
+            return False
         self.cancels.clear()
         self._look = now + _LOOK
         for answer in self._queue.remove(lambda answer: is_over(answer, now)):
             self.close(answer, *why_over(answer))
+        return True
 
     def refuse(self, error: BaseException) -> None:
         """Take all out, and say why."""

@@ -3,7 +3,6 @@ the device computes it."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 
@@ -54,7 +53,7 @@ class Decoding:
             return False
         try:
             num = self._places.prepare(self._going[-1].index + 1)
-            self._runner.step(num, self._telling())
+            self._runner.step(num, self.telling())
         except Exception as error:
             self.tell()
             for row in self._going:
@@ -65,8 +64,7 @@ class Decoding:
             self._given = self._runner.inputs.tokens(num)
             self.tell()
             return True
-        if self._beside.fault is not None:
-            raise self._beside.fault
+        self.check()
         self._given = self._runner.inputs.tokens(num)
         return True
 
@@ -149,15 +147,24 @@ class Decoding:
         self._places.park(row)
         self._admission.close(answer, reason, error)
 
+    def telling(self) -> AbstractContextManager[None]:
+        """Within it, as a run goes on, the last step's tokens are told."""
+        if self._given is None and not self._untold:
+            return nullcontext()
+        if self._beside is None or not (self._knows_next() or self._given is None):
+            self.tell()
+            return nullcontext()
+        return self._beside.doing(self.tell)
+
+    def check(self) -> None:
+        """Raise what has ended the telling, if it has."""
+        if self._beside is not None and self._beside.fault is not None:
+            raise self._beside.fault
+
     def close(self) -> None:
         """End what works beside."""
         if self._beside is not None:
             self._beside.stop()
-
-    def _telling(self) -> AbstractContextManager[Any]:
-        if self._beside is None or (self._given is None and not self._untold):
-            return nullcontext()
-        return self._beside.doing(self.tell)
 
     def _are_alike(self, rows: Iterable[Row[Answer]]) -> bool:
         """Whether the graph alone gives these rows their next tokens, and will."""

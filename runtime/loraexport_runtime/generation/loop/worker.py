@@ -27,10 +27,7 @@ from .rows import Row, Rows
 _LOG = logging.getLogger(__name__)
 STEPS, FEWEST = 4, 2
 """Steps of a round, and of one in which somebody comes for whom there is a row."""
-MOST_STEPS = 8
-"""On a device, of a round after which no prompt waits: its last tokens are told with no step
-beside."""
-HELD, SHARE = 16, 8
+HELD, SHARE = 24, 6
 """So many steps a free row waits at most for others, until they are this part of all rows."""
 
 
@@ -108,6 +105,7 @@ class Worker:
                 self._wait()
                 with self._runner.using():
                     self._round()
+            self._decoding.tell()
         except BaseException as fault:
             _LOG.exception("the thread that generates has ended")
             self.fault, error = fault, fault
@@ -129,6 +127,7 @@ class Worker:
     def _round(self) -> None:
         while self._warm:
             num, done = self._warm.pop(0)
+            self._decoding.tell()
             try:
                 self._places.warm_up(num)
             finally:
@@ -139,20 +138,20 @@ class Worker:
             self._read(rows)
             if self._is_stopping:
                 return
-        most = STEPS if self._prompts.waiting or not self._runner.is_remote else MOST_STEPS
-        for made in range(1, most + 1):
+        for made in range(1, STEPS + 1):
             if self._is_stopping or not self._decoding.step():
                 break
             if made >= FEWEST and self._news.is_set() and self._is_called():
                 break
-        self._decoding.tell()
 
     # Who goes, and who comes
 
     def _drop(self) -> None:
         """Who was cancelled, and whose time is over."""
         now = time.monotonic()
-        self._admission.drop(now, at_once=not self._rows.used)
+        if not self._admission.drop(now, at_once=not self._rows.used):
+            return
+        self._decoding.tell()
         for row in self._rows.used:
             if row.user is not None and is_over(row.user, now):
                 self._decoding.leave(row, *why_over(row.user))
@@ -217,11 +216,13 @@ class Worker:
         past, reports = rows[0].num_read, any(row.user and row.user.reports for row in rows)
         try:
             indices = [row.index for row in rows]
-            read = self._runner.read(indices, chunks, uses, past, wholes, reports)
+            beside = self._decoding.telling()
+            read = self._runner.read(indices, chunks, uses, past, wholes, reports, beside)
         except Exception as error:
             for row in rows:
                 self._decoding.leave(row, error=step_error(error))
             return
+        self._decoding.check()
         self.counts.chunks += 1
         for at, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
             answer = row.user

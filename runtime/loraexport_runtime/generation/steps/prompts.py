@@ -8,6 +8,7 @@ what several prompts are read into is not where their rows are.
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,14 +25,14 @@ from ..rope import READ_LENGTHS
 from .cache import Cache
 from .decoder_graph import DecoderGraph
 from .host_logits import HostLogits
-from .step import bind_rows, dtype_of, mask
+from .step import NOTHING, bind_rows, dtype_of, mask
 from .top_tokens import RowLogits
 
 _LOG = logging.getLogger(__name__)
 MOST_TOKENS = 1024
 """Of prompts that are read together, what fills them up counted too: with as many the device
 computes for longer than its kernels are launched."""
-_PROMPTS, _SIZES = (1, 2, 3, 4, 6, 8), (64, 128, 192, 256, 384, 512)
+_PROMPTS, _SIZES = (1, 2, 3, 4, 5, 6, 8), (64, 128, 192, 256, 320, 384, 448, 512)
 """Prompts of a captured run, and tokens of each."""
 _SAME = ("position_ids", GOES_ON, PLACES)
 """Inputs that are the same for all prompts of a captured run."""
@@ -76,6 +77,7 @@ def read_prompts(
     wholes: Sequence[int],
     logits: int,
     tells_all: bool = False,
+    meanwhile: AbstractContextManager[None] = NOTHING,
 ) -> np.ndarray:
     """Read tokens into neighbouring rows; the likeliest token after each, int64 [m], if the graph
     gives it, else 0.
@@ -87,6 +89,7 @@ def read_prompts(
         wholes: the length of the text that each is a part of.
         logits: the address for [m, told, vocabulary] on the device.
         tells_all: one row's logits after all of its n tokens, and not after the last one alone.
+        meanwhile: what is done as the device computes.
     """
     rows, longest = len(prompts), max(map(len, prompts))
     assert rows == 1 or past == 0, "several rows are read from their beginning"
@@ -101,7 +104,8 @@ def read_prompts(
     bind_rows(graph, binding, cache, row, rows, [rows, told, graph.vocabulary], logits)
     options = graph_options(-1) if graph.capture else None
     cache.wait()
-    graph.session.run_with_iobinding(binding, options)
+    with meanwhile:
+        graph.session.run_with_iobinding(binding, options)
     binding.synchronize_outputs()
     return chosen[:, 0]
 
@@ -168,7 +172,11 @@ class PromptGraph:
         self._binding = binding
 
     def run(
-        self, prompts: Sequence[np.ndarray], uses: Sequence[RowUse], wholes: Sequence[int]
+        self,
+        prompts: Sequence[np.ndarray],
+        uses: Sequence[RowUse],
+        wholes: Sequence[int],
+        meanwhile: AbstractContextManager[None] = NOTHING,
     ) -> np.ndarray:
         """The likeliest token after each prompt, int64 [m]; the first run captures."""
         for name, array in self._feeds(prompts, uses, wholes).items():
@@ -176,7 +184,8 @@ class PromptGraph:
                 self._values[name].update_inplace(array)
         self.cache.clear_all()  # another tenant's
         self.cache.wait()
-        self._graph.session.run_with_iobinding(self._binding, self._options)
+        with meanwhile:
+            self._graph.session.run_with_iobinding(self._binding, self._options)
         self._binding.synchronize_outputs()
         chosen: np.ndarray = self._chosen.numpy()
         return chosen[: len(prompts), 0]

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,10 @@ from .files import StepFiles
 from .host_logits import HostLogits, likeliest_tokens
 from .prompts import PromptCache, PromptRead, read_prompts
 from .sizes import choose_sizes
-from .step import RowInputs, Step
+from .step import NOTHING, RowInputs, Step
 from .top_tokens import RowLogits, TopTokens
 
 _LOG = logging.getLogger(__name__)
-NOTHING = nullcontext()
 _BOUND = 64
 """So many selections of rows keep their bindings."""
 
@@ -218,18 +217,20 @@ class Runner:
         past: int,
         wholes: Sequence[int],
         tells_all: bool = False,
+        meanwhile: AbstractContextManager[None] = NOTHING,
     ) -> PromptRead:
         """Read tokens into a row, or from their beginning into several.
 
         Args:
             wholes: of how many tokens the texts are that these are parts of.
             tells_all: logits after all tokens of the one prompt, and not after its last one alone.
+            meanwhile: as of `step`.
         """
         longest, num, graph = max(map(len, prompts)), len(prompts), self._graph
         shape = None if past or tells_all else self.prompts.shape_for(num, longest)
         if shape is not None:
             run = self.prompts.captured(*shape)
-            chosen = run.run(prompts, uses, wholes)
+            chosen = run.run(prompts, uses, wholes, meanwhile)
             self._take(run.cache, rows, prompts)
             of = self._wide, run.logits, self.vocabulary
             return PromptRead(chosen, math.prod(shape), (1,) * num, *of)
@@ -239,7 +240,7 @@ class Runner:
         if list(rows) != list(range(first, first + num)):  # they do not lie side by side
             cache, first = self.prompts.room(num, longest), 0
             cache.clear_all()  # another tenant's
-        to = int(memory.data_ptr()), tells_all
+        to = int(memory.data_ptr()), tells_all, meanwhile
         chosen = read_prompts(graph, cache, first, prompts, uses, past, wholes, *to)
         if cache is not self.cache:
             self._take(cache, rows, prompts)
