@@ -142,6 +142,21 @@ def test_a_row_does_not_depend_on_the_others(engine: GenerationEngine) -> None:
     assert [handle.result(DEADLINE) for handle in sent] == alone
 
 
+def test_rows_change_hands_while_others_decode(engine: GenerationEngine) -> None:
+    """More requests than rows, which end at different steps."""
+    sizes, most = (5, 20, 9, 33, 2, 16, 12, 40, 7, 28), (2, 5, 9, 14, 3, 30)
+    asked = [
+        (prompt, NAMES[at % 3], most[at % len(most)])
+        for at, prompt in enumerate(make_prompts(*sizes, *sizes, *sizes))
+    ]
+
+    def ask(prompt: list[int], name: str | None, num: int) -> GenerationHandle:
+        return send(engine, prompt, adapter=name, max_tokens=num)
+
+    alone = [tokens_of(ask(*one)) for one in asked]
+    assert [tokens_of(handle) for handle in [ask(*one) for one in asked]] == alone
+
+
 def test_prompts_that_are_read_together(artifact: Path) -> None:
     """As on a device: whole prompts of rows side by side, padded, in one run."""
     prompts = [*make_prompts(9, 12, 10, 16), *make_prompts(5, 31)]

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.decoders import make_prompts, open_engine, write_tenants
+from support.decoders import make_prompts, make_remote, open_engine, write_tenants
 from support.home import Home
 from support.waiting import DEADLINE
 
@@ -207,6 +207,7 @@ def make_machine(alone: Alone) -> type[RuleBasedStateMachine]:
     ("provider", "dtype", "near"),
     [
         ("cpu", "float32", 0.0),
+        ("remote", "float32", 1e-4),
         pytest.param(
             "cuda",
             "float16",
@@ -219,8 +220,12 @@ def make_machine(alone: Alone) -> type[RuleBasedStateMachine]:
     ],
 )
 def test_a_request_gives_what_it_gives_alone(
-    provider: str, dtype: str, near: float, home: Home
+    provider: str, dtype: str, near: float, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`remote`: on the CPU as on a device; prompts of other rows round otherwise there too."""
+    if provider == "remote":
+        make_remote(monkeypatch)
+        provider = "cpu"
     changes = {} if dtype == "float32" else {"parity": {"tolerance": 0.05}}
     artifact = home.artifact(write_tenants, export={"dtype": dtype}, **changes)
     open_rows = partial(open_engine, artifact, provider, capture=provider == "cuda", quota=32)

@@ -1,7 +1,6 @@
 """The rows that decode: a step gives each its next token, and those of the step before are told as
 the device computes it."""
 
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -36,8 +35,8 @@ class Decoding:
         self._runner, self._rows, self._places = runner, rows, places
         self._admission, self._counts = admission, admission.counts
         self._beside = Beside() if runner.is_remote else None
-        self._going: list[Row[Answer]] = []
-        """Those that the last step was for."""
+        self._going: list[tuple[Row[Answer], Answer]] = []
+        """Whom the last step was for, and where; another answer may have the row by now."""
         self._given: np.ndarray | None = None
         """int64 [m]: what it gave to the first rows, if that was not looked at."""
         self._untold: list[tuple[Row[Answer], Chosen]] = []
@@ -52,12 +51,12 @@ class Decoding:
             self.tell()
             return False
         try:
-            num = self._places.prepare(self._going[-1].index + 1)
+            num = self._places.prepare(self._going[-1][0].index + 1)
             self._runner.step(num, self.telling())
         except Exception as error:
             self.tell()
-            for row in self._going:
-                if row.user is not None:
+            for row, answer in self._going:
+                if row.user is answer:
                     self.leave(row, error=step_error(error))
             return False
         if self._beside is None:
@@ -81,8 +80,8 @@ class Decoding:
             self.tell()
             self._places.read_again(row for row in outgrown if row.user is not None)
         over = {row.index for row, _ in self._untold if row.user and _num_left(row.user) <= 1}
-        used = (row for row in self._rows.used if row.user and row.user.goes_on)
-        self._going = [row for row in used if row.index not in over]
+        used = ((row, row.user) for row in self._rows.used if row.user and row.user.goes_on)
+        self._going = [(row, answer) for row, answer in used if row.index not in over]
         return bool(self._going)
 
     def begin(self, row: Row[Answer], told: Chosen) -> None:
@@ -104,7 +103,7 @@ class Decoding:
         for row, told in untold:
             if self._accept(row, told) and row.user is not None:
                 left.append(_num_left(row.user))
-        self._num_left = max(left) if self._are_alike(self._going) else 0
+        self._num_left = max(left) if self._are_alike() else 0
 
     def _accept(self, row: Row[Answer], told: Chosen) -> bool:
         """A row's next token is known, or why there is none; whether the row goes on."""
@@ -166,11 +165,10 @@ class Decoding:
         if self._beside is not None:
             self._beside.stop()
 
-    def _are_alike(self, rows: Iterable[Row[Answer]]) -> bool:
+    def _are_alike(self) -> bool:
         """Whether the graph alone gives these rows their next tokens, and will."""
-        answers = (row.user for row in rows if row.user is not None)
-        reread = self._runner.reread_length
-        return all(answer.takes_likeliest for answer in answers) and reread is None
+        takes = (answer.takes_likeliest for row, answer in self._going if row.user is answer)
+        return self._runner.reread_length is None and all(takes)
 
     def _note(self) -> None:
         """Find out what came of the last step, of those of its rows that go on still."""
@@ -179,8 +177,8 @@ class Decoding:
             return
         others: list[tuple[Row[Answer], Answer]] = []
         self._counts.steps += 1
-        for row in self._going:
-            if (answer := row.user) is None:
+        for row, answer in self._going:
+            if row.user is not answer:
                 continue
             self._counts.step_rows += 1
             row.num_read += 1

@@ -151,7 +151,8 @@ class Worker:
         now = time.monotonic()
         if not self._admission.drop(now, at_once=not self._rows.used):
             return
-        self._decoding.tell()
+        if any(row.user and is_over(row.user, now) for row in self._rows.used):
+            self._decoding.tell()
         for row in self._rows.used:
             if row.user is not None and is_over(row.user, now):
                 self._decoding.leave(row, *why_over(row.user))
