@@ -57,13 +57,14 @@ def measure_arrival(
     with warm_engine(graphs, workload.rows, room, workload.quota) as (engine, runner):
         client = _Client(graphs, engine)
         waits, runs, late = _arrivals(client, runner, arrival)
+        filled_up = runner.prompts.joined_tokens(1, arrival.prompt_tokens)
     if len(waits) < arrival.times // 2:
         raise UsageError(
             f"workload {workload.name!r}: {late} of {arrival.times} short prompts came when the"
             " long one had been read; make long_prompt_tokens larger"
         )
     chunk = median(seconds for tokens, seconds in runs.reads if tokens == workload.quota)
-    own = median(seconds for tokens, seconds in runs.reads if tokens == arrival.prompt_tokens)
+    own = median(seconds for tokens, seconds in runs.reads if tokens == filled_up)
     most = max(rows for rows, _ in runs.steps)
     step = median(seconds for rows, seconds in runs.steps if rows == most)
     p95, bound = float(np.percentile(waits, 95)), chunk + _STEPS * step + own

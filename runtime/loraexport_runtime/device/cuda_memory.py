@@ -6,13 +6,11 @@ onnxruntime copies whole tensors only, each in a call that waits.
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..errors import ProviderError
 from .cuda_libraries import open_cudart
 
-_TO_DEVICE, _ON_DEVICE = 1, 3
-"""CUDA's numbers for a copy from the host, and from the device itself, to the device."""
+_ON_DEVICE = 3
+"""CUDA's number for a copy from the device to the device."""
 _MOST_PITCH = (1 << 31) - 1
 """Bytes, of cudaMemset2D."""
 
@@ -69,7 +67,7 @@ class CudaMemory:
         cudart = open_cudart()
         self._set_device, self._synchronize = cudart.cudaSetDevice, cudart.cudaStreamSynchronize
         self._zero, self._copy = cudart.cudaMemset3D, cudart.cudaMemcpy3D
-        self._zero_blocks, self._copy_rows = cudart.cudaMemset2D, cudart.cudaMemcpy2D
+        self._zero_blocks = cudart.cudaMemset2D
 
     def zero(self, place: Pieces, width: int, pieces: int, num: int) -> None:
         """Zeros in `width` bytes of each of so many pieces of so many blocks."""
@@ -90,16 +88,6 @@ class CudaMemory:
         copy = _Copy(source=places[0], target=places[1], kind=_ON_DEVICE)
         copy.sizes = _Sizes(width, pieces, num)
         self._check(self._copy(ctypes.byref(copy)))
-
-    def upload(self, matrix: np.ndarray, address: int, pitch: int) -> None:
-        """The rows of a contiguous matrix on the host to places so many bytes apart."""
-        self._begin()
-        target = ctypes.c_void_p(address), ctypes.c_size_t(pitch)
-        width = ctypes.c_size_t(matrix[0].nbytes)
-        source = ctypes.c_void_p(matrix.ctypes.data), width
-        self._check(
-            self._copy_rows(*target, *source, width, ctypes.c_size_t(len(matrix)), _TO_DEVICE)
-        )
 
     def wait(self) -> None:
         """Return when all is done."""

@@ -36,16 +36,6 @@ def _zero_blocks(address: Any, pitch: Any, value: int, width: Any, num: Any) -> 
     return 0
 
 
-def _upload(
-    target: Any, pitch: Any, source: Any, source_pitch: Any, width: Any, num: Any, kind: int
-) -> int:
-    assert kind == 1
-    for row in range(num.value):
-        from_, to = source.value + row * source_pitch.value, target.value + row * pitch.value
-        ctypes.memmove(to, from_, width.value)
-    return 0
-
-
 def _copy(reference: Any) -> int:
     copy = reference._obj
     assert (copy.source_array, copy.target_array, copy.kind) == (None, None, 3)
@@ -62,7 +52,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> CudaMemory:
         cudaStreamSynchronize=lambda stream: 0,
         cudaMemset3D=_zero,
         cudaMemset2D=_zero_blocks,
-        cudaMemcpy2D=_upload,
         cudaMemcpy3D=_copy,
     )
     monkeypatch.setattr(cuda_memory, "open_cudart", lambda: library)
@@ -102,14 +91,6 @@ def test_a_row_is_copied_from_memory_of_another_size(memory: CudaMemory) -> None
     expected = target.copy()
     expected[:, 1, :, :4] = source[:, 0, :, :4]
     memory.copy(_of(source, 0, 0), _of(target, 1, 0), 4 * source.strides[3], 2, 3)
-    assert np.array_equal(target, expected)
-
-
-def test_a_matrix_is_uploaded_to_places_apart(memory: CudaMemory) -> None:
-    target, matrix = np.zeros((3, 5), np.int64), np.arange(1, 7).reshape(3, 2)
-    expected = target.copy()
-    expected[:, 2:4] = matrix
-    memory.upload(matrix, target.ctypes.data + 2 * 8, 5 * 8)
     assert np.array_equal(target, expected)
 
 

@@ -12,7 +12,7 @@ from .jobs import Answer
 
 Why = tuple[FinishReason | None, BaseException | None]
 """The reason for which an answer ended, or else the error."""
-_LOOK = 0.02
+_LOOK = 0.05
 """Seconds between two looks at all that wait."""
 
 

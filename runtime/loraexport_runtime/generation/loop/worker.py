@@ -151,10 +151,11 @@ class Worker:
         now = time.monotonic()
         if not self._admission.drop(now, at_once=not self._rows.used):
             return
-        if any(row.user and is_over(row.user, now) for row in self._rows.used):
+        over = [row for row in self._rows.used if row.user and is_over(row.user, now)]
+        if over:
             self._decoding.tell()
-        for row in self._rows.used:
-            if row.user is not None and is_over(row.user, now):
+        for row in over:
+            if row.user is not None:  # or it has ended with its last token
                 self._decoding.leave(row, *why_over(row.user))
 
     def _is_called(self) -> bool:

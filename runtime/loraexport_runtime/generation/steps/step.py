@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime as ort
 
 from ...contract.kinds import ADAPTER_WEIGHTS, GOES_ON, LENGTHS, PLACES, ROWS
-from ...device.cuda_memory import CudaMemory
 from ...device.dlpack import rows_view
 from ...device.dtypes import ONNX_TYPES
 from ...device.providers import graph_options
@@ -20,8 +19,6 @@ from .decoder_graph import DecoderGraph
 
 NOTHING = nullcontext()
 """Done as a device computes."""
-_VECTORS = ("input_ids", "position_ids", "adapter_ids", LENGTHS, GOES_ON)
-"""Inputs with one number for each row, which changes."""
 
 
 class RowInputs:
@@ -45,20 +42,14 @@ class RowInputs:
             PLACES: np.arange(length)[None],
             ADAPTER_WEIGHTS: np.zeros((rows, graph.blend_slots or 0), np.float32),
         }
-        first = {name: array for name, array in first.items() if name in graph.inputs}
-        self._vectors = [name for name in _VECTORS if name in first]
-        self._block = graph.upload(np.concatenate([first.pop(name) for name in self._vectors]))
-        """[vectors * rows, 1], so that one copy writes some rows of all."""
-        self._cuda = None if graph.device[0] == "cpu" else CudaMemory(graph.device[1])
         self._blend_slots = graph.blend_slots
         self._rows = [(0, 1, BASE_USE, False)] * rows
         """(token, length, use, goes on) of each, as it was put last, and then advanced."""
         self._changed: set[int] = set()
         """Rows that were put since the last step."""
-        self.values = {name: graph.upload(array) for name, array in first.items()}
-        for at, name in enumerate(self._vectors):
-            part = slice(at * rows, (at + 1) * rows)
-            self.values[name] = rows_view(self._block, part, 1, "int64")
+        self.values = {
+            name: graph.upload(array) for name, array in first.items() if name in graph.inputs
+        }
         self._views: dict[tuple[str, int, int], ort.OrtValue] = {}
 
     def put(self, row: int, token: int, length: int, use: RowUse, goes_on: bool) -> None:
@@ -78,26 +69,21 @@ class RowInputs:
         self._changed.clear()
         for _, run in groupby(enumerate(rows), lambda pair: pair[1] - pair[0]):
             self._write([row for _, row in run])
-        if rows and self._cuda is not None:
-            self._cuda.wait()
 
     def _write(self, rows: Sequence[int]) -> None:
         tokens, lengths, uses, goes_on = zip(*(self._rows[row] for row in rows), strict=True)
-        ends = np.array(lengths, dtype=np.int64)[:, None]
+        ends = _column(lengths)
         values = {
-            "input_ids": np.array(tokens, dtype=np.int64)[:, None],
-            "attention_mask": mask(ends, self._length),
+            "input_ids": _column(tokens),
             "position_ids": ends - 1,
-            "adapter_ids": np.array([use.slot for use in uses], dtype=np.int64)[:, None],
+            "adapter_ids": _column([use.slot for use in uses]),
             LENGTHS: ends,
-            GOES_ON: np.array(goes_on, dtype=np.int64)[:, None],
+            GOES_ON: _column(goes_on),
         }
+        if "attention_mask" in self.values:
+            values["attention_mask"] = mask(ends, self._length)
         if self._blend_slots is not None:
             values[ADAPTER_WEIGHTS] = weight_rows([use.weights for use in uses], self._blend_slots)
-        if self._cuda is not None:
-            vectors = np.stack([values.pop(name) for name in self._vectors])
-            start, pitch = (8 * at for at in (rows[0], len(self._rows)))
-            self._cuda.upload(vectors, self._block.data_ptr() + start, pitch)
         for name in values.keys() & self.values.keys():
             self._view(name, rows[0], rows[-1] + 1).update_inplace(values[name])
 
@@ -188,6 +174,10 @@ def bind_rows(
 
 def dtype_of(name: str) -> str:
     return "float32" if name == ADAPTER_WEIGHTS else "int64"
+
+
+def _column(numbers: Sequence[int]) -> np.ndarray:
+    return np.array(numbers, dtype=np.int64)[:, None]
 
 
 def mask(lengths: np.ndarray, places: int) -> np.ndarray:
