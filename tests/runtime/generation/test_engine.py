@@ -158,7 +158,7 @@ def test_rows_change_hands_while_others_decode(engine: GenerationEngine) -> None
 
 
 def test_prompts_that_are_read_together(artifact: Path) -> None:
-    """As on a device: whole prompts of rows side by side, padded, in one run."""
+    """As on a device: whole prompts, padded, in one run."""
     prompts = [*make_prompts(9, 12, 10, 16), *make_prompts(5, 31)]
     with open_engine(artifact, rows=4, quota=64) as engine:
         wanted = [tokens_of(send(engine, prompt, adapter="first")) for prompt in prompts]
@@ -170,6 +170,62 @@ def test_prompts_that_are_read_together(artifact: Path) -> None:
         gate.set()
         assert [tokens_of(handle) for handle in sent] == wanted
         assert engine.stats().chunks - chunks < len(prompts)
+
+
+def test_prompts_of_a_captured_run(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured on CUDA: prompts filled up beside a row that has none, and copied."""
+    make_remote(monkeypatch)
+    monkeypatch.setattr(PromptGraph, "release", lambda graph: None)  # CUDA's
+    prompts = make_prompts(9, 31, 20)
+    with open_engine(artifact, rows=4, quota=256) as engine:
+        wanted = [
+            tokens_of(send(engine, prompt, adapter=name))
+            for prompt, name in zip(prompts, NAMES, strict=True)
+        ]
+        graphs = engine._worker._runner.prompts
+        graphs.shapes = [(1, 64), (4, 64)]
+        for num in range(1, 3):
+            gate = threading.Event()
+            engine._worker._warm.append((1, _Waiter(gate)))  # type: ignore[arg-type]
+            sent = [
+                send(engine, prompt, adapter=name)
+                for prompt, name in zip(prompts, NAMES, strict=True)
+            ]
+            gate.set()
+            assert [tokens_of(handle) for handle in sent] == wanted
+            assert engine.stats().chunks == len(prompts) + num
+
+
+def test_a_free_row_waits_for_others(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device, where more requests wait than there are free rows: for a bounded time."""
+    make_remote(monkeypatch)
+    with open_engine(artifact, rows=12, quota=32) as engine:
+        runner = engine._worker._runner
+        events: list[str] = []
+        step, read = runner.step, runner.read
+
+        def record_step(*arguments: Any) -> None:
+            events.append("step")
+            step(*arguments)
+
+        def record_read(rows: Any, *arguments: Any) -> Any:
+            events.extend(f"row {row}" for row in rows)
+            return read(rows, *arguments)
+
+        monkeypatch.setattr(runner, "step", record_step)
+        monkeypatch.setattr(runner, "read", record_read)
+        # Row 0 is free after 2 steps, and one more after 5, or none for long.
+        for second, waiting, first, last in ((6, 1, 2, 4), (6, 2, 5, 8), (60, 3, 24, 32)):
+            events.clear()
+            most = [3, second, *[60] * 10, *[40] * waiting]
+            requests = [
+                GenerationRequest(tokens=[5 + at, 7], max_tokens=num, ignore_eos=True)
+                for at, num in enumerate(most)
+            ]
+            for handle in engine.submit_all(requests):
+                handle.result(DEADLINE)
+            again = events.index("row 0", events.index("step"))
+            assert first <= events[:again].count("step") <= last, (second, waiting)
 
 
 class _Waiter:
