@@ -16,9 +16,11 @@ class Beside:
         self._done: SimpleQueue[BaseException | None] = SimpleQueue()
         self.fault: BaseException | None = None
         """What ended a work."""
-        threading.Thread(
-            target=_do, args=(self._work, self._done), name="loraexport-tell", daemon=True
-        ).start()
+        queues = self._work, self._done
+        self._thread = threading.Thread(
+            target=_do, args=queues, name="loraexport-tell", daemon=True
+        )
+        self._thread.start()
 
     @contextmanager
     def doing(self, work: Work) -> Iterator[None]:
@@ -32,6 +34,7 @@ class Beside:
     def stop(self) -> None:
         """End the thread."""
         self._work.put(None)
+        self._thread.join()
 
 
 def _do(works: "SimpleQueue[Work | None]", done: "SimpleQueue[BaseException | None]") -> None:

@@ -54,6 +54,7 @@ class Decoding:
             num = self._places.prepare(self._going[-1][0].index + 1)
             self._runner.step(num, self.telling())
         except Exception as error:
+            self.check()
             self.tell()
             for row, answer in self._going:
                 if row.user is answer:

@@ -2,7 +2,8 @@
 
 One round: who was cancelled goes; who waits and finds a row and a slot is admitted; prompts are
 read, as many tokens as the quota; a few steps give every row that decodes a token each. So neither
-prompts nor steps wait for more than one part of the other.
+prompts nor steps wait for more than one part of the other. On a device a second thread tells the
+tokens of one run as the next one goes on.
 """
 
 import logging
@@ -105,7 +106,8 @@ class Worker:
                 self._wait()
                 with self._runner.using():
                     self._round()
-            self._decoding.tell()
+            with self._runner.using():
+                self._decoding.tell()
         except BaseException as fault:
             _LOG.exception("the thread that generates has ended")
             self.fault, error = fault, fault
