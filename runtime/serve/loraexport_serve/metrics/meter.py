@@ -37,9 +37,11 @@ class Meter:
             "loraexport_stalled_connections",
             "Connections that were ended as their client read nothing for write_timeout.",
         )
-        self.in_flight = Gauge(
+        self.in_flight = 0
+        """Requests that are being answered."""
+        Gauge(
             "loraexport_requests_in_flight", "Being answered.", registry=self.registry
-        )
+        ).set_function(lambda: self.in_flight)
         self.by_adapter = self._counter(
             "loraexport_adapter_requests",
             "Requests by artifact and adapter; the first ones by name, then `other`.",

@@ -133,7 +133,7 @@ class Endpoint(Generic[B]):
         call: Call[B] = Call(self._service, request, own)
         status = 499
         meter = self._service.meter
-        meter.in_flight.inc()
+        meter.in_flight += 1
         try:
             with call.stack:
                 response = await self._respond(call)
@@ -144,7 +144,7 @@ class Endpoint(Generic[B]):
             status = 499
         finally:
             seconds = time.perf_counter() - call.start
-            meter.in_flight.dec()
+            meter.in_flight -= 1
             meter.child(meter.requests, self.path, str(status)).inc()
             self._seconds.observe(seconds)
             self._log(call, status, seconds)
