@@ -12,10 +12,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 import yaml
 from ray import serve
+from ray._private import services
+from ray.serve._private import api, client
 from ray.serve.schema import ServeDeploySchema
 
 from loraexport_serve import SettingsError
@@ -24,13 +27,14 @@ from loraexport_serve.ray import app
 NAME = "tests"
 NUM_REPLICAS = 2
 MOST = 240.0
-"""Seconds until a replica has another in its place."""
+"""Seconds until Ray runs, and until a replica has another in its place."""
 LIFE = 1800.0
 """Seconds after which it ends, come what may: who started it may have been killed."""
 
 
 def run(port: str, settings: str, folder: str) -> None:
     """Serve until there are no more lines."""
+    _be_patient()
     ray.init(
         num_cpus=8,  # as Ray counts them: an ingress, and two replicas that may be replaced
         include_dashboard=False,
@@ -65,6 +69,27 @@ def check(file: str) -> None:
             print("taken")
         except SettingsError as error:
             print(json.dumps(str(error)))
+
+
+def _be_patient() -> None:
+    """Let Ray wait so long for what it gives up after half a minute, or one, by itself.
+
+    Its proxies, and its node, whose agents are processes of Python: no variable sets these.
+    """
+    api.HTTP_PROXY_TIMEOUT = client.HTTP_PROXY_TIMEOUT = MOST
+    get_node = services.get_node
+
+    def get_node_at_last(gcs_address: str, node_id: str) -> Any:
+        end = time.monotonic() + MOST
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:  # it is not there yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = get_node_at_last
 
 
 def _wait_for_replicas() -> list[str]:

@@ -30,11 +30,19 @@ PATIENCE = 300.0
 RAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
-    # What Ray gives up on, or kills and begins again, where a process takes its time to start.
+    # Beside other tests its 15 would leave a replica a thirtieth of a core.
+    "RAY_worker_niceness": "0",
+    # It would kill a replica where all processes of the machine, not its own, fill the memory.
+    "RAY_memory_monitor_refresh_ms": "0",
+    # What Ray gives up on, or kills and begins again, where a process takes its time; see the
+    # driver for what no variable sets.
     "RAY_raylet_start_wait_time_s": f"{PATIENCE:.0f}",
     "RAY_gcs_server_port_wait_time_s": f"{PATIENCE:.0f}",
+    "RAY_gcs_rpc_server_connect_timeout_s": f"{PATIENCE:.0f}",
+    "RAY_gcs_server_request_timeout_seconds": f"{PATIENCE:.0f}",
     "RAY_worker_register_timeout_seconds": f"{PATIENCE:.0f}",
     "RAY_agent_register_timeout_ms": f"{1000 * PATIENCE:.0f}",
+    "RAY_health_check_timeout_ms": f"{1000 * PATIENCE:.0f}",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PATIENCE:.0f}",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": f"{PATIENCE:.0f}",
 }

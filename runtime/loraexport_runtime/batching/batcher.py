@@ -142,7 +142,8 @@ class Batcher:
             tenant = tenant_of(names, tenant)
             self._queue.put([request], part.length, tenant, (names, part.length))
             request.future.add_done_callback(self._on_done)
-            self._news.set()
+            if not self._news.is_set():  # once it is cleared, what was put by then is seen
+                self._news.set()
             return request.future
 
     async def asubmit(

@@ -157,7 +157,7 @@ class AdmissionQueue(Generic[T]):
                 f"the requests that wait have {self._num_tokens} tokens, and with {tokens} more"
                 f" they had more than {self.most_tokens}; try again later"
             )
-        own = self._tenants.get(tenant) or _Tenant[T]()
+        own: _Tenant[T] = self._tenants.get(tenant) or _Tenant()
         for what, waiting, more, room in (
             ("requests", len(own.items), num, self.most_items - self._num_items),
             ("tokens", own.tokens, tokens, self.most_tokens - self._num_tokens),

@@ -94,7 +94,9 @@ def read_rows(adapters: Any, batch: int) -> list[RowAdapters]:
         InputError: an entry is no name, no blend and no None, a weight is no finite number, or
             the entries do not match the rows.
     """
-    if isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable | None):
+    if not isinstance(adapters, list) and (
+        isinstance(adapters, str | Mapping) or not isinstance(adapters, Iterable | None)
+    ):
         raise InputError(
             f"adapters is {adapters!r}; expected a list with an entry for each of the {batch} rows"
         )
@@ -121,7 +123,7 @@ def read_rows(adapters: Any, batch: int) -> list[RowAdapters]:
 
 def are_plain(rows: Sequence[RowAdapters]) -> TypeGuard[Sequence[str | None]]:
     """Whether no row blends: what most batches are, and quickly told."""
-    return {type(row) for row in rows} <= _PLAIN
+    return _PLAIN.issuperset(map(type, rows))
 
 
 def row_names(rows: Sequence[RowAdapters]) -> list[str]:

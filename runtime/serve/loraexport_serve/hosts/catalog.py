@@ -30,7 +30,8 @@ class Target:
     @property
     def tag(self) -> str | None:
         """The adapter in metrics; None of the base."""
-        return "+".join(sorted(self.adapter)) if isinstance(self.adapter, Mapping) else self.adapter
+        adapter = self.adapter
+        return adapter if adapter is None or isinstance(adapter, str) else "+".join(sorted(adapter))
 
 
 class Catalog:

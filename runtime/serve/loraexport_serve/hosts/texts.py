@@ -86,10 +86,10 @@ class TextEncoder:
             encodings = [self._cut(text, None, special, most_second) for text in texts]
         rows = []
         for index, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
-            if cut is not None and len(encoding.ids) > cut:
+            if cut is not None and len(encoding) > cut:
                 encoding = self._cut(text, cut, special, most_second)
             else:
-                check_length(len(encoding.ids), self.limit, index, param)
+                check_length(len(encoding), self.limit, index, param)
             rows.append(Tokens(encoding.ids, encoding.type_ids, encoding.offsets))
         return rows
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -19,6 +20,8 @@ class Meter:
         self.registry = CollectorRegistry()
         self._most_adapters = most_adapters
         self._named: set[tuple[str, str]] = set()
+        self.child = cache(_child)
+        """(counter, *labels) -> the counter of these labels, looked up once."""
         self._encoded: dict[str, tuple[Counter, Histogram, Counter, list[Histogram]]] = {}
         """What a request to an encoder is counted by, looked up once for each artifact."""
         self.requests = self._counter(
@@ -34,9 +37,11 @@ class Meter:
             "loraexport_stalled_connections",
             "Connections that were ended as their client read nothing for write_timeout.",
         )
-        self.in_flight = Gauge(
+        self.in_flight = 0
+        """Requests that are being answered."""
+        Gauge(
             "loraexport_requests_in_flight", "Being answered.", registry=self.registry
-        )
+        ).set_function(lambda: self.in_flight)
         self.by_adapter = self._counter(
             "loraexport_adapter_requests",
             "Requests by artifact and adapter; the first ones by name, then `other`.",
@@ -113,6 +118,10 @@ class Meter:
         self, name: str, text: str, *labels: str, buckets: tuple[float, ...] = _SECONDS
     ) -> Histogram:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+def _child(counter: Counter, *labels: str) -> Counter:
+    return counter.labels(*labels)
 
 
 class Pace:

@@ -135,4 +135,4 @@ def _floats(vector: np.ndarray) -> list[float]:
 
 
 def _base64(vector: np.ndarray) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+    return base64.b64encode(vector.astype("<f4", copy=False).tobytes()).decode("ascii")
