@@ -127,6 +127,21 @@ def test_greedy_tokens_are_the_likeliest(
         assert logits.argmax(axis=1).tolist() == found
 
 
+def test_a_row_that_joins_is_looked_at(engine: GenerationEngine, held: Held) -> None:
+    """A row whose logits the host needs joins rows that take the likeliest tokens, whose steps were
+    not looked at so far."""
+    held.let_go()
+    prompts = make_prompts(20, 9)
+    options: tuple[dict[str, Any], ...] = ({"max_tokens": 90}, {"repetition_penalty": 1.5})
+    pairs = list(zip(prompts, options, strict=True))
+    alone = [tokens_of(send(engine, prompt, **more)) for prompt, more in pairs]
+    first = send(engine, prompts[0], **options[0])
+    before = held.num
+    wait_until(lambda: held.num > before + 4)
+    second = send(engine, prompts[1], **options[1])
+    assert [tokens_of(first), tokens_of(second)] == alone
+
+
 def test_a_row_does_not_depend_on_the_others(engine: GenerationEngine) -> None:
     """Bit for bit, as its logprobs tell: alone, and among others that come and go."""
     prompts = make_prompts(20, 33, 2, 64, 9, 41, 5, 3)

@@ -42,8 +42,8 @@ class Decoding:
         self._untold: list[tuple[Row[Answer], Chosen]] = []
         """Or what came of it."""
         self._num_left = 0
-        """So many tokens more the longest of the answers gets that were told, at most; 0: they are
-        to be looked at before the next step."""
+        """So many tokens more the longest of those that go on gets, at most; 0: what a step gave is
+        to be looked at before the next one."""
 
     def step(self) -> bool:
         """One token of every row that decodes; False: there is none."""
@@ -83,6 +83,7 @@ class Decoding:
         over = {row.index for row, _ in self._untold if row.user and _num_left(row.user) <= 1}
         used = ((row, row.user) for row in self._rows.used if row.user and row.user.goes_on)
         self._going = [(row, answer) for row, answer in used if row.index not in over]
+        self._num_left = self._most_left()
         return bool(self._going)
 
     def begin(self, row: Row[Answer], told: Chosen) -> None:
@@ -100,11 +101,9 @@ class Decoding:
         """Tell what the last step gave."""
         self._note()
         untold, self._untold = self._untold, []
-        left = [0]
         for row, told in untold:
-            if self._accept(row, told) and row.user is not None:
-                left.append(_num_left(row.user))
-        self._num_left = max(left) if self._are_alike() else 0
+            self._accept(row, told)
+        self._num_left = self._most_left()
 
     def _accept(self, row: Row[Answer], told: Chosen) -> bool:
         """A row's next token is known, or why there is none; whether the row goes on."""
@@ -166,10 +165,14 @@ class Decoding:
         if self._beside is not None:
             self._beside.stop()
 
-    def _are_alike(self) -> bool:
-        """Whether the graph alone gives these rows their next tokens, and will."""
-        takes = (answer.takes_likeliest for row, answer in self._going if row.user is answer)
-        return self._runner.reread_length is None and all(takes)
+    def _most_left(self) -> int:
+        """Tokens that the longest of these answers still gets, at most; 0 where the graph alone
+        does not give all of them."""
+        answers = [answer for row, answer in self._going if row.user is answer]
+        are_alike = all(answer.takes_likeliest for answer in answers)
+        if self._runner.reread_length is not None or not are_alike:
+            return 0
+        return max(map(_num_left, answers), default=0)
 
     def _note(self) -> None:
         """Find out what came of the last step, of those of its rows that go on still."""
