@@ -3,9 +3,11 @@ what it gives alone, token for token; on a CUDA device, where a step of other ro
 up to a token that is as likely as rounding can tell."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +99,7 @@ def make_machine(alone: Alone) -> type[RuleBasedStateMachine]:
             self.contents: dict[str, str] = {"first": "first", "second": "second"}
             self.pinned: set[str] = set()
             self.sent: list[Sent] = []
+            self.beside: list[GenerationHandle] = []
 
         @rule(
             prompt=st.sampled_from(range(len(PROMPTS))),
@@ -117,6 +120,16 @@ def make_machine(alone: Alone) -> type[RuleBasedStateMachine]:
                 return
             content = None if name is None else self.contents[name]
             self.sent.append(Sent(prompt, max_tokens, name, handle, {content}))
+
+        @precondition(lambda self: "first" in self.contents)
+        @rule(
+            prompt=st.sampled_from(range(len(PROMPTS))),
+            options=st.sampled_from(({"temperature": 1.0, "seed": 1}, {"logprobs": 2})),
+        )
+        def submit_beside(self, prompt: int, options: dict[str, Any]) -> None:
+            """Of its row the host chooses the tokens; it is the others that are held to."""
+            request = replace(alone.request(prompt, "first", LONG), **options)
+            self.beside.append(self.engine.submit(request))
 
         @rule(name=st.sampled_from(NAMES), content=st.sampled_from(CONTENTS))
         def load(self, name: str, content: str) -> None:
@@ -195,6 +208,9 @@ def make_machine(alone: Alone) -> type[RuleBasedStateMachine]:
         def teardown(self) -> None:
             for sent in self.sent:
                 self.check(sent)
+            for handle in self.beside:
+                with suppress(lr.UnknownAdapterError, lr.SlotsExceededError):
+                    handle.result(DEADLINE)
             slots = self.engine.host.slots
             assert slots._table._claims == set()
             self.engine.close()
