@@ -13,8 +13,8 @@ MOST_QUOTAS = 8
 PATIENCE = 4
 """So many shorter prompts may be read before a longer one that came earlier."""
 LAUNCHES = 512
-"""A run on a device takes as long as one of so many tokens fewer, and these tokens (2.3 ms of 4.3
-and 3.9 us each on one H100): prompts that are filled up by less are read together."""
+"""What the launches of a run on a device take, in tokens that it computes in that time (2.3 ms, and
+3.9 us a token, on one H100): prompts that are filled up by less are read together."""
 JoinedTokens = Callable[[int, int], int | None]
 """(prompts, tokens of the longest) -> tokens of their run, what fills them up counted too; None:
 they are not read together."""
